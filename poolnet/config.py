@@ -1,0 +1,56 @@
+"""What a training run is asked to do, and where poolnet keeps its local state.
+
+Apart from `train.py` because the command line needs the defaults before it may afford to import torch.
+"""
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+POOLS = ("max", "avg", "conv")  # conv: the two strided convolutions that pooling replaced
+
+
+class InputError(ValueError):
+    """Bad usage or bad input: one line that names the thing and the cure. Ends the command with exit code 2."""
+
+
+class RunError(RuntimeError):
+    """The work itself failed: one line that says why. Ends the command with exit code 1 and the run as FAILED."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. The one home of the defaults, which are those of the reference experiment."""
+
+    data: str = dataclasses.field(default="glyphs", metadata={"help": "glyphs, notmnist, or the path of an .npz file."})
+    pool: str = dataclasses.field(default="max", metadata={"help": "max, avg, or conv (the baseline)."})
+    epochs: int = dataclasses.field(default=30, metadata={"help": "Passes over the training split."})
+    batch_size: int = dataclasses.field(default=128, metadata={"help": "Images per optimiser step."})
+    lr: float = dataclasses.field(default=0.001, metadata={"help": "Learning rate of Adam."})
+    seed: int = dataclasses.field(default=42, metadata={"help": "Seed of the initial weights and of the batch order."})
+    device: str = dataclasses.field(
+        default="auto", metadata={"help": "auto (cuda, else mps, else cpu), cpu, cuda, cuda:N, or mps."}
+    )
+    register: bool = dataclasses.field(
+        default=True, metadata={"help": "Register the model as a version of `poolnet`: yes or no."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.pool not in POOLS:
+            raise InputError(f"pool: found {self.pool!r}, expected one of {', '.join(POOLS)}")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: found {getattr(self, name)}, expected a whole number from 1")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise InputError(f"lr: found {self.lr}, expected a finite number above 0")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed: found {self.seed}, expected a whole number from 0 to 2**63 - 1")
+
+
+def home() -> Path:
+    """The folder of poolnet's local state: `POOLNET_HOME`, or `.poolnet` in the working folder. Made if absent."""
+    path = Path(os.environ.get("POOLNET_HOME") or ".poolnet").absolute()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
