@@ -6,8 +6,11 @@ Apart from `train.py` because the command line needs the defaults before it may 
 import dataclasses
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import click
 
 POOLS = ("max", "avg", "conv")  # conv: the two strided convolutions that pooling replaced
 
@@ -54,3 +57,8 @@ def home() -> Path:
     path = Path(os.environ.get("POOLNET_HOME") or ".poolnet").absolute()
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def progress(*args, **options):
+    """A progress bar on stderr (see `click.progressbar`), shown where somebody watches."""
+    return click.progressbar(*args, file=sys.stderr, hidden=not sys.stderr.isatty(), **options)

@@ -1,27 +1,44 @@
 """Tiny data, a tracking store for each test, and nothing of the user's own within reach."""
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
 ROOT = Path(__file__).parent.parent
 REAL_LETTERS = ROOT.parent / "shared" / "data" / "notMNIST_small.tar.gz"
 
 
+def world(folder, uri=None):
+    """The environment of a process whose local state and tracking store lie in `folder`; nothing set by the user."""
+    ours = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_TRACKING_URI": uri or f"sqlite:///{folder / 'mlflow.db'}",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # as an activated environment
+        "POOLNET_HOME": str(folder / "home"),
+        "PYTHONPATH": str(ROOT),
+    }
+    return {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "POOLNET_"))} | ours
+
+
 @pytest.fixture(autouse=True)
 def own_world(tmp_path, monkeypatch):
-    """A working folder, local state and a store of its own; no MLflow or poolnet setting of the user."""
+    """Each test works in a folder, local state and store of its own."""
+    environment = world(tmp_path)
     for name in list(os.environ):
-        if name.startswith(("MLFLOW_", "POOLNET_")) and name != "MLFLOW_DISABLE_TELEMETRY":
+        if name not in environment:
             monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("POOLNET_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
 
 
 def make_arrays(sizes=(300, 90, 110), seed=0):
@@ -55,10 +72,36 @@ def real_letters(tmp_path_factory):
     """The real small notMNIST, prepared as the README says."""
     if not REAL_LETTERS.exists():
         pytest.skip("the real small notMNIST is not beside this checkout")
-    out = tmp_path_factory.mktemp("real") / "small.npz"
-    finished = poolnet("prepare", "notmnist", "--small", REAL_LETTERS, "--out", out)
+    folder = tmp_path_factory.mktemp("real")
+    out = folder / "small.npz"
+    finished = poolnet("prepare", "notmnist", "--small", REAL_LETTERS, "--out", out, env=world(folder))
     assert finished.returncode == 0, finished.stderr
     return out, finished.stdout
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """The address of a real tracking server on loopback."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder}/mlflow.db"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=world(folder) | quiet, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
+                break
+            assert process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def poolnet(*args, **options):

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,9 +63,9 @@ def test_an_uncompressed_file_is_mapped_where_it_lies(letters):
 def test_a_compressed_file_is_unpacked_once_and_the_copy_follows_the_file(tmp_path):
     path = save(tmp_path / "d.npz", make_arrays(seed=1), np.savez_compressed)
     first = open_splits(path).train.X.filename
-    before = os.stat(first).st_mtime_ns
+    before = Path(first).stat().st_mtime_ns
     assert open_splits(path).train.X.filename == first
-    assert os.stat(first).st_mtime_ns == before
+    assert Path(first).stat().st_mtime_ns == before
     save(path, make_arrays(seed=2), np.savez_compressed)
     np.testing.assert_array_equal(open_splits(path).train.X, make_arrays(seed=2)["X_train"])
     assert len(list((tmp_path / "home" / "unpacked").glob("*/*/X_train.raw"))) == 1
@@ -160,8 +161,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path, where, bit, compr
     path.write_bytes(content)
     try:
         splits = open_splits(path)
-    except InputError as error:
-        assert "flipped.npz" in str(error)
+    except InputError:
         return
     for split in splits:
         np.testing.assert_array_equal(split.X, arrays[f"X_{split.name}"])
@@ -173,7 +173,13 @@ def test_the_digest_sees_the_last_pixel_the_labels_and_the_type(arrays):
     pixel, label = X.copy(), y.copy()
     pixel[-1, -1, -1] ^= 1
     label[-1] = (label[-1] + 1) % 10
-    digests = {digest(X, y), digest(pixel, y), digest(X, label), digest(X.astype(np.float32), y), digest(X[:-1], y[:-1])}
+    digests = {
+        digest(X, y),
+        digest(pixel, y),
+        digest(X, label),
+        digest(X.astype(np.float32), y),
+        digest(X[:-1], y[:-1]),
+    }
     assert len(digests) == 5
     assert digest(X, y) == digest(np.asfortranarray(X), y.astype(np.uint8))
 
@@ -217,13 +223,12 @@ def test_locate_says_how_to_make_notmnist(tmp_path):
     made.parent.mkdir(parents=True)
     made.touch()
     assert locate("notmnist") == made
-    assert str(locate("some/where.npz")) == os.path.join("some", "where.npz")
+    assert str(locate("some/where.npz")) == str(Path("some", "where.npz"))
 
 
 def test_save_leaves_the_old_file_when_it_fails(letters, arrays):
     before = letters.read_bytes()
-    with pytest.raises(TypeError), npz.replacing(letters) as part:
-        part.write_bytes(b"half of it")
-        raise TypeError
+    with pytest.raises(TypeError):
+        npz.save(letters, {"X_train": arrays["X_train"], "file": 3})  # numpy writes the first, then trips
     assert letters.read_bytes() == before
     assert list(letters.parent.glob(".letters*")) == []

@@ -1,0 +1,243 @@
+"""notMNIST from its tarballs (or folders): decoded, cleaned of repeats and conflicts, split by seed.
+
+The reference experiment's recipe: train and val are the large set without exact repeats, 90/10; test is the small set
+without what those two hold. One set alone is split 80/10/10. The result depends on the images and the seed only, not
+on the order in which they are found.
+"""
+
+import concurrent.futures
+import hashlib
+import http.client
+import io
+import os
+import struct
+import tarfile
+import urllib.error
+import urllib.request
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from filelock import FileLock
+from PIL import Image
+
+from poolnet.config import InputError, home, progress
+from poolnet.data import LETTERS, SIDE
+
+MIRRORS = ("http://yaroslavvb.com/upload/notMNIST/", "https://commondatastorage.googleapis.com/books1000/")
+SIZES = {"notMNIST_large.tar.gz": 247_336_696, "notMNIST_small.tar.gz": 8_458_043}  # bytes
+MAX_PNG = 1 << 16  # bytes; 28x28 grey pixels are 784, and the largest file of the originals has 2 kB
+CHUNK = 512  # files handed to a worker process at once
+PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + struct.pack(">II", SIDE, SIDE)
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # what becomes 8-bit grey without loss of range
+
+
+@dataclass(frozen=True)
+class Letters:
+    """Decoded images (N, 28, 28) uint8 with labels (N,) and digests (N,) of their pixels, and what was counted."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    keys: np.ndarray
+    counts: dict[str, int]
+
+    def take(self, rows: np.ndarray) -> "Letters":
+        return Letters(self.images[rows], self.labels[rows], self.keys[rows], self.counts)
+
+
+def prepare(large: Path | None, small: Path | None, seed: int) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
+    """The six arrays, and the counts of each step for each source. Downloads both sources where neither is given."""
+    if large is None and small is None:
+        large, small = (download(name) for name in SIZES)
+    sources = {name: clean(read(path)) for name, path in (("large", large), ("small", small)) if path is not None}
+    rng = np.random.default_rng(seed)
+    if len(sources) == 2:
+        train, val = _divide(sources["large"], (0.9,), rng)
+        seen = np.isin(sources["small"].keys, sources["large"].keys)
+        (test,) = _divide(sources["small"].take(np.flatnonzero(~seen)), (), rng)
+        sources["small"].counts["also in train or val, dropped"] = int(seen.sum())
+    else:
+        ((name, letters),) = sources.items()
+        train, val, test = _divide(letters, (0.8, 0.9), rng)
+    arrays = {}
+    for name, letters in (("train", train), ("val", val), ("test", test)):
+        if not len(letters.labels):
+            raise InputError(f"nothing is left for {name}: {large or small} holds too few distinct letters")
+        arrays[f"X_{name}"], arrays[f"y_{name}"] = letters.images, letters.labels.astype(np.int64)
+    return arrays, {name: letters.counts for name, letters in sources.items()}
+
+
+def read(path: Path) -> Letters:
+    """Decode every `A..J/*.png` of a tarball or a folder, on all cores. What cannot be read is skipped and counted."""
+    files = _folder_files(path) if path.is_dir() else _tar_files(path)
+    labels, images, keys, unreadable = [], [], [], 0
+    chunks = iter(lambda: tuple(islice(files, CHUNK)), ())
+    with progress(_on_all_cores(_decode, chunks), label=f"Decoding {path.name}") as parts:
+        for part in parts:
+            labels.append(part[0])
+            images.append(part[1])
+            keys.append(part[2])
+            unreadable += part[3]
+    if not any(map(len, labels)):
+        raise InputError(f"{path}: found no readable letter, expected 28x28 PNG files in folders A to J")
+    decoded = np.concatenate(labels)
+    counts = {"files": len(decoded) + unreadable, "unreadable or not 28x28, skipped": unreadable, "read": len(decoded)}
+    return Letters(np.concatenate(images), decoded, np.concatenate(keys), counts)
+
+
+def clean(letters: Letters) -> Letters:
+    """Each distinct image once, in the order of the digests; images that carry two labels not at all."""
+    keys, first, group = np.unique(letters.keys, return_index=True, return_inverse=True)
+    low = np.full(len(keys), len(LETTERS))
+    high = np.zeros(len(keys), int)
+    np.minimum.at(low, group, letters.labels)
+    np.maximum.at(high, group, letters.labels)
+    counts = {
+        **letters.counts,
+        "exact repeats, dropped": len(letters.labels) - len(keys),
+        "distinct images": len(keys),
+        "with conflicting labels, dropped": int((low != high).sum()),
+    }
+    kept = letters.take(first[low == high])
+    return Letters(kept.images, kept.labels, kept.keys, counts)
+
+
+def table(arrays: dict[str, np.ndarray], counts: dict[str, dict]) -> str:
+    """The counts of each step, a column for each source, and the sizes of the splits."""
+    steps = list(dict.fromkeys(step for column in counts.values() for step in column))
+    lines = [f"{'':34}" + "".join(f"{name:>10}" for name in counts)]
+    for step in steps:
+        cells = (f"{column[step]:,}" if step in column else "" for column in counts.values())
+        lines.append(f"{step:34}" + "".join(f"{cell:>10}" for cell in cells))
+    sizes = (f"{name} {len(arrays[f'y_{name}']):,}" for name in ("train", "val", "test"))
+    return "\n".join([*lines, "splits: " + ", ".join(sizes)])
+
+
+def _divide(letters: Letters, shares: tuple[float, ...], rng: np.random.Generator) -> list[Letters]:
+    """Shuffle, then cut at these shares of the whole."""
+    n = len(letters.labels)
+    return [letters.take(rows) for rows in np.split(rng.permutation(n), [round(share * n) for share in shares])]
+
+
+# --- reading and decoding --------------------------------------------------------------------------------------------
+
+
+def _tar_files(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(label, content) of each letter, straight from the stream: nothing is extracted. Content is empty if too long."""
+    try:
+        with tarfile.open(path, "r|*") as tar:
+            for entry in tar:
+                label = _label(PurePosixPath(entry.name))
+                if label is not None and entry.isfile():
+                    yield label, tar.extractfile(entry).read() if entry.size <= MAX_PNG else b""
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file or folder, expected a notMNIST tarball") from None
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise InputError(f"{path}: not a whole tarball ({error}), expected notMNIST's .tar.gz or a folder") from None
+
+
+def _folder_files(path: Path) -> Iterator[tuple[int, bytes]]:
+    for file in path.rglob("*"):
+        label = _label(file)
+        if label is not None and file.is_file():
+            yield label, file.read_bytes() if file.stat().st_size <= MAX_PNG else b""
+
+
+def _label(path: PurePosixPath | Path) -> int | None:
+    if path.suffix.lower() != ".png" or path.parent.name not in set(LETTERS):
+        return None
+    return LETTERS.index(path.parent.name)
+
+
+def _on_all_cores(work, items: Iterable) -> Iterator:
+    """`work(item)` for each, in order, by worker processes; never more in flight than the workers can soon take."""
+    workers = os.cpu_count() or 1
+    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+        pending = deque()
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _decode(files: tuple[tuple[int, bytes], ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Labels, images and digests of the readable ones, and the number of the others."""
+    labels, images = [], []
+    for label, content in files:
+        image = _pixels(content)
+        if image is not None:
+            labels.append(label)
+            images.append(image)
+    keys = [hashlib.blake2b(image, digest_size=16).digest() for image in images]
+    stack = np.frombuffer(b"".join(images), np.uint8).reshape(-1, SIDE, SIDE)
+    return np.array(labels, np.int64), stack, np.frombuffer(b"".join(keys), "V16"), len(files) - len(images)
+
+
+def _pixels(content: bytes) -> bytes | None:
+    """784 grey bytes, or None. Size and dimensions are looked at before anything is decoded."""
+    if len(content) > MAX_PNG or not content.startswith(PNG_START):
+        return None
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            return image.convert("L").tobytes() if image.mode in MODES else None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error):  # what Pillow says of broken files
+        return None
+
+
+# --- downloading -----------------------------------------------------------------------------------------------------
+
+
+def download(name: str, mirrors: tuple[str, ...] = MIRRORS, sizes: dict[str, int] = SIZES) -> Path:
+    """The tarball `name`, fetched into the local state if it is not there; a download that was cut goes on."""
+    target = home() / "downloads" / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{name}.part")
+    failures = []
+    with FileLock(target.with_name(f"{name}.lock")):
+        if target.exists():
+            return target
+        for mirror in mirrors:
+            try:
+                _fetch(mirror + name, part, sizes[name])
+            except (urllib.error.URLError, OSError, http.client.HTTPException, ValueError) as error:
+                failures.append(f"{mirror} ({getattr(error, 'reason', error)})")
+                continue
+            part.replace(target)
+            return target
+    option = "large" if "large" in name else "small"
+    raise InputError(
+        f"{name}: could not be downloaded from {' or '.join(failures)}; get it on a machine with a network and "
+        f"pass it with --{option}"
+    )
+
+
+def _fetch(url: str, part: Path, size: int, cuts: int = 5) -> None:
+    """Bring `part` to `size` bytes, from where it is. A connection that was cut is taken up again, `cuts` times."""
+    while (have := part.stat().st_size if part.exists() else 0) < size:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            resumed = response.status == 206
+            with (
+                part.open("ab" if resumed else "wb") as file,
+                progress(length=size, label=f"Downloading {part.stem}") as bar,
+            ):
+                bar.update(have if resumed else 0)
+                try:
+                    while data := response.read(1 << 16):
+                        file.write(data)
+                        bar.update(len(data))
+                except (OSError, http.client.HTTPException):
+                    if cuts == 0:
+                        raise
+        if part.stat().st_size <= have or cuts == 0:
+            raise ValueError(f"ended at {part.stat().st_size:,} of {size:,} bytes")
+        cuts -= 1
+    if have > size:
+        part.unlink()
+        raise ValueError(f"found {have:,} bytes, expected {size:,}")
