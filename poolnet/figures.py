@@ -1,0 +1,111 @@
+"""Every figure, drawn without a display and without matplotlib's global state."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from poolnet.config import TrainConfig
+from poolnet.data import LETTERS, Split, Splits
+from poolnet.train import EpochRecord, Evaluation, FitResult
+
+TRAIN, VAL, TEST = "#0072b2", "#d55e00", "#333333"  # told apart by the colour-blind too (Okabe & Ito)
+
+
+def of_run(config: TrainConfig, splits: Splits, result: FitResult) -> dict[str, Figure]:
+    """The figures of a finished run, by file name."""
+    title = f"{config.pool} on {splits.name}, seed {config.seed}"
+    weight = result.model.classifier.weight.detach().cpu().numpy()
+    worst = f"{title}: highest test losses, true letter and what is said"
+    return {
+        "learning_curves": learning_curves(result.history, result.test, title),
+        "confusion_matrix": confusion_matrix(result.test, f"{title}: test"),
+        "classifier_weights": classifier_weights(weight, f"{title}: classifier weights"),
+        "worst_mistakes": worst_mistakes(result.test, splits.test, worst),
+    }
+
+
+def save_all(folder: Path, figures: dict[str, Figure]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=120)
+
+
+def learning_curves(history: Iterable[EpochRecord], test: Evaluation, title: str) -> Figure:
+    """Loss and accuracy over the epochs, train and val, with the test score as a level."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(title)
+    epochs = [record.epoch for record in history]
+    for axes, kind, label, level in zip(
+        figure.subplots(1, 2), ("loss", "acc"), ("loss (nats)", "accuracy"), (test.loss, test.acc), strict=True
+    ):
+        for split, colour in (("train", TRAIN), ("val", VAL)):
+            values = [getattr(record, f"{split}_{kind}") for record in history]
+            axes.plot(epochs, values, color=colour, label=split, marker="o", markersize=3)
+        axes.axhline(level, color=TEST, linestyle=":", label=f"test, final weights: {level:.4f}")
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def confusion_matrix(evaluation: Evaluation, title: str) -> Figure:
+    """Rows are the true letters; shades are shares of a row, numbers are images."""
+    size = len(LETTERS)
+    counts = np.zeros((size, size), int)
+    np.add.at(counts, (evaluation.y, evaluation.logits.argmax(1)), 1)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure = Figure(figsize=(7, 6.4), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))  # the few mistakes are what one looks for
+    for row, column in np.ndindex(counts.shape):
+        if counts[row, column]:
+            colour = "white" if shares[row, column] > 0.3 else "black"
+            axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=colour, fontsize=9)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    axes.set_xticks(range(size), LETTERS)
+    axes.set_yticks(range(size), LETTERS)
+    figure.colorbar(image, label="share of the true letter", shrink=0.8)
+    return figure
+
+
+def classifier_weights(weight: np.ndarray, title: str) -> Figure:
+    """The linear layer (10, channels * 49) as a 7x7 image a letter; several channels by their L2 norm."""
+    maps = weight.reshape(len(LETTERS), -1, 7, 7)
+    signed = maps.shape[1] == 1
+    maps = maps[:, 0] if signed else np.sqrt((maps**2).sum(1))
+    limit = np.abs(maps).max()
+    cmap, low = (colormaps["RdBu_r"], -limit) if signed else (colormaps["viridis"], 0)
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    figure.suptitle(title)
+    for axes, letter, values in zip(figure.subplots(2, 5).flat, LETTERS, maps, strict=True):
+        image = axes.imshow(values, cmap=cmap, vmin=low, vmax=limit)
+        axes.set_title(letter)
+        axes.set_axis_off()
+    label = "weight: red speaks for the letter" if signed else "weight, L2 norm over channels"
+    figure.colorbar(image, ax=figure.axes, label=label, shrink=0.9)
+    return figure
+
+
+def worst_mistakes(evaluation: Evaluation, split: Split, title: str, rows: int = 4, columns: int = 8) -> Figure:
+    """The images with the highest loss: what each is said to be, and what the model says with which probability."""
+    logits = evaluation.logits.astype(np.float64)
+    top = logits.max(1, keepdims=True)
+    log_probs = logits - top - np.log(np.exp(logits - top).sum(1, keepdims=True))
+    losses = -log_probs[np.arange(len(split)), split.y]
+    worst = np.argsort(-losses, kind="stable")[: rows * columns]
+    figure = Figure(figsize=(columns * 1.2, rows * 1.5 + 0.6), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, image, row in zip(grid, split.images(worst), worst, strict=False):
+        said = logits[row].argmax()
+        axes.imshow(image[0], cmap="gray")
+        axes.set_title(f"{LETTERS[split.y[row]]}, said {LETTERS[said]} {np.exp(log_probs[row, said]):.2f}", fontsize=8)
+    for axes in figure.axes:
+        axes.set_axis_off()
+    return figure

@@ -1,0 +1,306 @@
+"""What a run leaves in a real store: once in SQLite, once on a real server."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from conftest import make_arrays, poolnet, world
+from PIL import Image
+
+from poolnet import tracking
+from poolnet.config import InputError, RunError, TrainConfig
+from poolnet.data import open_splits
+from poolnet.model import SimplePoolNet
+from poolnet.train import fit, resolve_device
+
+EPOCHS = 3
+OPTIONS = {"pool": "avg", "epochs": EPOCHS, "batch_size": 32, "lr": 0.01}
+PER_EPOCH = {"train_loss", "train_acc", "val_loss", "val_acc", "epoch_seconds", "examples_per_second"}
+ONCE = {"test_loss", "test_acc", "best_val_acc", "best_val_epoch", "plateau_epoch"}
+
+
+@pytest.fixture(scope="module", params=["sqlite", "http"])
+def trained(request, tmp_path_factory):
+    """One `poolnet train`, finished, and everything needed to look at it."""
+    folder = tmp_path_factory.mktemp("trained")
+    uri = request.getfixturevalue("server") if request.param == "http" else f"sqlite:///{folder / 'mlflow.db'}"
+    path = folder / "letters.npz"
+    np.savez(path, **make_arrays())
+    options = [f"--{name}={value}" for name, value in OPTIONS.items()]
+    finished = poolnet("train", "--data", path, *options, cwd=folder, env=world(folder, uri))
+    assert finished.returncode == 0, finished.stderr
+    client = mlflow.MlflowClient(uri)
+    (run,) = client.search_runs(["0"])
+    return SimpleNamespace(uri=uri, path=path, client=client, run=run, stdout=finished.stdout, stderr=finished.stderr)
+
+
+@pytest.fixture
+def here(trained, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", trained.uri)
+    return trained
+
+
+def history(client, run_id, name):
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)]
+
+
+def test_params_are_the_settings(trained):
+    expected = dataclasses.asdict(TrainConfig(data=str(trained.path), **OPTIONS))
+    assert trained.run.data.params == {name: str(value) for name, value in expected.items()}
+
+
+def test_metrics_have_one_value_an_epoch_with_the_epoch_as_step(trained):
+    assert set(trained.run.data.metrics) == PER_EPOCH | ONCE
+    for name in PER_EPOCH:
+        assert [step for step, _ in history(trained.client, trained.run.info.run_id, name)] == [1, 2, 3]
+    for name in ONCE:
+        assert len(history(trained.client, trained.run.info.run_id, name)) == 1
+
+
+def test_metrics_are_those_of_the_library_and_of_the_screen(trained):
+    result = fit(TrainConfig(**OPTIONS), open_splits(trained.path))
+    for name in ("train_loss", "train_acc", "val_loss", "val_acc"):
+        expected = [(record.epoch, getattr(record, name)) for record in result.history]
+        assert history(trained.client, trained.run.info.run_id, name) == expected
+    assert trained.run.data.metrics["test_loss"] == result.test.loss
+    assert trained.run.data.metrics["test_acc"] == result.test.acc
+    lines = trained.stdout.splitlines()
+    assert lines[:EPOCHS] == [str(record) for record in result.history]
+    assert lines[EPOCHS] == f"TEST: loss={result.test.loss:.4f}, acc={result.test.acc:.4f}"
+
+
+def test_the_last_lines_say_where_to_look(trained):
+    lines = trained.stdout.splitlines()
+    page = f"#/experiments/0/runs/{trained.run.info.run_id}?workflowType=machine_learning"
+    assert lines[EPOCHS + 1].startswith("Model: models:/poolnet/")
+    if trained.uri.startswith("http"):
+        assert lines[EPOCHS + 2 :] == [f"Look at it: {trained.uri}/{page}"]
+    else:
+        serve = f"Look at it: mlflow ui --backend-store-uri {trained.uri}"
+        assert lines[EPOCHS + 2 :] == [serve, f"then http://127.0.0.1:5000/{page}"]
+    assert trained.stderr == ""
+
+
+def test_tags_status_and_name(trained):
+    tags = trained.run.data.tags
+    assert trained.run.info.status == "FINISHED"
+    assert trained.run.info.run_name == "avg-seed42"
+    assert tags["poolnet.data_sha256"] == open_splits(trained.path).sha256
+    assert tags["poolnet.device"] == str(resolve_device("auto"))
+    commit, dirty, _ = tracking.code_state()
+    assert tags["poolnet.git_dirty"] == dirty
+    assert tags.get("mlflow.source.git.commit") == commit
+
+
+def test_the_summary_holds_the_result_and_the_command(trained):
+    note = trained.run.data.tags["mlflow.note.content"]
+    metrics = trained.run.data.metrics
+    assert f"**Test accuracy {metrics['test_acc']:.4f}**" in note
+    assert f"| loss | {metrics['train_loss']:.4f} | {metrics['val_loss']:.4f} | {metrics['test_loss']:.4f} |" in note
+    assert f"poolnet train --data {trained.path} --pool avg" in note
+
+
+def test_datasets_carry_the_digest_of_the_whole_split(trained):
+    inputs = {entry.tags[0].value: entry.dataset for entry in trained.run.inputs.dataset_inputs}
+    splits = open_splits(trained.path)
+    assert set(inputs) == {"train", "val", "test"}
+    for split in splits:
+        assert inputs[split.name].digest == split.sha256[:32]
+        assert inputs[split.name].name == "letters"
+        assert str(trained.path) in inputs[split.name].source
+
+
+def test_predictions_explain_the_test_score(here):
+    folder = Path(here.client.download_artifacts(here.run.info.run_id, "predictions"))
+    splits = open_splits(here.path)
+    for split in (splits.val, splits.test):
+        with np.load(folder / f"{split.name}.npz") as saved:
+            assert set(saved) == {"logits", "y"}
+            logits, y = saved["logits"], saved["y"]
+        assert logits.dtype == np.float32
+        assert y.dtype == np.int64
+        np.testing.assert_array_equal(y, split.y)
+        assert (logits.argmax(1) == y).mean() == here.run.data.metrics[f"{split.name}_acc"]
+
+
+def test_figures_are_pictures(here):
+    folder = Path(here.client.download_artifacts(here.run.info.run_id, "figures"))
+    names = {"learning_curves", "confusion_matrix", "classifier_weights", "worst_mistakes"}
+    assert {path.stem for path in folder.glob("*.png")} == names
+    for path in folder.glob("*.png"):
+        with Image.open(path) as image:
+            assert np.asarray(image.convert("L")).std() > 10  # something is drawn
+
+
+def test_the_registered_version_is_tagged_and_linked(trained):
+    versions = trained.client.search_model_versions(f"run_id = '{trained.run.info.run_id}'")
+    assert len(versions) == 1
+    (version,) = versions
+    metrics = trained.run.data.metrics
+    assert version.name == "poolnet"
+    assert version.tags == {
+        "pool": "avg",
+        "seed": "42",
+        "val_acc": repr(metrics["val_acc"]),
+        "test_acc": repr(metrics["test_acc"]),
+        "data_sha256": trained.run.data.tags["poolnet.data_sha256"],
+    }
+    assert f"Model: models:/poolnet/{version.version}" in trained.stdout
+    model = trained.client.get_logged_model(version.source.removeprefix("models:/"))
+    assert model.name == "model"
+    scores = {metric.key: metric for metric in model.metrics if metric.dataset_name == "letters"}
+    assert {name: scores[name].value for name in scores} == {name: metrics[name] for name in ("test_loss", "test_acc")}
+
+
+def test_the_model_loads_without_pickle_for_any_batch(here, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    (version,) = here.client.search_model_versions(f"run_id = '{here.run.info.run_id}'")
+    uri = f"models:/poolnet/{version.version}"
+    native, pyfunc = mlflow.pytorch.load_model(uri), mlflow.pyfunc.load_model(uri)
+    test = open_splits(here.path).test
+    images = test.images(slice(None))
+    for n in (1, 7, 1000):
+        batch = np.resize(images, (n, 1, 28, 28))
+        logits = native(torch.from_numpy(batch)).detach().numpy()
+        assert logits.shape == (n, 10)
+        np.testing.assert_allclose(pyfunc.predict(batch), logits, atol=1e-6)
+    acc = (pyfunc.predict(images).argmax(1) == test.y).mean()
+    assert acc == pytest.approx(here.run.data.metrics["test_acc"], abs=1e-6)
+
+
+def test_the_models_requirements_are_exact(here):
+    (version,) = here.client.search_model_versions(f"run_id = '{here.run.info.run_id}'")
+    requirements = mlflow.pyfunc.get_model_dependencies(f"models:/poolnet/{version.version}")
+    lines = Path(requirements).read_text().split()
+    assert f"torch=={torch.__version__.partition('+')[0]}" in lines
+    assert f"numpy=={np.__version__}" in lines
+    assert f"mlflow=={mlflow.__version__}" in lines
+
+
+# --- runs that MLflow has made, runs that fail, stores that are fresh -----------------------------------------------
+
+
+@pytest.fixture
+def splits(letters):
+    return open_splits(letters)
+
+
+CONFIG = TrainConfig(data="letters.npz", epochs=2, register=False)
+CPU = torch.device("cpu")
+
+
+def finish(config, splits):
+    with tracking.run(config, splits, CPU) as run:
+        run.log_result(fit(config, splits, run.log_epoch))
+    return mlflow.get_run(run.run_id)
+
+
+def adopted(monkeypatch, params, name=None):
+    """A run as `mlflow run` makes it: params as raw text, and a name that nobody chose."""
+    client = mlflow.MlflowClient()
+    run_id = client.create_run("0", run_name=name).info.run_id
+    for key, value in params.items():
+        client.log_param(run_id, key, value)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    return run_id
+
+
+def test_an_adopted_run_keeps_its_raw_params_and_gets_the_missing_ones(monkeypatch, splits):
+    raw = {"data": "'letters.npz'", "lr": "1e-3", "epochs": "02", "register": "no", "seed": "42"}
+    run_id = adopted(monkeypatch, raw)
+    run = finish(CONFIG, splits)
+    assert run.info.run_id == run_id
+    assert run.data.params == raw | {"pool": "max", "batch_size": "128", "device": "auto"}
+    assert run.info.run_name == "max-seed42"
+    assert [step for step, _ in history(mlflow.MlflowClient(), run_id, "val_loss")] == [1, 2]
+
+
+def test_a_name_that_the_user_chose_stays(monkeypatch, splits):
+    adopted(monkeypatch, {}, name="Monday, first try")
+    assert finish(CONFIG, splits).info.run_name == "Monday, first try"
+
+
+def test_a_run_that_says_something_else_is_refused_untouched(monkeypatch, splits):
+    run_id = adopted(monkeypatch, {"lr": "0.1"})
+    mlflow.MlflowClient().set_terminated(run_id, "FINISHED")
+    with pytest.raises(InputError, match=r"lr: found 0.1 in its record, expected 0.001"):
+        finish(CONFIG, splits)
+    assert mlflow.get_run(run_id).info.status == "FINISHED"
+    assert mlflow.get_run(run_id).data.params == {"lr": "0.1"}
+
+
+def test_without_register_there_is_a_model_but_no_version(splits):
+    run = finish(CONFIG, splits)
+    assert len(mlflow.MlflowClient().search_logged_models(["0"])) == 1
+    assert mlflow.MlflowClient().search_model_versions() == []
+    assert "models:/poolnet" not in run.data.tags["mlflow.note.content"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(RunError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")]
+)
+def test_a_run_that_ends_early_says_so(splits, error, status):
+    with pytest.raises(error), tracking.run(CONFIG, splits, CPU) as run:
+        raise error
+    assert mlflow.get_run(run.run_id).info.status == status
+
+
+def test_a_server_that_is_not_there_is_one_error(monkeypatch, splits):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(RunError, match="tracking server"):
+        finish(CONFIG, splits)
+
+
+def test_passwords_do_not_reach_the_screen(monkeypatch, splits):
+    run = tracking.Run("4f", "7", CONFIG, splits, CPU)
+    for uri in ("http://me:secret@127.0.0.1:5000/", "postgresql://me:secret@127.0.0.1/mlflow"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert "http://127.0.0.1:5000/#/experiments/7/runs/4f?" in run.where_to_look()
+        assert "secret" not in run.where_to_look()
+
+
+def test_uncommitted_changes_are_kept_with_the_run(tmp_path, monkeypatch, splits):
+    package = tmp_path / "repository" / "poolnet"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(tracking, "__file__", str(package / "tracking.py"))
+    assert tracking.code_state() == (None, "unknown", b"")
+
+    def git(*args):
+        who = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+        return subprocess.run(["git", *who, *args], cwd=package, check=True, capture_output=True, text=True).stdout
+
+    git("init", "-q")
+    assert tracking.code_state() == (None, "unknown", b"")  # a repository, but of something else
+    (package / "__init__.py").write_text("one = 1\n")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    assert tracking.code_state() == (git("rev-parse", "HEAD").strip(), "false", b"")
+    (package / "__init__.py").write_text("one = 2\n")
+    run = finish(CONFIG, splits)
+    assert run.data.tags["poolnet.git_dirty"] == "true"
+    diff = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="git.diff"))
+    assert "+one = 2" in diff.read_text()
+
+
+def test_processes_that_start_at_once_share_a_fresh_store(tmp_path, letters):
+    command = [sys.executable, "-m", "poolnet", "train", "--data", str(letters), "--epochs", "1"]
+    runs = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(4)]
+    assert [run.wait() for run in runs] == [0] * 4
+    found = mlflow.MlflowClient().search_runs(["0"])
+    assert [run.info.status for run in found] == ["FINISHED"] * 4
+    versions = mlflow.MlflowClient().search_model_versions("name = 'poolnet'")
+    assert sorted(int(version.version) for version in versions) == [1, 2, 3, 4]
+
+
+def test_the_model_is_exported_from_a_copy(splits):
+    result = fit(CONFIG, splits)
+    with tracking.run(CONFIG, splits, CPU) as run:
+        run.log_result(result)
+    assert isinstance(result.model, SimplePoolNet)
