@@ -1,0 +1,169 @@
+import inspect
+import subprocess
+import sys
+
+import click
+import mlflow
+import numpy as np
+import pytest
+from conftest import make_arrays, poolnet
+
+from poolnet import glyphs
+from poolnet.cli import cli, main
+from poolnet.config import home
+from poolnet.data import open_splits
+
+
+def run(capsys, *args):
+    """The command in this process: exit code, stdout, stderr."""
+    with pytest.raises(SystemExit) as exit_:
+        main([*map(str, args)])
+    printed = capsys.readouterr()
+    return exit_.value.code or 0, printed.out, printed.err
+
+
+def assert_refused(code, stderr, *words):
+    assert code == 2
+    assert stderr.count("\n") == 1
+    assert stderr.startswith("poolnet: error: ")
+    for word in words:
+        assert word in stderr
+
+
+BAD_OPTIONS = {  # the options, and the words of the line that refuses them
+    "unknown option": (["--size", "3"], ["--size"]),
+    "unknown pool": (["--pool", "min"], ["--pool", "max", "avg", "conv"]),
+    "epochs in words": (["--epochs", "many"], ["--epochs", "many"]),
+    "no epochs": (["--epochs", "0"], ["epochs", "0"]),
+    "half an epoch": (["--epochs", "1.5"], ["--epochs", "1.5"]),
+    "no batch": (["--batch-size", "-1"], ["batch_size", "-1"]),
+    "lr of nothing": (["--lr", "0"], ["lr"]),
+    "lr nan": (["--lr", "nan"], ["lr", "nan"]),
+    "negative seed": (["--seed", "-1"], ["seed"]),
+    "absent device": (["--device", "cuda:99"], ["device", "cuda:99", "cpu"]),
+    "unknown device": (["--device", "abacus"], ["device", "abacus"]),
+    "register perhaps": (["--register", "perhaps"], ["--register", "perhaps"]),
+    "missing data": (["--data", "nowhere.npz"], ["nowhere.npz", "no such file"]),
+    "notmnist unprepared": (["--data", "notmnist"], ["notmnist.npz", "poolnet prepare notmnist"]),
+    "extra argument": (["max"], ["max"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_a_bad_option_is_one_line_and_leaves_no_run(capsys, tmp_path, letters, case):
+    options, words = BAD_OPTIONS[case]
+    code, out, err = run(capsys, "train", *([] if "--data" in options else ["--data", letters]), *options)
+    assert_refused(code, err, *words)
+    assert out == ""
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_bad_data_is_one_line_and_no_traceback_from_outside_too(tmp_path):
+    arrays = make_arrays()
+    arrays["X_train"] = arrays["X_train"].astype(np.float64)
+    arrays["X_train"][0, 0, 0] = np.nan
+    np.savez(tmp_path / "bad.npz", **arrays)
+    finished = poolnet("train", "--data", tmp_path / "bad.npz")
+    assert_refused(finished.returncode, finished.stderr, "bad.npz: X_train: found NaN or infinity, expected finite")
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_loss_that_is_not_finite_fails_the_run(capsys, letters):
+    code, _, err = run(capsys, "train", "--data", letters, "--lr", "1e37")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "lr=1e+37 may be too high" in err
+    (left,) = mlflow.MlflowClient().search_runs(["0"])
+    assert left.info.status == "FAILED"
+
+
+def test_test_images_in_train_are_warned_about(capsys, tmp_path):
+    arrays = make_arrays()
+    arrays["X_test"][:4] = arrays["X_train"][:4]
+    np.savez(tmp_path / "leak.npz", **arrays)
+    code, _, err = run(capsys, "train", "--data", "leak.npz", "--epochs", 1, "--register", "no")
+    assert code == 0
+    assert err == f"poolnet: warning: {tmp_path / 'leak.npz'}: 4 of 110 test images also occur in train\n"
+    (finished,) = mlflow.MlflowClient().search_runs(["0"])
+    assert "4 test images also occur in train" in finished.data.tags["mlflow.note.content"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without a signal it could catch")
+def test_termination_ends_the_run_as_killed(letters):
+    command = [sys.executable, "-m", "poolnet", "train", "--data", str(letters), "--epochs", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("Epoch 01")
+        process.terminate()
+        process.communicate()
+    assert process.returncode == 143
+    (left,) = mlflow.MlflowClient().search_runs(["0"])
+    assert left.info.status == "KILLED"
+
+
+def test_the_embedded_letters_are_rendered_once(capsys, monkeypatch):
+    small = glyphs.render(train=200, val=50, test=50)
+    calls = []
+    monkeypatch.setattr(glyphs, "render", lambda: calls.append(1) or small)
+    for _ in range(2):
+        code, out, err = run(capsys, "train", "--epochs", 1, "--register", "no")
+        assert code == 0, err
+        assert out.splitlines()[-4].startswith("TEST: ")
+    assert calls == [1]
+
+
+def test_prepare_glyphs_writes_any_size(capsys, tmp_path):
+    code, out, _ = run(capsys, "prepare", "glyphs", "--train", 30, "--val", 20, "--test", 10, "--out", "g.npz")
+    assert (code, out) == (0, "Wrote g.npz\n")
+    assert [len(split) for split in open_splits(tmp_path / "g.npz")] == [30, 20, 10]
+    assert [str(path) for path in tmp_path.glob(".*")] == []
+
+
+def test_prepare_notmnist_makes_what_data_notmnist_means(capsys, real_letters, monkeypatch):
+    import conftest
+
+    assert run(capsys, "prepare", "notmnist", "--small", conftest.REAL_LETTERS)[0] == 0
+    assert open_splits(home() / "data" / "notmnist.npz").sha256 == open_splits(real_letters[0]).sha256
+
+
+def test_prepare_refuses_in_one_line(capsys):
+    code, _, err = run(capsys, "prepare", "notmnist", "--small", "nowhere.tar.gz", "--out", "x.npz")
+    assert_refused(code, err, "nowhere.tar.gz", "no such file")
+    code, _, err = run(capsys, "prepare", "glyphs", "--train", "0", "--out", "x.npz")
+    assert_refused(code, err, "--train", "0")
+
+
+def commands(group, path=()):
+    for name, command in group.commands.items():
+        yield (*path, name), command
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+
+
+def test_every_command_and_option_has_help(capsys):
+    for path, command in commands(cli):
+        assert command.help, path
+        for option in command.params:
+            assert option.help, (path, option.name)
+        assert run(capsys, *path, "--help")[0] == 0
+
+
+def test_help_imports_nothing_heavy():
+    heavy = {"torch", "mlflow", "numpy", "matplotlib", "scipy", "PIL"}
+    script = "import sys; from poolnet.cli import cli; cli.main(['--help'], standalone_mode=False); print(*sys.modules)"
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "Usage:" in finished.stdout
+    assert not heavy & set(finished.stdout.split())
+
+
+def test_no_command_shows_the_help(capsys):
+    code, out, err = run(capsys)
+    assert (code, err) == (2, "")
+    assert "train" in out
+
+
+def test_prepare_glyphs_shows_the_renderers_own_defaults():
+    defaults = {option.name: option.default for option in cli.commands["prepare"].commands["glyphs"].params}
+    expected = {name: option.default for name, option in inspect.signature(glyphs.render).parameters.items()}
+    assert {name: defaults[name] for name in ("train", "val", "test", "seed")} == {
+        name: expected[name] for name in ("train", "val", "test", "seed")
+    }

@@ -1,0 +1,120 @@
+"""The files around the package say what the package says, and `mlflow run` works as a user types it."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import click
+import mlflow
+import pytest
+import yaml
+from conftest import ROOT
+from mlflow.utils.environment import _PythonEnv
+from packaging.requirements import Requirement
+
+from poolnet.cli import cli
+from poolnet.config import TrainConfig
+
+MLPROJECT = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_defaults_are_the_same_everywhere():
+    fields = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    options = {option.name: option for option in cli.commands["train"].params}
+    declared = MLPROJECT["entry_points"]["main"]["parameters"]
+    assert list(fields) == list(options) == list(declared)
+    for name, default in fields.items():
+        assert options[name].default == default
+        # as MLflow passes it: text, which the option must read back as the default; and which it records as it is
+        assert str(declared[name]["default"]) == str(default)
+        assert options[name].type.convert(str(declared[name]["default"]), options[name], None) == default
+
+
+def test_the_entry_points_pass_every_parameter_on():
+    for name, entry in MLPROJECT["entry_points"].items():
+        used = re.findall(r"\{(\w+)\}", entry["command"])
+        assert used == list(entry["parameters"]), name
+    command = MLPROJECT["entry_points"]["main"]["command"]
+    assert re.findall(r"--(\w+) \{(\w+)\}", command) == [
+        (name, name) for name in MLPROJECT["entry_points"]["main"]["parameters"]
+    ]
+
+
+def test_the_conda_environment_as_mlflow_converts_it_holds_every_dependency():
+    converted = _PythonEnv.from_conda_yaml(str(ROOT / "conda.yaml"))
+    found = {
+        Requirement(line).name: Requirement(line) for line in converted.dependencies if Requirement(line).name != "pip"
+    }
+    expected = {Requirement(line).name: Requirement(line) for line in PYPROJECT["project"]["dependencies"]}
+    assert found == expected
+    assert re.fullmatch(r"3\.\d+", converted.python)
+    assert tuple(map(int, converted.python.split("."))) >= (3, 11)
+
+
+def test_everything_that_is_imported_is_declared():
+    projects = {"PIL": "pillow", "yaml": "pyyaml"}
+    names = [Requirement(line).name for line in PYPROJECT["project"]["dependencies"]]
+    extra = [Requirement(line).name for line in PYPROJECT["project"]["optional-dependencies"]["test"]]
+    for folder, declared in (("poolnet", names), ("tests", names + extra)):
+        for path in (ROOT / folder).glob("*.py"):
+            modules = re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            for module in set(modules) - sys.stdlib_module_names - {"poolnet", "conftest"}:
+                assert projects.get(module, module) in declared, f"{path.name} imports {module}"
+
+
+def mlflow_run(*args):
+    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", "local", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_mlflow_run_twice_gives_the_same_run_twice(letters):
+    options = ["-P", f"data={letters}", "-P", "pool=avg", "-P", "epochs=3", "-P", "lr=1e-2"]
+    for name in ([], ["--run-name", "named by the user"]):
+        finished = mlflow_run(*options, *name)
+        assert finished.returncode == 0, finished.stderr
+    client = mlflow.MlflowClient()
+    second, first = client.search_runs(["0"], order_by=["attributes.start_time DESC"])
+    assert (first.info.run_name, second.info.run_name) == ("avg-seed42", "named by the user")
+    assert first.info.status == second.info.status == "FINISHED"
+    assert first.data.params["lr"] == "1e-2"
+    timings = {"epoch_seconds", "examples_per_second"}
+    assert set(first.data.metrics) == set(second.data.metrics)
+    for name in set(first.data.metrics) - timings:
+        histories = [client.get_metric_history(run.info.run_id, name) for run in (first, second)]
+        values = [[(metric.step, metric.value) for metric in history] for history in histories]
+        assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("option", ["pool=min", "epochs=0", "data=nowhere.npz", "size=3"])
+def test_mlflow_run_leaves_no_run_behind_as_running(letters, option):
+    finished = mlflow_run(*([] if option.startswith("data") else ["-P", f"data={letters}"]), "-P", option)
+    assert finished.returncode != 0
+    (line,) = [line for line in finished.stderr.splitlines() if line.startswith("poolnet: error: ")]
+    assert option.partition("=")[0] in line or option.partition("=")[2] in line
+    (left,) = mlflow.MlflowClient().search_runs(["0"])
+    assert left.info.status == "FAILED"
+
+
+def test_mlflow_run_prepares_too(tmp_path):
+    out = tmp_path / "g.npz"
+    finished = mlflow_run("-e", "prepare", "-P", "dataset=glyphs", "-P", "train=20", "-P", f"out={out}")
+    assert finished.returncode == 0, finished.stderr
+    assert out.exists()
+
+
+def test_the_readme_names_every_command_and_its_first_lines_hold_the_result():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, command in cli.commands.items():
+        subcommands = [f"{name} {sub}" for sub in command.commands] if isinstance(command, click.Group) else [name]
+        for sub in subcommands:
+            assert f"poolnet {sub}" in readme
+    assert "| max" in "\n".join(readme.splitlines()[:12])
+
+
+def test_the_project_keeps_no_lock_that_breaks_the_uv_environment():
+    assert not (ROOT / "uv.lock").exists()
+    assert not Path(ROOT / "mlruns").exists() or "mlruns/" in (ROOT / ".gitignore").read_text()
