@@ -228,7 +228,7 @@ def test_locate_says_how_to_make_notmnist(tmp_path):
 
 def test_save_leaves_the_old_file_when_it_fails(letters, arrays):
     before = letters.read_bytes()
-    with pytest.raises((AttributeError, pickle.PicklingError)):
-        npz.save(letters, {"X_train": arrays["X_train"], "y_train": np.array([lambda: 0])})  # the second cannot be saved
+    with pytest.raises((AttributeError, pickle.PicklingError)):  # of the second array, when the first is written
+        npz.save(letters, {"X_train": arrays["X_train"], "y_train": np.array([lambda: 0])})
     assert letters.read_bytes() == before
     assert list(letters.parent.glob(".letters*")) == []
