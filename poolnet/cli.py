@@ -69,8 +69,10 @@ def notmnist(large: Path | None, small: Path | None, out: Path | None, seed: int
     from poolnet import data, notmnist, npz
 
     arrays, counts = notmnist.prepare(large, small, seed)
-    write(out or data.prepared("notmnist"), arrays, npz.save)
     click.echo(notmnist.table(arrays, counts))
+    out = out or data.prepared("notmnist")
+    npz.save(out, arrays)
+    click.echo(f"Wrote {out}")
 
 
 @prepare.command()
@@ -85,12 +87,8 @@ def glyphs(out: Path, seed: int, **sizes: int) -> None:
 
     with progress(length=sum(sizes.values()), label="Rendering") as bar:
         arrays = glyphs.render(**sizes, seed=seed, progress=bar.update)
-    write(out, arrays, npz.save)
-
-
-def write(path: Path, arrays: dict, save: Callable) -> None:
-    save(path, arrays)
-    click.echo(f"Wrote {path}")
+    npz.save(out, arrays)
+    click.echo(f"Wrote {out}")
 
 
 def warn(message: str) -> None:

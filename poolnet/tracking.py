@@ -73,13 +73,10 @@ class Run:
             figures.save_all(Path(folder) / "figures", figures.of_run(self.config, self.splits, result))
             mlflow.log_artifacts(folder)
         model_id = _log_model(result, self.splits.test, step=self.config.epochs)
-        mlflow.log_metrics(score(result.history), step=self.config.epochs)
-        mlflow.log_metrics(
-            {"test_loss": result.test.loss, "test_acc": result.test.acc},
-            step=self.config.epochs,
-            model_id=model_id,
-            dataset=_dataset(self.splits, self.splits.test),
-        )
+        # What is known once has no step: the UI compares such metrics as bars, and others as dots on a line of epochs.
+        mlflow.log_metrics(score(result.history))
+        tested = {"test_loss": result.test.loss, "test_acc": result.test.acc}
+        mlflow.log_metrics(tested, model_id=model_id, dataset=_dataset(self.splits, self.splits.test))
         version = None
         if self.config.register:
             digest = self.splits.sha256
@@ -147,9 +144,8 @@ def summary(run: Run, result: FitResult, version: int | None) -> str:
         f"| loss | {last.train_loss:.4f} | {result.val.loss:.4f} | {result.test.loss:.4f} |",
         f"| accuracy | {last.train_acc:.4f} | {result.val.acc:.4f} | {result.test.acc:.4f} |",
         "",
-        f"Best validation accuracy {once['best_val_acc']:.4f} in epoch {once['best_val_epoch']}; "
-        f"within {PLATEAU_MARGIN} of it from epoch {once['plateau_epoch']} on.",
-        "",
+        f"- Best validation accuracy: {once['best_val_acc']:.4f} in epoch {once['best_val_epoch']}; "
+        f"within {PLATEAU_MARGIN} of it from epoch {once['plateau_epoch']} on",
         f"- Data: `{splits.name}`, train / val / test {sizes}, SHA-256 `{splits.sha256}`"
         + (f". **{splits.overlap:,} test images also occur in train.**" if splits.overlap else ""),
         f"- Code: commit `{commit or 'unknown'}`, uncommitted changes: {dirty}",
