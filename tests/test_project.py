@@ -5,13 +5,14 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
+from itertools import pairwise
 
 import click
 import mlflow
+import numpy as np
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, poolnet
 from mlflow.utils.environment import _PythonEnv
 from packaging.requirements import Requirement
 
@@ -106,15 +107,50 @@ def test_mlflow_run_prepares_too(tmp_path):
     assert out.exists()
 
 
-def test_the_readme_names_every_command_and_its_first_lines_hold_the_result():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, command in cli.commands.items():
-        subcommands = [f"{name} {sub}" for sub in command.commands] if isinstance(command, click.Group) else [name]
-        for sub in subcommands:
-            assert f"poolnet {sub}" in readme
-    assert "| max" in "\n".join(readme.splitlines()[:12])
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def readme_blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_begins_with_the_result():
+    assert "test accuracy" in "\n".join(README.splitlines()[:10])
+
+
+def test_the_readmes_commands_are_such_that_can_be_typed():
+    typed = [line for block in readme_blocks("sh") for part in block.splitlines() for line in part.split(" && ")]
+    named = set()
+    for line in typed:
+        match line.split():
+            case ["poolnet", *words]:
+                group, path = cli, []
+                while isinstance(group, click.Group):
+                    path.append(words.pop(0))
+                    group = group.commands[path[-1]]
+                named.add(" ".join(path))
+                group.make_context(line, words).close()
+            case ["mlflow", "run", ".", *words]:
+                declared = MLPROJECT["entry_points"]["main"]["parameters"]
+                given = [word.partition("=")[0] for flag, word in pairwise(words) if flag == "-P"]
+                assert given
+                assert set(given) <= set(declared)
+            case ["python", "-m", "pip" | "pytest", *_]:
+                pass
+            case _:
+                pytest.fail(f"no test knows this command: {line}")
+    subcommands = {f"prepare {name}" for name in cli.commands["prepare"].commands}
+    assert named == set(cli.commands) - {"prepare"} | subcommands
+
+
+def test_the_readmes_evaluation_prints_the_test_accuracy(tmp_path, arrays, capsys):
+    np.savez(tmp_path / "small.npz", **arrays)
+    assert poolnet("train", "--data", "small.npz", "--epochs", "2").returncode == 0
+    (block,) = readme_blocks("python")
+    exec(block, {})
+    (run,) = mlflow.MlflowClient().search_runs(["0"])
+    assert float(capsys.readouterr().out) == pytest.approx(run.data.metrics["test_acc"], abs=1e-6)
 
 
 def test_the_project_keeps_no_lock_that_breaks_the_uv_environment():
     assert not (ROOT / "uv.lock").exists()
-    assert not Path(ROOT / "mlruns").exists() or "mlruns/" in (ROOT / ".gitignore").read_text()
