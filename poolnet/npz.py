@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import math
 import shutil
+import tokenize
 import uuid
 import zipfile
 import zlib
@@ -104,7 +105,7 @@ def member(archive: zipfile.ZipFile, path: Path, key: str) -> Member:
         recorder = _Recorder(stream)
         try:
             shape, fortran, dtype = readers[np.lib.format.read_magic(recorder)](recorder)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, SyntaxError, tokenize.TokenError) as error:  # of a garbled header
             raise InputError(f"{path}: {key}: found no array ({error}), expected numpy's own format") from None
     if dtype.hasobject:
         raise InputError(f"{path}: {key}: found an object array, which is never unpickled; expected numbers")

@@ -151,7 +151,20 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, cut, compressed):
         open_splits(path)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_flipped_bit_of_a_header_is_refused(tmp_path):
+    path = save(tmp_path / "header.npz", make_arrays((12, 3, 3)))
+    content = path.read_bytes()
+    start = content.index(b"\x93NUMPY")
+    for at in range(start, content.index(b"\n", start)):
+        for bit in range(8):
+            flipped = bytearray(content)
+            flipped[at] ^= 1 << bit
+            path.write_bytes(flipped)
+            with pytest.raises(InputError, match=r"header.npz"):
+                open_splits(path)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), compressed=st.booleans())
 def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path, where, bit, compressed):
     arrays = make_arrays((12, 3, 3))
