@@ -37,8 +37,8 @@ class Split:
         return len(self.y)
 
     def images(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Those images as a model takes them: float32 (n, 1, 28, 28), uint8 pixels divided by 255."""
-        return _as_images(self.X[rows])
+        """Those images as a model takes them, see `as_images`."""
+        return as_images(self.X[rows])
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,14 @@ def locate(data: str, say: Callable[[str], None] = lambda line: None) -> Path:
     return prepared(data) if data == "notmnist" else Path(data)
 
 
-def open_splits(path: Path) -> Splits:
-    """Open, validate and digest. Raises `InputError` with file, key, what was found and what was expected."""
+Watch = Callable[[str, int, int, np.ndarray], None]  # told of each window: split, its size, first row, pixels
+
+
+def open_splits(path: Path, watch: Watch = lambda name, size, start, window: None) -> Splits:
+    """Open, validate and digest. Raises `InputError` with file, key, what was found and what was expected.
+
+    A file that was not seen before is read once from end to end, and `watch` sees its pixels on the way.
+    """
     path = Path(path).absolute()
     with npz.opened(path) as archive:
         stamp = {"version": DIGEST_VERSION, "size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
@@ -94,7 +100,7 @@ def open_splits(path: Path) -> Splits:
         images = {name: members[name].map().reshape(-1, SIDE, SIDE) for name in SPLITS}
         record = _remembered(path, stamp)
         if record is None:
-            record = {**stamp, **_scan(members, images, labels)}
+            record = {**stamp, **_scan(members, images, labels, watch)}
             _remember(path, record)
     splits = (Split(name, images[name], labels[name], record["sha256"][name]) for name in SPLITS)
     return Splits(path, *splits, overlap=record["overlap"])
@@ -167,7 +173,9 @@ def _read_labels(member: npz.Member) -> np.ndarray:
     return y.astype(np.int64)
 
 
-def _scan(members: dict[str, npz.Member], images: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> dict:
+def _scan(
+    members: dict[str, npz.Member], images: dict[str, np.ndarray], labels: dict[str, np.ndarray], watch: Watch
+) -> dict:
     """One pass over every pixel: range, checksum, SHA-256, and the test images that train holds too."""
     one_type = len({member.dtype for member in members.values()}) == 1
     in_test: dict[bytes, int] = {}
@@ -175,12 +183,13 @@ def _scan(members: dict[str, npz.Member], images: dict[str, np.ndarray], labels:
     sha256 = {}
     for name in reversed(SPLITS):  # test first: its images are to be known when train passes by
         sha, crc = hashlib.sha256(), zlib.crc32(members[name].header)
-        for window in _hashed(images[name], labels[name], sha):
+        for index, window in enumerate(_hashed(images[name], labels[name], sha)):
             _check_range(members[name], window)
             crc = zlib.crc32(window, crc)
+            watch(name, len(images[name]), index * npz.ROWS, window)
             if name == "val":
                 continue
-            for image in window if one_type else _as_images(window):
+            for image in window if one_type else as_images(window):
                 key = hashlib.blake2b(image, digest_size=16).digest()
                 if name == "test":
                     in_test[key] = in_test.get(key, 0) + 1
@@ -215,7 +224,8 @@ def _check_range(member: npz.Member, window: np.ndarray) -> None:
         )
 
 
-def _as_images(x: np.ndarray) -> np.ndarray:
+def as_images(x: np.ndarray) -> np.ndarray:
+    """Stored pixels as a model takes them: float32 (n, 1, 28, 28), uint8 divided by 255."""
     images = x.reshape(-1, 1, SIDE, SIDE).astype(np.float32)
     if x.dtype == np.uint8:
         images /= 255
