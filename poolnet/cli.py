@@ -35,23 +35,49 @@ def train_options(command: Callable) -> Callable:
 
 @cli.command()
 @train_options
-def train(**options) -> None:
+@click.option("--no-cache", is_flag=True, help="Pool the images anew, and keep no features on disk.")
+@click.option(
+    "--optimum",
+    type=bool,
+    is_flag=False,
+    flag_value=True,
+    default=False,
+    help="Also find the lowest train loss there is.",
+)
+def train(no_cache: bool, optimum: bool, **options) -> None:
     """Train one network and record it in MLflow, from its data to its registered model."""
     config = TrainConfig(**options)
+    if optimum and config.pool == "conv":
+        raise InputError("--optimum: found pool conv, expected max or avg, whose loss has a single minimum")
 
-    from poolnet import data, tracking
+    from poolnet import data, features, linear, tracking
     from poolnet.train import fit, resolve_device
 
     device = resolve_device(config.device)
-    splits = data.open_splits(data.locate(config.data, say=click.echo))
+    path = data.locate(config.data, say=click.echo)
+    if config.pool == "conv":
+        splits, pooled = data.open_splits(path), None
+    else:
+        splits, pooled = features.open_pooled(path, config.pool, cache=not no_cache, say=click.echo)
     if splits.overlap:
         warn(f"{splits.path}: {splits.overlap:,} of {len(splits.test):,} test images also occur in train")
     with tracking.run(config, splits, device) as run:
-        result = fit(config, splits, lambda record: (click.echo(record), run.log_epoch(record)))
-        version = run.log_result(result)
-    click.echo(f"TEST: loss={result.test.loss:.4f}, acc={result.test.acc:.4f}")
-    click.echo(f"Model: models:/poolnet/{version}" if version else f"Model: runs:/{run.run_id}/model, not registered")
-    click.echo(f"Look at it: {run.where_to_look()}")
+
+        def on_epoch(record) -> None:
+            click.echo(record)
+            run.log_epoch(record)
+
+        result = fit(config, splits, on_epoch) if pooled is None else linear.fit(config, splits, pooled, on_epoch)
+        best = linear.optimum(result, splits.train, pooled["train"]) if optimum else None
+        version = run.log_result(result, best)
+        click.echo(f"TEST: loss={result.test.loss:.4f}, acc={result.test.acc:.4f}")
+        if best:
+            click.echo(f"Optimum: train loss={best.train_loss:.6f}, {best.gap:.6f} below that of the trained weights")
+            if not best.converged:
+                warn("the search for the optimum stopped early: the lowest train loss is lower still")
+        click.echo(f"Model: models:/poolnet/{version}" if version else f"Model: runs:/{run.run_id}/model")
+        click.echo(f"Look at it: {run.where_to_look()}")
+        run.log_figures(result, best)  # last, since nobody needs to wait for them
 
 
 @cli.group()

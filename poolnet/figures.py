@@ -11,18 +11,19 @@ from matplotlib.ticker import MaxNLocator
 
 from poolnet.config import TrainConfig
 from poolnet.data import LETTERS, Split, Splits
+from poolnet.linear import Optimum
 from poolnet.train import EpochRecord, Evaluation, FitResult
 
 TRAIN, VAL, TEST = "#0072b2", "#d55e00", "#333333"  # told apart by the colour-blind too (Okabe & Ito)
 
 
-def of_run(config: TrainConfig, splits: Splits, result: FitResult) -> dict[str, Figure]:
+def of_run(config: TrainConfig, splits: Splits, result: FitResult, optimum: Optimum | None) -> dict[str, Figure]:
     """The figures of a finished run, by file name."""
     title = f"{config.pool} on {splits.name}, seed {config.seed}"
     weight = result.model.classifier.weight.detach().cpu().numpy()
     worst = f"{title}: highest test losses, true letter and what is said"
     return {
-        "learning_curves": learning_curves(result.history, result.test, title),
+        "learning_curves": learning_curves(result.history, result.test, optimum, title),
         "confusion_matrix": confusion_matrix(result.test, f"{title}: test"),
         "classifier_weights": classifier_weights(weight, f"{title}: classifier weights"),
         "worst_mistakes": worst_mistakes(result.test, splits.test, worst),
@@ -35,8 +36,8 @@ def save_all(folder: Path, figures: dict[str, Figure]) -> None:
         figure.savefig(folder / f"{name}.png", dpi=120)
 
 
-def learning_curves(history: Iterable[EpochRecord], test: Evaluation, title: str) -> Figure:
-    """Loss and accuracy over the epochs, train and val, with the test score as a level."""
+def learning_curves(history: Iterable[EpochRecord], test: Evaluation, optimum: Optimum | None, title: str) -> Figure:
+    """Loss and accuracy over the epochs, train and val, with the test score and the lowest train loss as levels."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(title)
     epochs = [record.epoch for record in history]
@@ -47,6 +48,10 @@ def learning_curves(history: Iterable[EpochRecord], test: Evaluation, title: str
             values = [getattr(record, f"{split}_{kind}") for record in history]
             axes.plot(epochs, values, color=colour, label=split, marker="o", markersize=3)
         axes.axhline(level, color=TEST, linestyle=":", label=f"test, final weights: {level:.4f}")
+        if optimum and kind == "loss":
+            axes.axhline(
+                optimum.train_loss, color=TRAIN, linestyle="--", label=f"lowest train loss: {optimum.train_loss:.4f}"
+            )
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)

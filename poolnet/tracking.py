@@ -32,11 +32,11 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
-from scipy.stats import binomtest
 
 from poolnet import registry
 from poolnet.config import InputError, RunError, TrainConfig
 from poolnet.data import SIDE, Split, Splits
+from poolnet.linear import Optimum
 from poolnet.train import PLATEAU_MARGIN, EpochRecord, Evaluation, FitResult, score
 
 SIGNATURE = ModelSignature(
@@ -64,25 +64,32 @@ class Run:
         metrics = [Metric(name, value, now, step) for name, value in values.items()]
         mlflow.MlflowClient().log_batch(self.run_id, metrics=metrics)
 
-    def log_result(self, result: FitResult) -> int | None:
-        """Everything that is known once training has ended. Returns the model version, if one is registered."""
-        from poolnet import figures  # matplotlib takes a second, which the first epoch need not wait for
-
+    def log_result(self, result: FitResult, optimum: Optimum | None = None) -> int | None:
+        """Scores, predictions, the model and the description. Returns the model version, if one is registered."""
         with tempfile.TemporaryDirectory() as folder:
-            _write_predictions(Path(folder) / "predictions", result)
-            figures.save_all(Path(folder) / "figures", figures.of_run(self.config, self.splits, result))
-            mlflow.log_artifacts(folder)
+            _write_predictions(Path(folder), result)
+            mlflow.log_artifacts(folder, "predictions")
         model_id = _log_model(result, self.splits.test, step=self.config.epochs)
         # What is known once has no step: the UI compares such metrics as bars, and others as dots on a line of epochs.
-        mlflow.log_metrics(score(result.history))
+        once = score(result.history)
+        if optimum:
+            once |= {"optimum_train_loss": optimum.train_loss, "optimality_gap": optimum.gap}
+        mlflow.log_metrics(once)
         tested = {"test_loss": result.test.loss, "test_acc": result.test.acc}
         mlflow.log_metrics(tested, model_id=model_id, dataset=_dataset(self.splits, self.splits.test))
         version = None
         if self.config.register:
             digest = self.splits.sha256
             version = registry.register(model_id, self.config.pool, self.config.seed, result, digest)
-        mlflow.set_tag("mlflow.note.content", summary(self, result, version))
+        mlflow.set_tag("mlflow.note.content", summary(self, result, version, optimum))
         return version
+
+    def log_figures(self, result: FitResult, optimum: Optimum | None = None) -> None:
+        from poolnet import figures  # matplotlib takes a second, for which nobody waits here
+
+        with tempfile.TemporaryDirectory() as folder:
+            figures.save_all(Path(folder), figures.of_run(self.config, self.splits, result, optimum))
+            mlflow.log_artifacts(folder, "figures")
 
     def where_to_look(self) -> str:
         """The link of the run's page, or the command that serves it and the link."""
@@ -125,7 +132,7 @@ def run(config: TrainConfig, splits: Splits, device: torch.device) -> Iterator[R
         raise RunError(f"the tracking server refuses or is not there: {error}") from error
 
 
-def summary(run: Run, result: FitResult, version: int | None) -> str:
+def summary(run: Run, result: FitResult, version: int | None, optimum: Optimum | None) -> str:
     """The run's description in the UI, in Markdown: the result, what it rests on, and how to use and repeat it."""
     config, splits, last = run.config, run.splits, result.history[-1]
     once = score(result.history)
@@ -153,6 +160,11 @@ def summary(run: Run, result: FitResult, version: int | None) -> str:
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         f"- Again: `poolnet train {options}`",
     ]
+    if optimum:
+        lines.append(
+            f"- Lowest train loss that any weights reach: {optimum.train_loss:.6f}; the trained ones are "
+            f"{optimum.gap:.6f} above it"
+        )
     if version:
         lines.append(f'- Use: `mlflow.pytorch.load_model("models:/{registry.NAME}/{version}")`')
     return "\n".join(lines)
@@ -250,12 +262,13 @@ def _log_model(result: FitResult, test: Split, step: int) -> str:
 
 
 def _write_predictions(folder: Path, result: FitResult) -> None:
-    folder.mkdir()
     for name, evaluation in (("val", result.val), ("test", result.test)):
         np.savez(folder / f"{name}.npz", logits=evaluation.logits, y=evaluation.y)
 
 
 def _accuracy_interval(evaluation: Evaluation) -> tuple[float, float]:
     """Wilson's 95 % score interval for the accuracy, over examples (Wilson 1927)."""
+    from scipy.stats import binomtest  # half a second, which the first epoch need not wait for
+
     correct = int((evaluation.logits.argmax(1) == evaluation.y).sum())
     return tuple(binomtest(correct, len(evaluation.y)).proportion_ci(method="wilson"))

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from poolnet import npz
 from poolnet.config import InputError, RunError, TrainConfig
-from poolnet.data import Split, Splits
+from poolnet.data import Split, Splits, windows
 from poolnet.model import build_model
 
 EVAL_BATCH = 4096  # images; bounds memory, changes no figure
@@ -58,29 +59,49 @@ class FitResult:
     test: Evaluation
 
 
-def fit(
-    config: TrainConfig, splits: Splits, on_epoch: Callable[[EpochRecord], None] = lambda record: None
-) -> FitResult:
+OnEpoch = Callable[[EpochRecord], object]
+
+
+def fit(config: TrainConfig, splits: Splits, on_epoch: OnEpoch = lambda record: None) -> FitResult:
     """Train for `config.epochs`, report each epoch to `on_epoch`, evaluate val and test with the final weights."""
     device = resolve_device(config.device)
     model = build_model(config.pool, config.seed).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
     order = torch.Generator().manual_seed(config.seed)
-    history = []
+    fetch = {split.name: fetcher(split, device) for split in splits}
+
+    def train() -> tuple[float, float]:
+        rows = torch.randperm(len(splits.train), generator=order).to(device)
+        return train_one_epoch(model, map(fetch["train"], rows.split(config.batch_size)), optimizer)
+
     with threads(torch.get_num_threads() if config.pool == "conv" else 1):
-        for epoch in range(1, config.epochs + 1):
-            start = time.perf_counter()
-            batches = shuffled_batches(splits.train, config.batch_size, order, device)
-            train_loss, train_acc = train_one_epoch(model, batches, optimizer)
-            seconds = time.perf_counter() - start
-            val = evaluate(model, splits.val)
-            if not np.isfinite([train_loss, val.loss]).all():
-                losses = f"train loss={train_loss:g}, val loss={val.loss:g}"
-                raise RunError(f"epoch {epoch}: {losses}, expected finite ones; lr={config.lr:g} may be too high")
-            rate = len(splits.train) / seconds
-            history.append(EpochRecord(epoch, train_loss, train_acc, val.loss, val.acc, seconds, rate))
-            on_epoch(history[-1])
-        return FitResult(model, tuple(history), val, evaluate(model, splits.test))
+        history = run_epochs(
+            config, len(splits.train), train, lambda: evaluate(model, splits.val, fetch["val"]), on_epoch
+        )
+        val = evaluate(model, splits.val, fetch["val"])
+        return FitResult(model, history, val, evaluate(model, splits.test, fetch["test"]))
+
+
+def run_epochs(
+    config: TrainConfig,
+    examples: int,
+    train: Callable[[], tuple[float, float]],
+    evaluate_val: Callable[[], Evaluation],
+    on_epoch: OnEpoch,
+) -> tuple[EpochRecord, ...]:
+    """The history of `config.epochs` calls of `train`, each followed by validation; a loss must be finite."""
+    history = []
+    for epoch in range(1, config.epochs + 1):
+        start = time.perf_counter()
+        train_loss, train_acc = train()
+        seconds = time.perf_counter() - start
+        val = evaluate_val()
+        if not np.isfinite([train_loss, val.loss]).all():
+            losses = f"train loss={train_loss:g}, val loss={val.loss:g}"
+            raise RunError(f"epoch {epoch}: {losses}, expected finite ones; lr={config.lr:g} may be too high")
+        history.append(EpochRecord(epoch, train_loss, train_acc, val.loss, val.acc, seconds, examples / seconds))
+        on_epoch(history[-1])
+    return tuple(history)
 
 
 @contextlib.contextmanager
@@ -115,28 +136,44 @@ def train_one_epoch(
     return float(loss), int(torch.stack(corrects).sum()) / sum(sizes)
 
 
-def shuffled_batches(
-    split: Split, batch_size: int, order: torch.Generator, device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Every image once, in an order drawn from `order`: x (n, 1, 28, 28) float32, y (n,) int64; n may end short."""
-    for rows in torch.randperm(len(split), generator=order).split(batch_size):
-        x = torch.from_numpy(split.images(rows.numpy()))
-        y = torch.from_numpy(split.y[rows.numpy()])
-        yield x.to(device), y.to(device)
+Fetch = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def fetcher(split: Split, device: torch.device) -> Fetch:
+    """`fetch(rows)` gives those images (n, 1, 28, 28) float32 and labels (n,) on `device`.
+
+    On the CPU they are read from the split as it is mapped; to another device the split is copied once, and stays.
+    """
+    if device.type == "cpu":
+        return lambda rows: (torch.from_numpy(split.images(rows.numpy())), torch.from_numpy(split.y[rows.numpy()]))
+    stored = torch.uint8 if split.X.dtype == np.uint8 else torch.float32
+    X = torch.empty((len(split), *split.X.shape[1:]), dtype=stored, device=device)
+    for start, window in zip(range(0, len(split), npz.ROWS), windows(split.X), strict=True):
+        X[start : start + len(window)] = torch.tensor(window).to(stored)
+    y = torch.tensor(split.y, device=device)
+
+    def fetch(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = X[rows][:, None].float()
+        return x.div_(255) if stored == torch.uint8 else x, y[rows]
+
+    return fetch
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, split: Split) -> Evaluation:
+def evaluate(model: nn.Module, split: Split, fetch: Fetch | None = None) -> Evaluation:
     """Loss and accuracy over the whole split, on the device that the model is on."""
     model.eval()
     device = next(model.parameters()).device
-    parts = []
-    for start in range(0, len(split), EVAL_BATCH):
-        x = torch.from_numpy(split.images(slice(start, start + EVAL_BATCH)))
-        parts.append(model(x.to(device)).cpu())
-    logits, y = torch.cat(parts), torch.from_numpy(split.y)
-    loss = F.cross_entropy(logits.double(), y).item()
-    return Evaluation(loss, (logits.argmax(1) == y).double().mean().item(), logits.numpy(), split.y)
+    fetch = fetch or fetcher(split, device)
+    rows = torch.arange(len(split), device=device)
+    logits = torch.cat([model(fetch(part)[0]).cpu() for part in rows.split(EVAL_BATCH)])
+    return score_logits(logits.numpy(), split.y)
+
+
+def score_logits(logits: np.ndarray, y: np.ndarray) -> Evaluation:
+    """What (N, 10) logits say about labels (N,): summed in double precision, whatever the logits are in."""
+    loss = F.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(y)).item()
+    return Evaluation(loss, float((logits.argmax(1) == y).mean()), logits, y)
 
 
 def score(history: tuple[EpochRecord, ...]) -> dict[str, float]:

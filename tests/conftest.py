@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from poolnet import glyphs, npz
+
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
 ROOT = Path(__file__).parent.parent
 REAL_LETTERS = ROOT.parent / "shared" / "data" / "notMNIST_small.tar.gz"
@@ -77,6 +79,14 @@ def real_letters(tmp_path_factory):
     finished = poolnet("prepare", "notmnist", "--small", REAL_LETTERS, "--out", out, env=world(folder))
     assert finished.returncode == 0, finished.stderr
     return out, finished.stdout
+
+
+@pytest.fixture(scope="session")
+def glyphs_npz(tmp_path_factory):
+    """Embedded letters, fewer than the default."""
+    path = tmp_path_factory.mktemp("glyphs") / "glyphs.npz"
+    npz.save(path, glyphs.render(train=20_000, val=2_000, test=2_000))
+    return path
 
 
 @pytest.fixture(scope="session")

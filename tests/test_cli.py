@@ -1,4 +1,6 @@
 import inspect
+import re
+import shutil
 import subprocess
 import sys
 
@@ -46,6 +48,7 @@ BAD_OPTIONS = {  # the options, and the words of the line that refuses them
     "missing data": (["--data", "nowhere.npz"], ["nowhere.npz", "no such file"]),
     "notmnist unprepared": (["--data", "notmnist"], ["notmnist.npz", "poolnet prepare notmnist"]),
     "extra argument": (["max"], ["max"]),
+    "optimum of conv": (["--pool", "conv", "--optimum"], ["--optimum", "conv"]),
 }
 
 
@@ -77,6 +80,27 @@ def test_a_loss_that_is_not_finite_fails_the_run(capsys, letters):
     assert left.info.status == "FAILED"
 
 
+@pytest.mark.parametrize("option", [["--optimum"], ["--optimum", "yes"]])
+def test_the_optimum_on_demand(capsys, letters, option):
+    code, out, _ = run(capsys, "train", "--data", letters, "--epochs", 1, "--register", "no", *option)
+    assert code == 0
+    printed = re.search(r"Optimum: train loss=([\d.]+), ([\d.]+) below", out)
+    (finished,) = mlflow.MlflowClient().search_runs(["0"])
+    assert float(printed[1]) == pytest.approx(finished.data.metrics["optimum_train_loss"], abs=1e-6)
+    assert float(printed[2]) == pytest.approx(finished.data.metrics["optimality_gap"], abs=1e-6)
+
+
+def test_no_cache_gives_the_same_run_and_leaves_no_features(capsys, tmp_path, letters):
+    printed = []
+    for option in ([], ["--no-cache"]):
+        code, out, _ = run(capsys, "train", "--data", letters, "--epochs", 2, "--register", "no", *option)
+        assert code == 0
+        printed.append([line for line in out.splitlines() if line.startswith(("Epoch", "TEST"))])
+        assert bool(list((tmp_path / "home").glob("features/*.npy"))) == (option == [])
+        shutil.rmtree(tmp_path / "home" / "features", ignore_errors=True)
+    assert printed[0] == printed[1]
+
+
 def test_test_images_in_train_are_warned_about(capsys, tmp_path):
     arrays = make_arrays()
     arrays["X_test"][:4] = arrays["X_train"][:4]
@@ -92,7 +116,7 @@ def test_test_images_in_train_are_warned_about(capsys, tmp_path):
 def test_termination_ends_the_run_as_killed(letters):
     command = [sys.executable, "-m", "poolnet", "train", "--data", str(letters), "--epochs", "100000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline().startswith("Epoch 01")
+        assert any(line.startswith("Epoch 01") for line in process.stdout)
         process.terminate()
         process.communicate()
     assert process.returncode == 143

@@ -1,6 +1,7 @@
 """What a run leaves in a real store: once in SQLite, once on a real server."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,9 @@ import torch
 from conftest import make_arrays, poolnet, world
 from PIL import Image
 
-from poolnet import tracking
+from poolnet import features, linear, tracking
 from poolnet.config import InputError, RunError, TrainConfig
 from poolnet.data import open_splits
-from poolnet.model import SimplePoolNet
 from poolnet.train import fit, resolve_device
 
 EPOCHS = 3
@@ -64,19 +64,20 @@ def test_metrics_have_one_value_an_epoch_with_the_epoch_as_step(trained):
 
 
 def test_metrics_are_those_of_the_library_and_of_the_screen(trained):
-    result = fit(TrainConfig(**OPTIONS), open_splits(trained.path))
+    result = linear.fit(TrainConfig(**OPTIONS), *features.open_pooled(trained.path, "avg"))
     for name in ("train_loss", "train_acc", "val_loss", "val_acc"):
         expected = [(record.epoch, getattr(record, name)) for record in result.history]
         assert history(trained.client, trained.run.info.run_id, name) == expected
     assert trained.run.data.metrics["test_loss"] == result.test.loss
     assert trained.run.data.metrics["test_acc"] == result.test.acc
-    lines = trained.stdout.splitlines()
+    first, *lines = trained.stdout.splitlines()
+    assert re.fullmatch(r"Features: cached in .*features, 0.1 MB of at most 4,295 MB", first)
     assert lines[:EPOCHS] == [str(record) for record in result.history]
     assert lines[EPOCHS] == f"TEST: loss={result.test.loss:.4f}, acc={result.test.acc:.4f}"
 
 
 def test_the_last_lines_say_where_to_look(trained):
-    lines = trained.stdout.splitlines()
+    lines = trained.stdout.splitlines()[1:]
     page = f"#/experiments/0/runs/{trained.run.info.run_id}?workflowType=machine_learning"
     assert lines[EPOCHS + 1].startswith("Model: models:/poolnet/")
     if trained.uri.startswith("http"):
@@ -197,7 +198,9 @@ CPU = torch.device("cpu")
 
 def finish(config, splits):
     with tracking.run(config, splits, CPU) as run:
-        run.log_result(fit(config, splits, run.log_epoch))
+        result = fit(config, splits, run.log_epoch)
+        run.log_result(result)
+        run.log_figures(result)
     return mlflow.get_run(run.run_id)
 
 
@@ -299,8 +302,12 @@ def test_processes_that_start_at_once_share_a_fresh_store(tmp_path, letters):
     assert sorted(int(version.version) for version in versions) == [1, 2, 3, 4]
 
 
-def test_the_model_is_exported_from_a_copy(splits):
-    result = fit(CONFIG, splits)
+def test_the_optimum_is_recorded(splits):
+    best = linear.Optimum(train_loss=0.25, gap=0.125, converged=True)
     with tracking.run(CONFIG, splits, CPU) as run:
-        run.log_result(result)
-    assert isinstance(result.model, SimplePoolNet)
+        result = fit(CONFIG, splits)
+        run.log_result(result, best)
+        run.log_figures(result, best)
+    data = mlflow.get_run(run.run_id).data
+    assert (data.metrics["optimum_train_loss"], data.metrics["optimality_gap"]) == (0.25, 0.125)
+    assert "Lowest train loss that any weights reach: 0.250000" in data.tags["mlflow.note.content"]

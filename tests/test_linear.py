@@ -1,0 +1,145 @@
+"""The fast path against the readable one: same figures, whatever the batch size, device or data."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_arrays
+from sklearn.linear_model import LogisticRegression
+from torch.nn import functional as F
+
+from poolnet import linear
+from poolnet.config import RunError, TrainConfig
+from poolnet.data import open_splits
+from poolnet.features import open_pooled
+from poolnet.linear import Autograd, SoftmaxRegression, optimum
+from poolnet.model import build_model
+from poolnet.train import fit
+
+
+def figures(history):
+    return np.array([dataclasses.astuple(record)[1:5] for record in history])
+
+
+def assert_equal_runs(config, path):
+    splits, arrays = open_pooled(path, config.pool)
+    fast, slow = linear.fit(config, splits, arrays), fit(config, splits)
+    sizes = np.array([len(splits.train)] * 2 + [len(splits.val)] * 2)
+    within = np.where([False, True, False, True], 2 / sizes, 1e-5) + 1e-12  # losses to 1e-5, accuracies to two images
+    assert len(fast.history) == config.epochs
+    assert (np.abs(figures(fast.history) - figures(slow.history)) <= within).all()
+    assert abs(fast.test.loss - slow.test.loss) <= 1e-5
+    assert abs(fast.test.acc - slow.test.acc) <= 2 / len(splits.test) + 1e-12
+    np.testing.assert_allclose(fast.test.logits, slow.test.logits, atol=1e-3)
+    return fast
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 32, 128, 299, 300, 1000])
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_the_fast_path_equals_the_slow_one(letters, pool, batch_size):
+    assert_equal_runs(TrainConfig(pool=pool, epochs=3, batch_size=batch_size, lr=0.01), letters)
+
+
+def test_blocks_of_batches_do_not_show(letters, monkeypatch):
+    config = TrainConfig(epochs=3, batch_size=8, lr=0.01)
+    whole = linear.fit(config, *open_pooled(letters, "max"))
+    monkeypatch.setattr(linear, "BLOCK", 24)
+    parts = linear.fit(config, *open_pooled(letters, "max"))
+    np.testing.assert_array_equal(whole.test.logits, parts.test.logits)
+    np.testing.assert_allclose(figures(whole.history), figures(parts.history), atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", [42, 1, 2])
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_thirty_epochs_on_real_letters_are_equal(real_letters, pool, seed):
+    assert_equal_runs(TrainConfig(pool=pool, seed=seed), real_letters[0])
+
+
+@pytest.mark.parametrize("seed", [42, 1, 2])
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_thirty_epochs_on_embedded_letters_are_equal(glyphs_npz, pool, seed):
+    assert_equal_runs(TrainConfig(pool=pool, seed=seed), glyphs_npz)
+
+
+def test_the_model_gets_the_weights_and_is_a_model_of_raw_images(letters):
+    splits, arrays = open_pooled(letters, "avg")
+    result = linear.fit(TrainConfig(pool="avg", epochs=2, lr=0.01), splits, arrays)
+    with torch.no_grad():
+        logits = result.model(torch.from_numpy(splits.test.images(slice(None))))
+    np.testing.assert_allclose(logits.numpy(), result.test.logits, atol=1e-5)
+
+
+def test_the_step_is_adams(letters):
+    """Weights after each of many steps, against torch.optim.Adam on autograd's gradient, in double precision."""
+    splits, arrays = open_pooled(letters, "max")
+    model = build_model("max", seed=3)
+    learner = SoftmaxRegression(model, 0.05, arrays, splits.train.y)
+    W = torch.tensor(learner.W, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([W], lr=0.05)
+    x, y = torch.tensor(arrays["train"]).double(), torch.tensor(splits.train.y)
+    order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))
+    for rows in order.split(50):
+        adam.zero_grad()
+        F.cross_entropy(x[rows] @ W, y[rows]).backward()
+        adam.step()
+        learner._steps(arrays["train"][rows.numpy()][None], learner.y[rows.numpy()][None])
+        np.testing.assert_allclose(learner.W, W.detach().numpy(), atol=2e-5)
+
+
+def test_the_path_for_other_devices_equals_torchs_own_loop(letters):
+    splits, arrays = open_pooled(letters, "avg")
+    order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))
+    fast = SoftmaxRegression(build_model("avg", 1), 0.01, arrays, splits.train.y)
+    other = Autograd(build_model("avg", 1), 0.01, arrays, splits.train.y)
+    for _ in range(3):
+        np.testing.assert_allclose(other.train_epoch(order, 32), fast.train_epoch(order, 32), atol=1e-5)
+    fast.finish()
+    other.finish()
+    np.testing.assert_allclose(other.logits("test"), fast.logits("test"), atol=1e-4)
+    torch.testing.assert_close(other.classifier.weight, fast.model.classifier.weight, atol=1e-4, rtol=0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_as_on_the_slow_path(letters):
+    config = TrainConfig(epochs=5, lr=1e37)
+    messages = []
+    for run in (lambda: linear.fit(config, *open_pooled(letters, "max")), lambda: fit(config, open_splits(letters))):
+        with pytest.raises(RunError, match=r"epoch 1: train loss=.*lr=1e\+37 may be too high") as raised:
+            run()
+        messages.append(str(raised.value))
+    assert messages[0].split(":")[0] == messages[1].split(":")[0]
+
+
+def test_the_same_seed_gives_the_same_run(letters):
+    config = TrainConfig(epochs=3)
+    first, again = (linear.fit(config, *open_pooled(letters, "max")) for _ in range(2))
+    np.testing.assert_array_equal(figures(first.history), figures(again.history))
+    np.testing.assert_array_equal(first.test.logits, again.test.logits)
+
+
+def test_the_optimum_is_where_scikit_learn_finds_it_and_training_goes_there(tmp_path):
+    noisy = make_arrays((1500, 50, 50))  # without the wrong labels the letters could be told apart, at no loss at all
+    noisy["y_train"][:300] = np.random.default_rng(1).integers(0, 10, 300)
+    np.savez(tmp_path / "noisy.npz", **noisy)
+    splits, arrays = open_pooled(tmp_path / "noisy.npz", "avg")
+    short, long = (
+        optimum(linear.fit(TrainConfig("", "avg", epochs, lr=0.01), splits, arrays), splits.train, arrays["train"])
+        for epochs in (2, 200)
+    )
+    x = arrays["train"][:, :49].astype(np.float64)
+    theirs = LogisticRegression(C=np.inf, tol=1e-8, max_iter=100_000).fit(x, splits.train.y)
+    log_p = theirs.predict_log_proba(x)
+    their_loss = -log_p[np.arange(len(x)), splits.train.y].mean()
+    assert short.converged
+    assert short.train_loss == pytest.approx(their_loss, abs=1e-5)
+    assert long.train_loss == pytest.approx(short.train_loss, abs=1e-5)
+    assert 0 <= long.gap < short.gap / 2
+
+
+def test_the_gap_is_what_training_is_above_the_optimum(letters):
+    splits, arrays = open_pooled(letters, "avg")
+    result = linear.fit(TrainConfig(pool="avg", epochs=3, lr=0.01), splits, arrays)
+    found = optimum(result, splits.train, arrays["train"])
+    logits = torch.from_numpy(arrays["train"]) @ linear._weights(result.model)
+    loss = F.cross_entropy(logits, torch.from_numpy(splits.train.y)).item()
+    assert loss - found.train_loss == pytest.approx(found.gap, abs=1e-5)
