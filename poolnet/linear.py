@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from poolnet.config import TrainConfig
@@ -40,7 +41,9 @@ def fit(
     def evaluate(split: Split) -> Evaluation:
         return score_logits(learner.logits(split.name), split.y)
 
-    history = run_epochs(config, len(splits.train), train, lambda: evaluate(splits.val), on_epoch)
+    # With large batches BLAS would start threads, which gain nothing here and stall while another process holds a core.
+    with threadpool_limits(1, user_api="blas"):
+        history = run_epochs(config, len(splits.train), train, lambda: evaluate(splits.val), on_epoch)
     learner.finish()
     return FitResult(model, history, evaluate(splits.val), evaluate(splits.test))
 

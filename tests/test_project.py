@@ -1,6 +1,7 @@
 """The files around the package say what the package says, and `mlflow run` works as a user types it."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import mlflow
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, poolnet
+from conftest import REAL_LETTERS, ROOT, poolnet
 from mlflow.utils.environment import _PythonEnv
 from packaging.requirements import Requirement
 
@@ -61,7 +62,7 @@ def test_everything_that_is_imported_is_declared():
     projects = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
     names = [Requirement(line).name for line in PYPROJECT["project"]["dependencies"]]
     extra = [Requirement(line).name for line in PYPROJECT["project"]["optional-dependencies"]["test"]]
-    for folder, declared in (("poolnet", names), ("tests", names + extra)):
+    for folder, declared in (("poolnet", names), ("benchmarks", names), ("tests", names + extra)):
         for path in (ROOT / folder).glob("*.py"):
             modules = re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
             for module in set(modules) - sys.stdlib_module_names - {"poolnet", "conftest"}:
@@ -138,6 +139,8 @@ def test_the_readmes_commands_are_such_that_can_be_typed():
                 assert set(given) <= set(declared)
             case ["python", "-m", "pip" | "pytest", *_]:
                 pass
+            case ["python", script, *_]:
+                assert (ROOT / script).exists()
             case _:
                 pytest.fail(f"no test knows this command: {line}")
     subcommands = {f"prepare {name}" for name in cli.commands["prepare"].commands}
@@ -151,6 +154,25 @@ def test_the_readmes_evaluation_prints_the_test_accuracy(tmp_path, arrays, capsy
     exec(block, {})
     (run,) = mlflow.MlflowClient().search_runs(["0"])
     assert float(capsys.readouterr().out) == pytest.approx(run.data.metrics["test_acc"], abs=1e-6)
+
+
+def run_benchmark(name, *options):
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, options), "--rounds", "1", "--json"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
+
+
+def test_the_speed_benchmark_still_measures():
+    result = run_benchmark("train_speed.py", "--scale", 0.002)
+    assert result["epoch_ratio"] == result["epoch_seconds_notebook"] / result["epoch_seconds_poolnet"]
+    assert result["job_seconds_warm"] > result["first_epoch_seconds_warm"] > 0
+
+
+def test_the_prepare_benchmark_still_measures(real_letters):
+    result = run_benchmark("prepare_speed.py", REAL_LETTERS)
+    assert result["images"] == 18_724
+    assert result["microseconds_an_image_poolnet"] > 0
 
 
 def test_the_project_keeps_no_lock_that_breaks_the_uv_environment():
