@@ -5,9 +5,11 @@ one is unpacked once, in a stream, into poolnet's local state and mapped there. 
 """
 
 import contextlib
+import glob
 import hashlib
 import math
 import shutil
+import time
 import tokenize
 import uuid
 import zipfile
@@ -126,6 +128,10 @@ def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """The name of a temporary file beside `path`, which takes the place of `path` when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(FileNotFoundError):  # whose process has just finished
+            if time.time() - stale.stat().st_mtime > 3600:  # whose process was killed
+                stale.unlink()
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         yield part

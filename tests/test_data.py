@@ -245,3 +245,12 @@ def test_save_leaves_the_old_file_when_it_fails(letters, arrays):
         npz.save(letters, {"X_train": arrays["X_train"], "y_train": np.array([lambda: 0])})
     assert letters.read_bytes() == before
     assert list(letters.parent.glob(".letters*")) == []
+
+
+def test_what_a_killed_process_left_is_removed_but_not_what_one_at_work_holds(tmp_path, letters, arrays):
+    killed, at_work = tmp_path / ".letters.npz.0a0a0a0a.part", tmp_path / ".letters.npz.1b1b1b1b.part"
+    for path in (killed, at_work):
+        path.touch()
+    os.utime(killed, (1, 1))
+    npz.save(letters, arrays)
+    assert [path.exists() for path in (killed, at_work)] == [False, True]
