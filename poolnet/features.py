@@ -34,20 +34,24 @@ def open_pooled(
     arrays: dict[str, np.ndarray] = {}
 
     def watch(name: str, size: int, start: int, window: np.ndarray) -> None:
-        array = arrays.setdefault(name, np.empty((size, WIDTH), np.float32))
-        array[start : start + len(window)] = pooled(net, window)
+        if name not in arrays:
+            arrays[name] = np.empty((size, WIDTH), np.float32)
+        arrays[name][start : start + len(window)] = pooled(net, window)
 
     with _one_process(path) if cache else contextlib.nullcontext():
         splits = open_splits(path, watch)
         for split in splits:
-            known = _load(split, pool) if cache and split.name not in arrays else None
-            if known is None:
-                known = arrays[split.name] if split.name in arrays else compute(net, split)
-                if cache:
-                    _save(known, split, pool)
-            arrays[split.name] = known
-    if cache and not all(isinstance(array, np.memmap) for array in arrays.values()):
-        say(f"Features: cached in {_folder()}, {_size() / 1e6:,.1f} MB of at most {CACHE_LIMIT / 1e6:,.0f} MB")
+            if split.name not in arrays:  # the file was known, and not read from end to end
+                known = _load(split, pool) if cache else None
+                arrays[split.name] = compute(net, split) if known is None else known
+        fresh = [split for split in splits if not isinstance(arrays[split.name], np.memmap)]
+        if cache and fresh:
+            try:
+                for split in fresh:
+                    _save(arrays[split.name], split, pool)
+                say(f"Features: cached in {_folder()}, {_size() / 1e6:,.1f} MB of at most {CACHE_LIMIT / 1e6:,.0f} MB")
+            except OSError as error:  # they are in memory all the same
+                say(f"Features: not cached, {_folder()} cannot be written ({error}); is the disk full?")
     return splits, arrays
 
 

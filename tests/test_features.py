@@ -1,4 +1,6 @@
 import multiprocessing
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -133,3 +135,23 @@ def test_bad_data_leaves_no_features(tmp_path):
     with pytest.raises(InputError, match="X_train"):
         open_pooled(tmp_path / "bad.npz", "max")
     assert cached() == []
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from poolnet.features import open_pooled
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+_, arrays = open_pooled(Path(sys.argv[1]), "max", say=print)
+print(arrays["train"].shape)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of a file")
+def test_a_disk_that_takes_no_more_costs_the_cache_only(letters):
+    command = [sys.executable, "-c", LIMITED, str(letters)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    said, shape = finished.stdout.splitlines()
+    assert said.startswith(f"Features: not cached, {home() / 'features'} cannot be written (")
+    assert shape == "(300, 50)"
+    assert [path.name for path in (home() / "features").iterdir() if path.suffix != ".lock"] == []
