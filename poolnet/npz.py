@@ -5,8 +5,10 @@ one is unpacked once, in a stream, into poolnet's local state and mapped there. 
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
+import lzma
 import math
 import shutil
 import time
@@ -91,7 +93,9 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # trouble of the disk; the two others are garbled offsets and garbled bzip2
         if magic != b"PK\x03\x04":
             raise InputError(f"{path}: found no zip archive, expected an .npz file") from None
         raise InputError(f"{path}: truncated or damaged ({error}), expected a whole .npz file") from None
