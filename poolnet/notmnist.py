@@ -6,6 +6,8 @@ on the order in which they are found.
 """
 
 import concurrent.futures
+import contextlib
+import gzip
 import hashlib
 import http.client
 import io
@@ -129,11 +131,17 @@ def _divide(letters: Letters, shares: tuple[float, ...], rng: np.random.Generato
 def _tar_files(path: Path) -> Iterator[tuple[int, bytes]]:
     """(label, content) of each letter, straight from the stream: nothing is extracted. Content is empty if too long."""
     try:
-        with tarfile.open(path, "r|*") as tar:
-            for entry in tar:
-                label = _label(PurePosixPath(entry.name))
-                if label is not None and entry.isfile():
-                    yield label, tar.extractfile(entry).read() if entry.size <= MAX_PNG else b""
+        with contextlib.ExitStack() as stack:
+            stream = stack.enter_context(path.open("rb"))
+            if stream.peek(2)[:2] == b"\x1f\x8b":  # tarfile's own stream would not compare gzip's checksum
+                stream = stack.enter_context(gzip.open(stream))
+            with tarfile.open(fileobj=stream, mode="r|*") as tar:
+                for entry in tar:
+                    label = _label(PurePosixPath(entry.name))
+                    if label is not None and entry.isfile():
+                        yield label, tar.extractfile(entry).read() if entry.size <= MAX_PNG else b""
+            while stream.read(1 << 20):  # the checksum stands at the end
+                pass
     except FileNotFoundError:
         raise InputError(f"{path}: no such file or folder, expected a notMNIST tarball") from None
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:

@@ -159,6 +159,24 @@ def test_bad_sources_are_refused_by_name(tmp_path):
         notmnist.prepare(None, folder(tmp_path / "one", some_files(1)), seed=0)
 
 
+@pytest.mark.parametrize("where", [0.2, 0.5, 0.8])
+def test_a_damaged_tarball_is_refused_though_it_could_be_read(tmp_path, where):
+    path = tarball(tmp_path / "t.tar.gz", some_files())
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"t.tar.gz: not a whole tarball"):
+        notmnist.prepare(None, path, seed=0)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:bz2", "w:xz"])
+def test_other_compressions_are_read_as_well(tmp_path, mode):
+    path = tmp_path / "letters.tar"
+    with tarfile.open(path, mode) as tar:
+        tar.add(folder(tmp_path / "f", some_files()), "f")
+    assert notmnist.prepare(None, path, seed=0)[1]["small"]["read"] == 60
+
+
 def test_the_real_letters_are_counted_as_known(real_letters):
     path, printed = real_letters
     rows = dict(re.findall(r"^(\S.*?) {2,}([\d,]+)$", printed, re.MULTILINE))
