@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from poolnet.config import InputError, home
+from poolnet.config import InputError, RunError, home
 
 ROWS = 8192  # rows moved at a time
 
@@ -124,8 +124,11 @@ def member(archive: zipfile.ZipFile, path: Path, key: str) -> Member:
 
 def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write the arrays uncompressed, so that each can be mapped; the file appears whole or not at all."""
-    with replacing(path) as part, part.open("wb") as file:
-        np.savez(file, **arrays)
+    try:
+        with replacing(path) as part, part.open("wb") as file:
+            np.savez(file, **arrays)
+    except OSError as error:  # numpy's own names no file
+        raise RunError(f"{path}: cannot be written ({error}); is the disk full?") from error
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -272,3 +274,22 @@ def test_what_a_killed_process_left_is_removed_but_not_what_one_at_work_holds(tm
     os.utime(killed, (1, 1))
     npz.save(letters, arrays)
     assert [path.exists() for path in (killed, at_work)] == [False, True]
+
+
+LIMITED = """
+import resource, sys
+from poolnet.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+main(["prepare", "glyphs", "--train", "100", "--val", "10", "--test", "10", "--out", sys.argv[1]])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of a file")
+def test_a_disk_that_takes_no_more_is_one_line_that_names_the_file(letters):
+    before = letters.read_bytes()
+    finished = subprocess.run([sys.executable, "-c", LIMITED, str(letters)], capture_output=True, text=True)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith(f"poolnet: error: {letters}: cannot be written (")
+    assert finished.stderr.count("\n") == 1
+    assert letters.read_bytes() == before
+    assert list(letters.parent.glob(".letters*")) == []
