@@ -4,13 +4,16 @@ Modules that import torch or mlflow are imported inside the commands, so that `p
 """
 
 import dataclasses
-import signal
+import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
+from poolnet import signals
 from poolnet.config import POOLS, InputError, RunError, TrainConfig, progress
 
 FILE = click.Path(path_type=Path)
@@ -33,52 +36,94 @@ def train_options(command: Callable) -> Callable:
     return command
 
 
+YES_OR_NO = {"type": bool, "is_flag": False, "flag_value": True, "default": False}
+
+
 @cli.command()
 @train_options
+@click.option("--resume", metavar="RUN", default="", help="Go on with a run that was interrupted, with its settings.")
 @click.option("--no-cache", is_flag=True, help="Pool the images anew, and keep no features on disk.")
+@click.option("--optimum", **YES_OR_NO, help="Also find the lowest train loss there is.")
 @click.option(
-    "--optimum",
-    type=bool,
-    is_flag=False,
-    flag_value=True,
-    default=False,
-    help="Also find the lowest train loss there is.",
+    "--drain-timeout",
+    type=click.FloatRange(min=0),
+    default=30,
+    show_default=True,
+    help="Seconds to wait at the end for a tracking server that does not get on.",
 )
-def train(no_cache: bool, optimum: bool, **options) -> None:
+@click.pass_context
+def train(
+    context: click.Context, resume: str, no_cache: bool, optimum: bool, drain_timeout: float, **options: object
+) -> None:
     """Train one network and record it in MLflow, from its data to its registered model."""
     config = TrainConfig(**options)
     if optimum and config.pool == "conv":
         raise InputError("--optimum: found pool conv, expected max or avg, whose loss has a single minimum")
 
-    from poolnet import data, features, linear, tracking
-    from poolnet.train import fit, resolve_device
+    from poolnet.publisher import Publisher
 
-    device = resolve_device(config.device)
-    path = data.locate(config.data, say=click.echo)
-    if config.pool == "conv":
-        splits, pooled = data.open_splits(path), None
+    with Publisher(drain_timeout) as publisher:  # its imports take seconds, beside ours
+        from poolnet import job
+
+        say = click.echo
+        if resume:
+            given = {
+                name: value
+                for name, value in {**options, "optimum": optimum}.items()
+                if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+            }
+            run = job.resume(resume, given, not no_cache, publisher, say, warn)
+        else:
+            run = job.run(config, optimum, not no_cache, publisher, say, warn)
+        trouble = publisher.close()
+        held = publisher.held
+    if held.get("version"):
+        click.echo(f"Model: models:/poolnet/{held['version']}")
+    elif held.get("model_id"):
+        click.echo(f"Model: models:/{held['model_id']}")
+    if held.get("look"):
+        click.echo(f"Look at it: {held['look']}")
+    if trouble:
+        where = click.format_filename(run.folder)
+        _failed(f"{trouble}; all is safe in {where}, and published by: poolnet sync {run.name}", 3)
+        context.exit(3)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, metavar="[RUN]...")
+@click.option("--to", metavar="URI", help="Publish to this tracking server, and from now on to it alone.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--prune", is_flag=True, help="Remove local folders of finished runs that the server holds completely.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@click.option("--follow", is_flag=True, hidden=True, help="Publish the runs named on stdin while they are trained.")
+@click.option("--drain-timeout", type=float, default=30, hidden=True, help="Seconds without progress, with --follow.")
+@click.pass_context
+def sync(
+    context: click.Context,
+    runs: tuple[str, ...],
+    to: str | None,
+    dry_run: bool,
+    prune: bool,
+    as_json: bool,
+    follow: bool,
+    drain_timeout: float,
+) -> None:
+    """Publish what tracking servers do not have yet of runs in .poolnet: of all, or of those named."""
+    from poolnet import sync
+
+    if follow:
+        if hasattr(os, "nice"):
+            os.nice(10)  # the training comes first
+        context.exit(sync.follow(sys.stdin, drain_timeout, say=lambda line: _failed(line, 0)))
+    rows = []
+    with progress(length=sync.outstanding_bytes(runs, to), label="Publishing") as bar:
+        for row in sync.sync(runs, to, dry_run, prune, bar.update):
+            rows.append(row)
+    if as_json:
+        click.echo(json.dumps({"runs": [dataclasses.asdict(row) for row in rows]}))
     else:
-        splits, pooled = features.open_pooled(path, config.pool, cache=not no_cache, say=click.echo)
-    if splits.overlap:
-        warn(f"{splits.path}: {splits.overlap:,} of {len(splits.test):,} test images also occur in train")
-    with tracking.run(config, splits, device) as run:
-
-        def on_epoch(record) -> None:
-            click.echo(record)
-            run.log_epoch(record)
-
-        result = fit(config, splits, on_epoch) if pooled is None else linear.fit(config, splits, pooled, on_epoch)
-        best = linear.optimum(result, splits.train, pooled["train"]) if optimum else None
-        del pooled  # a tenth of the memory, before the export of the model takes as much
-        version = run.log_result(result, best)
-        click.echo(f"TEST: loss={result.test.loss:.4f}, acc={result.test.acc:.4f}")
-        if best:
-            click.echo(f"Optimum: train loss={best.train_loss:.6f}, {best.gap:.6f} below that of the trained weights")
-            if not best.converged:
-                warn("the search for the optimum stopped early: the lowest train loss is lower still")
-        click.echo(f"Model: models:/poolnet/{version}" if version else f"Model: runs:/{run.run_id}/model")
-        click.echo(f"Look at it: {run.where_to_look()}")
-        run.log_figures(result, best)  # last, since nobody needs to wait for them
+        click.echo(sync.table(rows))
+    context.exit(0 if all(row.ok for row in rows) else 3)
 
 
 @cli.group()
@@ -124,7 +169,7 @@ def warn(message: str) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """The console script. What went wrong is said in one line on stderr; the exit codes are those of the README."""
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    signals.install()
     sys.exit(_run(args))
 
 
@@ -140,6 +185,8 @@ def _run(args: list[str] | None) -> int:
         return _failed(error, 2)
     except (RunError, OSError) as error:
         return _failed(error, 1)
+    except signals.Stop as stop:
+        return _failed(stop, stop.code)
     except click.Abort:
         return _failed("interrupted", 130)
 

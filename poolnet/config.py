@@ -55,7 +55,14 @@ class TrainConfig:
 def home() -> Path:
     """The folder of poolnet's local state: `POOLNET_HOME`, or `.poolnet` in the working folder. Made if absent."""
     path = Path(os.environ.get("POOLNET_HOME") or ".poolnet").absolute()
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be made ({error.strerror}); set POOLNET_HOME to a folder of your own"
+        ) from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{path}: cannot be written; set POOLNET_HOME elsewhere")
     return path
 
 

@@ -19,33 +19,44 @@ from poolnet.config import TrainConfig
 from poolnet.data import LETTERS, Split, Splits
 from poolnet.features import WIDTH
 from poolnet.model import build_model
-from poolnet.train import Evaluation, FitResult, OnEpoch, resolve_device, run_epochs, score_logits, train_one_epoch
+from poolnet.train import (
+    Evaluation,
+    FitResult,
+    OnEpoch,
+    OnState,
+    Part,
+    Start,
+    State,
+    load_module_state,
+    module_state,
+    resolve_device,
+    run_epochs,
+    score_logits,
+    train_one_epoch,
+)
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch.optim.Adam's defaults
 BLOCK = 16_384  # images gathered together: enough to make the hand-over cheap, few enough for the processor's cache
 
 
 def fit(
-    config: TrainConfig, splits: Splits, features: dict[str, np.ndarray], on_epoch: OnEpoch = lambda record: None
+    config: TrainConfig,
+    splits: Splits,
+    features: dict[str, np.ndarray],
+    on_epoch: OnEpoch = lambda record: None,
+    on_state: OnState = lambda state: None,
+    start: Start | None = None,
 ) -> FitResult:
     """As `train.fit`, from the feature array (N, 50) of each split. For `max` and `avg` only."""
     device = resolve_device(config.device)
-    model = build_model(config.pool, config.seed)
+    model = build_model(config.pool, config.seed).to(device)
     learner_type = SoftmaxRegression if device.type == "cpu" else Autograd
-    learner = learner_type(model.to(device), config.lr, features, splits.train.y)
-    order = torch.Generator().manual_seed(config.seed)
-
-    def train() -> tuple[float, float]:
-        return learner.train_epoch(torch.randperm(len(splits.train), generator=order), config.batch_size)
-
-    def evaluate(split: Split) -> Evaluation:
-        return score_logits(learner.logits(split.name), split.y)
-
+    learner = learner_type(model, config.lr, features, splits.train.y)
     # With large batches BLAS would start threads, which gain nothing here and stall while another process holds a core.
     with threadpool_limits(1, user_api="blas"):
-        history = run_epochs(config, len(splits.train), train, lambda: evaluate(splits.val), on_epoch)
-    learner.finish()
-    return FitResult(model, history, evaluate(splits.val), evaluate(splits.test))
+        history = run_epochs(config, splits, learner, on_epoch, on_state, start)
+        learner.finish()
+        return FitResult(model, history, learner.evaluate(splits.val), learner.evaluate(splits.test))
 
 
 @dataclass(frozen=True)
@@ -116,14 +127,13 @@ class SoftmaxRegression:
         self.W = _weights(model).numpy()
         self.M, self.V, self.t = np.zeros_like(self.W), np.zeros_like(self.W), 0
 
-    def train_epoch(self, order: torch.Tensor, batch_size: int) -> tuple[float, float]:
-        """One step a batch, in this order. Returns mean loss and accuracy over the batches, each before its step."""
-        loss, correct = 0.0, 0
-        with np.errstate(all="ignore"):  # a loss that is not finite is reported for the whole epoch
-            for x, y in self._gathered(order.numpy(), batch_size):
-                block_loss, block_correct = self._steps(x, y)
-                loss, correct = loss + block_loss, correct + block_correct
-        return loss / len(order), correct / len(order)
+    def train_epoch(self, order: torch.Tensor, batch_size: int) -> Iterator[Part]:
+        """One step a batch, in this order. Yields for each block of batches its size, its mean loss and how many were
+        right, each batch before its step."""
+        for x, y in self._gathered(order.numpy(), batch_size):
+            with np.errstate(all="ignore"):  # a loss that is not finite is reported for the whole epoch
+                loss, right = self._steps(x, y)
+            yield y.size, loss, right
 
     def _gathered(self, order: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Some batches at a time, x (k, n, 50), y (k, n); the last, short one by itself.
@@ -152,7 +162,7 @@ class SoftmaxRegression:
                 yield block
 
     def _steps(self, x: np.ndarray, y: np.ndarray) -> tuple[float, int]:
-        """A step for each batch of x (k, n, 50), y (k, n); the sum of their losses, and how many were right.
+        """A step for each batch of x (k, n, 50), y (k, n); their mean loss, and how many were right.
 
         Logits and what follows from them stand letters first, (10, n), so that sums over letters run along memory. The
         logits of all k batches are kept, and turned into loss and accuracy at the end.
@@ -191,7 +201,7 @@ class SoftmaxRegression:
             W -= step
         right = np.take_along_axis(logits, y[:, None], 1)[:, 0]
         losses = np.log(total) + top - right
-        return float(losses.sum(dtype=np.float64)), int((right >= top).sum())
+        return float(losses.mean(dtype=np.float64)), int((right >= top).sum())
 
     def _schedule(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         """rate_t and eps_t of the next k steps."""
@@ -201,8 +211,14 @@ class SoftmaxRegression:
         rates = self.lr * (1 - BETA1) / ((1 - BETA1**t) * q)
         return rates.astype(np.float32), (EPS / q).astype(np.float32)
 
-    def logits(self, name: str) -> np.ndarray:
-        return self.features[name] @ self.W
+    def evaluate(self, split: Split) -> Evaluation:
+        return score_logits(self.features[split.name] @ self.W, split.y)
+
+    def state(self) -> State:
+        return {"W": self.W.copy(), "M": self.M.copy(), "V": self.V.copy(), "t": np.array(self.t)}
+
+    def load(self, state: State) -> None:
+        self.W[:], self.M[:], self.V[:], self.t = state["W"], state["M"], state["V"], int(state["t"])
 
     def finish(self) -> None:
         """Give the weights back to the model."""
@@ -221,14 +237,20 @@ class Autograd:
         self.y = torch.tensor(y, device=self.device)
         self.optimizer = torch.optim.Adam(self.classifier.parameters(), lr=lr)
 
-    def train_epoch(self, order: torch.Tensor, batch_size: int) -> tuple[float, float]:
+    def train_epoch(self, order: torch.Tensor, batch_size: int) -> Iterator[Part]:
         x = self.features["train"]
         batches = ((x[rows], self.y[rows]) for rows in order.to(self.device).split(batch_size))
         return train_one_epoch(self.classifier, batches, self.optimizer)
 
     @torch.inference_mode()
-    def logits(self, name: str) -> np.ndarray:
-        return self.classifier(self.features[name]).cpu().numpy()
+    def evaluate(self, split: Split) -> Evaluation:
+        return score_logits(self.classifier(self.features[split.name]).cpu().numpy(), split.y)
+
+    def state(self) -> State:
+        return module_state(self.classifier, self.optimizer)
+
+    def load(self, state: State) -> None:
+        load_module_state(state, self.classifier, self.optimizer)
 
     def finish(self) -> None:
         """The model's own classifier was trained."""

@@ -1,210 +1,367 @@
-"""The record of a run in MLflow. Names of params, metrics, tags and artifacts are written here and nowhere else."""
+"""From the journal to MLflow. Names of params, metrics, tags and artifacts are written here and nowhere else.
+
+A `Publication` brings a server's record of a run to where the journal is, one step after the other. Each may be cut off
+and repeated at will: what the server has already is looked up, or is such that writing it again changes nothing.
+"""
 
 import contextlib
-import copy
-import dataclasses
-import importlib.metadata
+import filecmp
+import functools
 import json
 import logging
 import os
-import platform
 import re
 import shlex
-import subprocess
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 # before mlflow is imported, and only where the user has not decided otherwise
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # `where_to_look` says it, for every store
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # MLflow's own 7 block for four minutes
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # MLflow's own 7 block for four minutes; we try again
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
 
 import click
 import mlflow
 import numpy as np
-import torch
 from filelock import FileLock
 from mlflow.data.dataset_source_registry import get_dataset_source_from_json
-from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
-from mlflow.types import Schema, TensorSpec
-
-from poolnet import registry
-from poolnet.config import InputError, RunError, TrainConfig
-from poolnet.data import SIDE, Split, Splits
-from poolnet.linear import Optimum
-from poolnet.train import PLATEAU_MARGIN, EpochRecord, Evaluation, FitResult, score
-
-SIGNATURE = ModelSignature(
-    inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 1, SIDE, SIDE))]),
-    outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 10))]),
+from mlflow.entities import (
+    DatasetInput,
+    InputTag,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    RunTag,
+    ViewType,
 )
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.client import MlflowClient
+
+from poolnet import journal, registry, summary
+from poolnet.config import InputError
+from poolnet.journal import Journal
+
 RANDOM_NAME = re.compile(r"[a-z]+-[a-z]+-\d{1,4}")  # what MLflow calls a run that nobody named
+FILES = ("record.json", "git.diff", "predictions", "figures")
+BATCH = 1000  # metrics in one request, MLflow's limit
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """An MLflow run that is being written."""
+class Publication:
+    """A run on a tracking server: what that holds already, and the way to the rest."""
 
-    run_id: str
-    experiment_id: str
-    config: TrainConfig
-    splits: Splits
-    device: torch.device
+    def __init__(self, run: Journal, uri: str, carrier: str = "", on_bytes: Callable[[int], None] = lambda size: None):
+        self.run, self.record, self.carrier, self.on_bytes = run, run.record, carrier, on_bytes
+        self.uri, self.key = uri, journal.without_password(uri)
+        self.held = {"run_id": "", "experiment_id": "", "done": [], "metrics": 0, "status": None, "version": None}
+        self.held |= journal.read_json(run.folder / "published.json").get("servers", {}).get(self.key, {})
 
-    def log_epoch(self, record: EpochRecord) -> None:
-        """The six per-epoch metrics, step = epoch."""
-        values = dataclasses.asdict(record)
-        step = values.pop("epoch")
-        now = time.time_ns() // 1_000_000
-        metrics = [Metric(name, value, now, step) for name, value in values.items()]
-        mlflow.MlflowClient().log_batch(self.run_id, metrics=metrics)
+    def save(self) -> None:
+        path = self.run.folder / "published.json"
+        servers = journal.read_json(path).get("servers", {})
+        with contextlib.suppress(OSError):  # of a full disk: what is not remembered is looked up again
+            journal.write_json(path, {"home": self.key, "servers": {**servers, self.key: self.held}})
 
-    def log_result(self, result: FitResult, optimum: Optimum | None = None) -> int | None:
-        """Scores, predictions, the model and the description. Returns the model version, if one is registered."""
-        with tempfile.TemporaryDirectory() as folder:
-            _write_predictions(Path(folder), result)
-            mlflow.log_artifacts(folder, "predictions")
-        model_id = _log_model(result, self.splits.test, step=self.config.epochs)
-        # What is known once has no step: the UI compares such metrics as bars, and others as dots on a line of epochs.
-        once = score(result.history)
-        if optimum:
-            once |= {"optimum_train_loss": optimum.train_loss, "optimality_gap": optimum.gap}
-        mlflow.log_metrics(once)
-        tested = {"test_loss": result.test.loss, "test_acc": result.test.acc}
-        mlflow.log_metrics(tested, model_id=model_id, dataset=_dataset(self.splits, self.splits.test))
-        version = None
-        if self.config.register:
-            digest = self.splits.sha256
-            version = registry.register(model_id, self.config.pool, self.config.seed, result, digest)
-        mlflow.set_tag("mlflow.note.content", summary(self, result, version, optimum))
-        return version
+    @property
+    def complete(self) -> bool:
+        """Whether the run has ended, and the server has all of it."""
+        return bool(self.run.ended()) and not self.outstanding()
 
-    def log_figures(self, result: FitResult, optimum: Optimum | None = None) -> None:
-        from poolnet import figures  # matplotlib takes a second, for which nobody waits here
+    def outstanding(self) -> list[str]:
+        """What the journal has and the server, as far as is remembered, has not."""
+        left = [step for step in self._steps() if step not in self.held["done"]]
+        if new := len(self.run.metrics()) - self.held["metrics"]:
+            left.append(f"{new} metric record{'s' * (new > 1)}")
+        if self.held["status"] != self.run.ended():
+            left.append("status")
+        return left
 
-        with tempfile.TemporaryDirectory() as folder:
-            figures.save_all(Path(folder), figures.of_run(self.config, self.splits, result, optimum))
-            mlflow.log_artifacts(folder, "figures")
+    def outstanding_bytes(self) -> int:
+        files = [path for name in FILES if name not in self.held["done"] for path, _ in self._files(name)]
+        return sum(path.stat().st_size for path in files if path.exists())
 
-    def where_to_look(self) -> str:
-        """The link of the run's page, or the command that serves it and the link."""
-        page = f"#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
-        uri = mlflow.get_tracking_uri()
-        if uri.startswith(("http://", "https://")):
-            parts = urlsplit(uri)
-            server = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))  # no password on the screen
-            return f"{server.rstrip('/')}/{page}"
-        shown = shlex.quote(uri) if uri.startswith("sqlite:") else '"$MLFLOW_TRACKING_URI"'  # nor that of a database
-        return f"mlflow ui --backend-store-uri {shown}\nthen http://127.0.0.1:5000/{page}"
+    def advance(self) -> None:
+        """Publish what the journal has by now. Raises what MLflow raises when the server does not take it."""
+        create_store(self.uri)
+        self.client = MlflowClient(self.uri)
+        self._find_or_create()
+        ended, steps = self.run.ended(), self._steps()  # an end that comes from here on is for the next time
+        for name, publish in steps.items():
+            if name not in self.held["done"]:
+                publish()
+                self.held["done"].append(name)
+                self.save()
+        self._log_metrics()
+        if ended and self.held["status"] != ended:
+            self.client.set_terminated(self.held["run_id"], ended["status"], ended["t"])
+            self.held["status"] = ended
+            self.save()
 
+    def _steps(self) -> dict[str, Callable[[], None]]:
+        """What is to be published once, as far as the journal has it by now."""
+        files = {name: functools.partial(self._upload, name) for name in FILES}
+        steps = {"start": self._log_start, "inputs": self._log_inputs, "record.json": files["record.json"]}
+        if (self.run.folder / "git.diff").exists():
+            steps["git.diff"] = files["git.diff"]
+        if (self.run.folder / "model.npz").exists():
+            steps |= {"predictions": files["predictions"], "model": self._log_model}
+        if self.run.finished:
+            steps |= {"scores": self._log_scores, "figures": files["figures"]}
+            if self.record["config"]["register"]:
+                steps["version"] = self._register
+            steps["summary"] = self._describe
+        return steps
 
-@contextlib.contextmanager
-def run(config: TrainConfig, splits: Splits, device: torch.device) -> Iterator[Run]:
-    """A run from its first record to its final status: FINISHED, KILLED when interrupted, or FAILED.
+    # --- the run -----------------------------------------------------------------------------------------------------
 
-    Under `mlflow run` it is the run that MLflow has already made. What the server refuses is a `RunError`.
-    """
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # its notices would hide the epochs
-    try:
-        _create_store(mlflow.get_tracking_uri())
-        name = f"{config.pool}-seed{config.seed}"
-        adopted = _adopted(config)
-        info = mlflow.start_run(run_name=None if adopted else name).info
-        status = "FAILED"
+    def _find_or_create(self) -> None:
+        """The run on the server: the one known, the one that `mlflow run` has made, one whose creation went unheard, or
+        a new one. A server that has been emptied since gets everything again."""
+        found = self._get(self.held["run_id"])
+        if not found:
+            self.held |= {"run_id": "", "done": [], "metrics": 0, "status": None, "version": None}
+            found = self._adopted() or self._search() or self._create()
+            self.adopt(found.info)
+        if found.info.lifecycle_stage == "deleted":
+            raise Refused(
+                f"run {found.info.run_id} was deleted on {self.key}; restore it there, or sync --to elsewhere"
+            )
+        if self.held["status"] and not self.run.ended():  # it is being trained again
+            self.client.update_run(self.held["run_id"], status="RUNNING")
+            self.held["status"] = None
+            self.save()
+        self._discard_carrier()
+
+    def adopt(self, info: mlflow.entities.RunInfo) -> None:
+        """From now on this is the run on the server."""
+        look = page_of(self.uri, info.experiment_id, info.run_id)
+        self.held |= {"run_id": info.run_id, "experiment_id": info.experiment_id, "look": look}
+        self.save()
+
+    def _discard_carrier(self) -> None:
+        """Delete the run that `mlflow run -P resume=...` made: the one that is resumed holds everything."""
+        made = self._get(self.carrier)
+        if made and self.carrier != self.held["run_id"] and made.info.lifecycle_stage == "active":
+            note = f"Made by `mlflow run` to resume {self.run.name}, run {self.held['run_id']}, which holds everything."
+            self.client.set_tag(self.carrier, "mlflow.note.content", note)
+            self.client.set_terminated(self.carrier)
+            self.client.delete_run(self.carrier)
+        self.carrier = ""
+
+    def _get(self, run_id: str) -> mlflow.entities.Run | None:
         try:
-            if adopted and RANDOM_NAME.fullmatch(adopted.info.run_name):
-                mlflow.set_tag("mlflow.runName", name)
-            started = Run(info.run_id, info.experiment_id, config, splits, device)
-            _log_start(started, known=adopted.data.params if adopted else {})
-            yield started
-            status = "FINISHED"
-        except (KeyboardInterrupt, SystemExit):
-            status = "KILLED"
+            return self.client.get_run(run_id) if run_id else None
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
             raise
-        finally:
-            mlflow.end_run(status)
-    except MlflowException as error:
-        raise RunError(f"the tracking server refuses or is not there: {error}") from error
+
+    def _adopted(self) -> mlflow.entities.Run | None:
+        """The run that `mlflow run` has made for this one, which must not say anything else than the settings."""
+        tracking = self.record["tracking"]
+        adopted = self._get(tracking["run_id"]) if self.key == recorded_home(self.record) else None
+        other = adopted.data.tags.get("poolnet.run", self.run.name) if adopted else self.run.name
+        if other != self.run.name:
+            raise Refused(f"run {adopted.info.run_id}: found the record of {other} in it; unset MLFLOW_RUN_ID")
+        for name, value in self.record["config"].items() if adopted else ():
+            raw = adopted.data.params.get(name)
+            if raw is not None and not _agrees(raw, value):
+                raise Refused(
+                    f"run {adopted.info.run_id}: {name}: found {raw} in its record, expected {value}; start a new run"
+                )
+        return adopted
+
+    def _search(self) -> mlflow.entities.Run | None:
+        query = f"tags.`poolnet.run` = '{self.run.name}'"
+        found = self.client.search_runs([self._experiment()], query, ViewType.ALL, max_results=1)
+        return found[0] if found else None
+
+    def _create(self) -> mlflow.entities.Run:
+        tags = {"poolnet.run": self.run.name, "mlflow.user": self.record["environment"]["user"]}
+        tags |= {"mlflow.source.name": "poolnet train", "mlflow.source.type": "LOCAL"}
+        return self.client.create_run(self._experiment(), self.record["started"], tags, self._name())
+
+    def _experiment(self) -> str:
+        tracking = self.record["tracking"]
+        if tracking["experiment_id"] and self.key == recorded_home(self.record):
+            return tracking["experiment_id"]
+        name = tracking["experiment_name"] or "Default"
+        found = self.client.get_experiment_by_name(name)
+        try:
+            return found.experiment_id if found else self.client.create_experiment(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # made by another process just now
+                raise
+            return self.client.get_experiment_by_name(name).experiment_id
+
+    def _name(self) -> str:
+        config = self.record["config"]
+        return f"{config['pool']}-seed{config['seed']}"
+
+    def _log_start(self) -> None:
+        """Params and tags. An adopted run keeps the params it has, in the words they were typed in."""
+        run_id = self.held["run_id"]
+        present = self.client.get_run(run_id)
+        known, name = present.data.params, present.info.run_name
+        params = [Param(key, str(value)) for key, value in self.record["config"].items() if key not in known]
+        tags = {
+            "poolnet.run": self.run.name,
+            "poolnet.data_sha256": self.record["data"]["sha256"],
+            "poolnet.device": self.record["device"],
+            "poolnet.git_dirty": self.record["code"]["dirty"],
+        }
+        if self.record["code"]["commit"]:
+            tags["mlflow.source.git.commit"] = self.record["code"]["commit"]
+        if RANDOM_NAME.fullmatch(name):
+            tags["mlflow.runName"] = self._name()
+        self.client.log_batch(run_id, params=params, tags=[RunTag(*tag) for tag in tags.items()])
+
+    def _log_inputs(self) -> None:
+        inputs = []
+        for split in self.record["data"]["splits"]:
+            inputs.append(DatasetInput(self._dataset(split), [InputTag("mlflow.data.context", split["name"])]))
+        self.client.log_inputs(self.held["run_id"], inputs)
+
+    def _dataset(self, split: dict) -> mlflow.entities.Dataset:
+        """The split as MLflow describes it, without its data. MLflow's own digest would read 10,000 numbers only."""
+        # By its type, since MLflow resolves a bare path to two sources and warns.
+        source = get_dataset_source_from_json(json.dumps({"uri": self.record["data"]["path"]}), "local")
+        X = np.broadcast_to(np.zeros((), split["dtype"]), split["shape"])
+        y = np.broadcast_to(np.zeros((), np.int64), split["shape"][:1])
+        name, digest = self.record["data"]["name"], split["sha256"][:32]
+        return mlflow.data.from_numpy(X, source, y, name=name, digest=digest)._to_mlflow_entity()
+
+    # --- what grows --------------------------------------------------------------------------------------------------
+
+    def _log_metrics(self) -> None:
+        """The records that the server does not have, with the journal's times, so that a repetition is no addition."""
+        records = self.run.metrics()
+        new = records[self.held["metrics"] :]
+        if new:
+            with (self.run.folder / "metrics.jsonl").open("ab") as file:
+                os.fsync(file.fileno())  # what is published must not be lost here, or its steps come twice
+        metrics = [metric for record in new for metric in _metrics(record)]
+        for start in range(0, len(metrics), BATCH):
+            self.client.log_batch(self.held["run_id"], metrics=metrics[start : start + BATCH])
+        if new:
+            self.held["metrics"] = len(records)
+            self.save()
+
+    def _upload(self, name: str) -> None:
+        """A file, or the files of a folder."""
+        for path, folder in self._files(name):
+            self.client.log_artifact(self.held["run_id"], str(path), folder)
+            self.on_bytes(path.stat().st_size)
+
+    def _files(self, name: str) -> list[tuple[Path, str | None]]:
+        """The files of an artifact, and the folder that they belong to on the server."""
+        path = self.run.folder / name
+        if path.is_dir():
+            return [(file, name) for file in sorted(path.iterdir()) if not file.name.startswith(".")]
+        return [(path, None)]
+
+    # --- the model ---------------------------------------------------------------------------------------------------
+
+    def _log_model(self) -> None:
+        """The model as an exported program, free of pickle, for any batch size; it is there once it is READY."""
+        run_id, step = self.held["run_id"], self.record["config"]["epochs"]
+        model = self._logged_model()
+        if not model:
+            params = {name: str(value) for name, value in self.record["config"].items()}
+            model = self.client.create_logged_model(self.held["experiment_id"], registry.MODEL, run_id, params=params)
+        self.held["model_id"] = model.model_id
+        if model.status != LoggedModelStatus.READY:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / registry.MODEL
+                registry.export(self.run.load("model.npz"), self.record["config"]["pool"], run_id, model, path)
+                self.client.log_model_artifacts(model.model_id, str(path))
+            outputs = self.client.get_run(run_id).outputs
+            if not outputs or model.model_id not in [output.model_id for output in outputs.model_outputs]:
+                self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+            self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+    def _logged_model(self) -> mlflow.entities.LoggedModel | None:
+        query = f"source_run_id = '{self.held['run_id']}' AND name = '{registry.MODEL}'"
+        found = self.client.search_logged_models([self.held["experiment_id"]], query, max_results=1)
+        return found[0] if found else None
+
+    def _log_scores(self) -> None:
+        """The scores again, as those of the model, so that its own page shows them: the last epoch's, and test's."""
+        records = {record["step"]: record for record in self.run.metrics()}
+        about = {"model_id": self.held["model_id"], "run_id": self.held["run_id"]}
+        test = next(split for split in self.record["data"]["splits"] if split["name"] == "test")
+        on_test = {"dataset_name": self.record["data"]["name"], "dataset_digest": test["sha256"][:32]}
+        metrics = _metrics(records[max(records)], **about)
+        metrics += [metric for metric in _metrics(records[0], **about, **on_test) if metric.key.startswith("test_")]
+        self.client.log_batch(self.held["run_id"], metrics=metrics)
+
+    def _register(self) -> None:
+        records = {record["step"]: record["metrics"] for record in self.run.metrics()}
+        config = self.record["config"]
+        tags = {
+            "pool": config["pool"],
+            "seed": str(config["seed"]),
+            "val_acc": repr(records[max(records)]["val_acc"]),
+            "test_acc": repr(records[0]["test_acc"]),
+            "data_sha256": self.record["data"]["sha256"],
+        }
+        self.held["version"] = registry.register(self.client, self.held["run_id"], self.held["model_id"], tags)
+
+    def _describe(self) -> None:
+        text = summary.of_run(self.run, self.held["version"])
+        self.client.set_tag(self.held["run_id"], "mlflow.note.content", text)
+
+    # --- whether all of it is there ----------------------------------------------------------------------------------
+
+    def missing(self) -> list[str]:
+        """What a finished run's folder holds and the server does not, everything fetched and compared."""
+        self.client = MlflowClient(self.uri)
+        found = self._get(self.held["run_id"])
+        if not found or found.info.lifecycle_stage == "deleted":
+            return ["the run"]
+        wrong = [] if found.info.status == "FINISHED" else ["the status"]
+        for name, value in self.record["config"].items():
+            if not _agrees(found.data.params.get(name, ""), value):
+                wrong.append(f"param {name}")
+        expected = {(m.key, m.step, m.timestamp, m.value) for record in self.run.metrics() for m in _metrics(record)}
+        for name in {key for key, *_ in expected}:
+            history = self.client.get_metric_history(self.held["run_id"], name)
+            if {(m.key, m.step, m.timestamp, m.value) for m in history} != {m for m in expected if m[0] == name}:
+                wrong.append(f"metric {name}")
+        digests = {entry.dataset.digest for entry in found.inputs.dataset_inputs}
+        wrong += [f"dataset {s['name']}" for s in self.record["data"]["splits"] if s["sha256"][:32] not in digests]
+        for name in FILES:
+            wrong += [f"artifact {path.name}" for path, folder in self._files(name) if not self._same(path, folder)]
+        model = self._logged_model()
+        if not model or model.status != LoggedModelStatus.READY:
+            wrong.append("the model")
+        elif self.record["config"]["register"] and not registry.version_of(
+            self.client, found.info.run_id, model.model_id
+        ):
+            wrong.append("the model version")
+        return wrong
+
+    def _same(self, path: Path, folder: str | None) -> bool:
+        if not path.exists():  # git.diff of a clean checkout
+            return True
+        with tempfile.TemporaryDirectory() as scratch:
+            name = f"{folder}/{path.name}" if folder else path.name
+            try:
+                fetched = Path(self.client.download_artifacts(self.held["run_id"], name, scratch))
+            except (MlflowException, OSError):
+                return False
+            return filecmp.cmp(path, fetched, shallow=False)
 
 
-def summary(run: Run, result: FitResult, version: int | None, optimum: Optimum | None) -> str:
-    """The run's description in the UI, in Markdown: the result, what it rests on, and how to use and repeat it."""
-    config, splits, last = run.config, run.splits, result.history[-1]
-    once = score(result.history)
-    low, high = _accuracy_interval(result.test)
-    options = " ".join(
-        f"--{field.name} {shlex.quote(str(getattr(config, field.name)))}" for field in dataclasses.fields(config)
-    )
-    sizes = " / ".join(f"{len(split):,}" for split in splits)
-    commit, dirty, _ = code_state()
-    lines = [
-        f"**Test accuracy {result.test.acc:.4f}**, 95 % interval over the {len(splits.test):,} test letters "
-        f"{low:.4f} to {high:.4f} (Wilson; other seeds vary as well). Test loss {result.test.loss:.4f}.",
-        "",
-        "| final weights | train, last epoch | val | test |",
-        "|---|---|---|---|",
-        f"| loss | {last.train_loss:.4f} | {result.val.loss:.4f} | {result.test.loss:.4f} |",
-        f"| accuracy | {last.train_acc:.4f} | {result.val.acc:.4f} | {result.test.acc:.4f} |",
-        "",
-        f"- Best validation accuracy: {once['best_val_acc']:.4f} in epoch {once['best_val_epoch']}; "
-        f"within {PLATEAU_MARGIN} of it from epoch {once['plateau_epoch']} on",
-        f"- Data: `{splits.name}`, train / val / test {sizes}, SHA-256 `{splits.sha256}`"
-        + (f". **{splits.overlap:,} test images also occur in train.**" if splits.overlap else ""),
-        f"- Code: commit `{commit or 'unknown'}`, uncommitted changes: {dirty}",
-        f"- Machine: {run.device}, torch {torch.__version__} ({torch.get_num_threads()} threads), "
-        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
-        f"- Again: `poolnet train {options}`",
-    ]
-    if optimum:
-        lines.append(
-            f"- Lowest train loss that any weights reach: {optimum.train_loss:.6f}; the trained ones are "
-            f"{optimum.gap:.6f} above it"
-        )
-    if version:
-        lines.append(f'- Use: `mlflow.pytorch.load_model("models:/{registry.NAME}/{version}")`')
-    return "\n".join(lines)
+class Refused(InputError):
+    """What the server says of a run contradicts it: nothing that could be tried again."""
 
 
-def code_state() -> tuple[str | None, str, bytes]:
-    """The commit that runs, whether tracked files differ from it (`true`, `false`, `unknown`), and how they differ."""
-    if not _git("ls-files", "--error-unmatch", "__init__.py"):  # installed, or no git here
-        return None, "unknown", b""
-    diff = _git("diff", "HEAD", "--binary")
-    return _git("rev-parse", "HEAD").decode().strip(), "true" if diff else "false", diff
-
-
-def _git(*args: str) -> bytes:
-    """What git prints for the package's own repository; nothing where there is none."""
-    try:
-        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return b""
-
-
-def _create_store(uri: str) -> None:
-    """Make a fresh SQLite store under a lock: two processes that make one at once break it for good."""
-    path = uri.partition("sqlite:///")[2]
-    if path:
-        with FileLock(f"{path}.lock"):
-            mlflow.MlflowClient().search_experiments(max_results=1)
-
-
-def _adopted(config: TrainConfig) -> mlflow.entities.Run | None:
-    """The run that `mlflow run` has made for this process, which must not say anything else than `config`."""
-    run_id = os.environ.get("MLFLOW_RUN_ID")
-    if not run_id:
-        return None
-    adopted = mlflow.get_run(run_id)
-    for name, value in dataclasses.asdict(config).items():
-        raw = adopted.data.params.get(name)
-        if raw is not None and not _agrees(raw, value):
-            raise InputError(f"run {run_id}: {name}: found {raw} in its record, expected {value}; start a new run")
-    return adopted
+def _metrics(record: dict, **about: str) -> list[Metric]:
+    return [Metric(name, value, record["t"], record["step"], **about) for name, value in record["metrics"].items()]
 
 
 def _agrees(raw: str, value: str | int | float | bool) -> bool:
@@ -219,56 +376,58 @@ def _agrees(raw: str, value: str | int | float | bool) -> bool:
     return False
 
 
-def _log_start(run: Run, known: dict[str, str]) -> None:
-    """Params, tags, datasets and the state of the code: all that is known before the first epoch."""
-    params = [Param(name, str(value)) for name, value in dataclasses.asdict(run.config).items() if name not in known]
-    commit, dirty, diff = code_state()
-    tags = {
-        "poolnet.data_sha256": run.splits.sha256,
-        "poolnet.device": str(run.device),
-        "poolnet.git_dirty": dirty,
-    }
-    if commit:
-        tags["mlflow.source.git.commit"] = commit
-    mlflow.MlflowClient().log_batch(run.run_id, params=params, tags=[RunTag(*tag) for tag in tags.items()])
-    for split in run.splits:
-        mlflow.log_input(_dataset(run.splits, split), context=split.name)
-    if diff:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "git.diff"
-            path.write_bytes(diff)
-            mlflow.log_artifact(path)
+# --- servers ---------------------------------------------------------------------------------------------------------
 
 
-def _dataset(splits: Splits, split: Split) -> mlflow.data.numpy_dataset.NumpyDataset:
-    # By its type, since MLflow resolves a bare path to two sources and warns. Its own digest reads 10,000 numbers only.
-    source = get_dataset_source_from_json(json.dumps({"uri": str(splits.path)}), "local")
-    return mlflow.data.from_numpy(split.X, source, split.y, name=splits.name, digest=split.sha256[:32])
+def own_uri() -> str:
+    """The server that this process is told to use, a local store by its absolute path."""
+    return _absolute(mlflow.get_tracking_uri(), Path.cwd())
 
 
-def _log_model(result: FitResult, test: Split, step: int) -> str:
-    """The model as an exported program, free of pickle, for any batch size. Returns MLflow's model id."""
-    versions = {name: importlib.metadata.version(name).partition("+")[0] for name in ("mlflow", "numpy", "torch")}
-    info = mlflow.pytorch.log_model(
-        copy.deepcopy(result.model).cpu().eval(),
-        name="model",
-        step=step,
-        signature=SIGNATURE,
-        input_example=test.images(np.arange(2) % len(test)),  # of one image, the export would take only one
-        serialization_format="pt2",
-        pip_requirements=[f"{name}=={version}" for name, version in versions.items()],  # inferring takes 10 s
-    )
-    return info.model_id
+def home_of(run: Journal) -> str:
+    """The address of the server that a run belongs to, with the password if the environment has it."""
+    home = journal.read_json(run.folder / "published.json").get("home") or recorded_home(run.record)
+    return own_uri() if journal.without_password(own_uri()) == home else home
 
 
-def _write_predictions(folder: Path, result: FitResult) -> None:
-    for name, evaluation in (("val", result.val), ("test", result.test)):
-        np.savez(folder / f"{name}.npz", logits=evaluation.logits, y=evaluation.y)
+def recorded_home(record: dict) -> str:
+    """Where a run was to be tracked when it began; MLflow's default is a store in the working folder."""
+    return _absolute(record["tracking"]["uri"] or "sqlite:///mlflow.db", Path(record["tracking"]["folder"]))
 
 
-def _accuracy_interval(evaluation: Evaluation) -> tuple[float, float]:
-    """Wilson's 95 % score interval for the accuracy, over examples (Wilson 1927)."""
-    from scipy.stats import binomtest  # half a second, which the first epoch need not wait for
+def _absolute(uri: str, folder: Path) -> str:
+    prefix = "sqlite:///"
+    return f"{prefix}{folder / uri.removeprefix(prefix)}" if uri.startswith(prefix) else uri
 
-    correct = int((evaluation.logits.argmax(1) == evaluation.y).sum())
-    return tuple(binomtest(correct, len(evaluation.y)).proportion_ci(method="wilson"))
+
+@functools.cache
+def create_store(uri: str) -> None:
+    """Make a fresh SQLite store under a lock: two processes that make one at once break it for good."""
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            MlflowClient(uri).search_experiments(max_results=1)
+
+
+def look_up(client: MlflowClient, name: str) -> mlflow.entities.Run | None:
+    """A run by its id, or by the name of its journal, in any experiment."""
+    if re.fullmatch("[0-9a-f]{32}", name):
+        with contextlib.suppress(MlflowException):
+            return client.get_run(name)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    quoted = name.replace("'", "")
+    found = client.search_runs(experiments, f"tags.`poolnet.run` = '{quoted}'", max_results=1)
+    return found[0] if found else None
+
+
+def page_of(uri: str, experiment_id: str, run_id: str) -> str:
+    """The link of a run's page, or the command that serves it and the link."""
+    page = f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+    if uri.startswith(("http://", "https://")):
+        parts = urlsplit(uri)
+        server = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))  # no password on the screen
+        return f"{server.rstrip('/')}/{page}"
+    shown = shlex.quote(uri) if uri.startswith("sqlite:") else '"$MLFLOW_TRACKING_URI"'  # nor that of a database
+    return f"mlflow ui --backend-store-uri {shown}\nthen http://127.0.0.1:5000/{page}"

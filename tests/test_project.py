@@ -28,8 +28,10 @@ def test_defaults_are_the_same_everywhere():
     fields = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     options = {option.name: option for option in cli.commands["train"].params}
     declared = MLPROJECT["entry_points"]["main"]["parameters"]
-    assert list(fields) == list(declared)
-    assert set(options) - set(fields) == {"no_cache", "optimum"}  # these change nothing of the training
+    assert [*fields, "resume"] == list(declared)
+    # these change nothing of the training
+    assert set(options) - set(fields) == {"resume", "no_cache", "optimum", "drain_timeout"}
+    assert declared["resume"]["default"] == options["resume"].default == ""
     for name, default in fields.items():
         assert options[name].default == default
         # as MLflow passes it: text, which the option must read back as the default; and which it records as it is

@@ -2,8 +2,8 @@
 
 import dataclasses
 import re
+import secrets
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +14,11 @@ import torch
 from conftest import make_arrays, poolnet, world
 from PIL import Image
 
-from poolnet import features, linear, tracking
-from poolnet.config import InputError, RunError, TrainConfig
+from poolnet import features, job, linear, tracking
+from poolnet.config import InputError, TrainConfig
 from poolnet.data import open_splits
-from poolnet.train import fit, resolve_device
+from poolnet.tracking import Publication
+from poolnet.train import resolve_device
 
 EPOCHS = 3
 OPTIONS = {"pool": "avg", "epochs": EPOCHS, "batch_size": 32, "lr": 0.01}
@@ -94,7 +95,7 @@ def test_tags_status_and_name(trained):
     assert trained.run.info.run_name == "avg-seed42"
     assert tags["poolnet.data_sha256"] == open_splits(trained.path).sha256
     assert tags["poolnet.device"] == str(resolve_device("auto"))
-    commit, dirty, _ = tracking.code_state()
+    commit, dirty, _ = job.code_state()
     assert tags["poolnet.git_dirty"] == dirty
     assert tags.get("mlflow.source.git.commit") == commit
 
@@ -187,21 +188,24 @@ def test_the_models_requirements_are_exact(here):
 # --- runs that MLflow has made, runs that fail, stores that are fresh -----------------------------------------------
 
 
-@pytest.fixture
-def splits(letters):
-    return open_splits(letters)
-
-
 CONFIG = TrainConfig(data="letters.npz", epochs=2, register=False)
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("letters")
 
 
-def finish(config, splits):
-    with tracking.run(config, splits, CPU) as run:
-        result = fit(config, splits, run.log_epoch)
-        run.log_result(result)
-        run.log_figures(result)
-    return mlflow.get_run(run.run_id)
+def journaled(config=CONFIG, optimum=False):
+    """A run of this process, finished and not published."""
+    splits, pooled = job.open_data(config, cache=False, say=lambda line: None)
+    run = job.create(config, optimum, splits)
+    with run.training():
+        job.carry_out(run, splits, pooled, check=lambda: None, say=lambda line: None)
+    return run
+
+
+def publish(run, uri=None):
+    publication = Publication(run, uri or tracking.home_of(run))
+    publication.advance()
+    assert publication.complete
+    return mlflow.MlflowClient(publication.uri).get_run(publication.held["run_id"])
 
 
 def adopted(monkeypatch, params, name=None):
@@ -214,100 +218,89 @@ def adopted(monkeypatch, params, name=None):
     return run_id
 
 
-def test_an_adopted_run_keeps_its_raw_params_and_gets_the_missing_ones(monkeypatch, splits):
+def test_an_adopted_run_keeps_its_raw_params_and_gets_the_missing_ones(monkeypatch):
     raw = {"data": "'letters.npz'", "lr": "1e-3", "epochs": "02", "register": "no", "seed": "42"}
     run_id = adopted(monkeypatch, raw)
-    run = finish(CONFIG, splits)
+    run = publish(journaled())
     assert run.info.run_id == run_id
     assert run.data.params == raw | {"pool": "max", "batch_size": "128", "device": "auto"}
     assert run.info.run_name == "max-seed42"
     assert [step for step, _ in history(mlflow.MlflowClient(), run_id, "val_loss")] == [1, 2]
 
 
-def test_a_name_that_the_user_chose_stays(monkeypatch, splits):
+def test_a_name_that_the_user_chose_stays(monkeypatch):
     adopted(monkeypatch, {}, name="Monday, first try")
-    assert finish(CONFIG, splits).info.run_name == "Monday, first try"
+    assert publish(journaled()).info.run_name == "Monday, first try"
 
 
-def test_a_run_that_says_something_else_is_refused_untouched(monkeypatch, splits):
+def test_a_run_that_says_something_else_is_refused_untouched(monkeypatch):
     run_id = adopted(monkeypatch, {"lr": "0.1"})
     mlflow.MlflowClient().set_terminated(run_id, "FINISHED")
     with pytest.raises(InputError, match=r"lr: found 0.1 in its record, expected 0.001"):
-        finish(CONFIG, splits)
+        publish(journaled())
     assert mlflow.get_run(run_id).info.status == "FINISHED"
     assert mlflow.get_run(run_id).data.params == {"lr": "0.1"}
 
 
-def test_without_register_there_is_a_model_but_no_version(splits):
-    run = finish(CONFIG, splits)
+def test_a_stale_run_id_in_the_environment_does_not_mix_two_runs(monkeypatch):
+    adopted(monkeypatch, {})
+    first = publish(journaled())
+    with pytest.raises(InputError, match=f"found the record of {first.data.tags['poolnet.run']} in it"):
+        publish(journaled())
+
+
+def test_the_command_refuses_such_a_run_as_bad_input(monkeypatch, letters):
+    run_id = adopted(monkeypatch, {"lr": "0.1"})
+    finished = poolnet("train", "--data", letters, "--epochs", "2")
+    assert finished.returncode == 2
+    (line,) = finished.stderr.splitlines()
+    assert line == f"poolnet: error: run {run_id}: lr: found 0.1 in its record, expected 0.001; start a new run"
+
+
+def test_without_register_there_is_a_model_but_no_version():
+    run = publish(journaled())
     assert len(mlflow.MlflowClient().search_logged_models(["0"])) == 1
     assert mlflow.MlflowClient().search_model_versions() == []
     assert "models:/poolnet" not in run.data.tags["mlflow.note.content"]
 
 
-@pytest.mark.parametrize(
-    ("error", "status"), [(RunError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")]
-)
-def test_a_run_that_ends_early_says_so(splits, error, status):
-    with pytest.raises(error), tracking.run(CONFIG, splits, CPU) as run:
-        raise error
-    assert mlflow.get_run(run.run_id).info.status == status
-
-
-def test_a_server_that_is_not_there_is_one_error(monkeypatch, splits):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(RunError, match="tracking server"):
-        finish(CONFIG, splits)
-
-
-def test_passwords_do_not_reach_the_screen(monkeypatch, splits):
-    run = tracking.Run("4f", "7", CONFIG, splits, CPU)
-    for uri in ("http://me:secret@127.0.0.1:5000/", "postgresql://me:secret@127.0.0.1/mlflow"):
+def test_passwords_do_not_reach_the_screen_or_the_disk(monkeypatch):
+    password = secrets.token_hex(8)
+    for uri in (f"http://me:{password}@127.0.0.1:5000/", f"postgresql://me:{password}@127.0.0.1/mlflow"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        assert "http://127.0.0.1:5000/#/experiments/7/runs/4f?" in run.where_to_look()
-        assert "secret" not in run.where_to_look()
+        run = journaled()
+        publication = Publication(run, tracking.home_of(run))
+        assert publication.uri == uri  # as long as the environment has it
+        publication.adopt(SimpleNamespace(experiment_id="7", run_id="4f"))
+        assert "http://127.0.0.1:5000/#/experiments/7/runs/4f?" in publication.held["look"]
+        for path in run.folder.rglob("*"):
+            assert path.is_dir() or password.encode() not in path.read_bytes()
 
 
-def test_uncommitted_changes_are_kept_with_the_run(tmp_path, monkeypatch, splits):
+def test_uncommitted_changes_are_kept_with_the_run(tmp_path, monkeypatch):
     package = tmp_path / "repository" / "poolnet"
     package.mkdir(parents=True)
-    monkeypatch.setattr(tracking, "__file__", str(package / "tracking.py"))
-    assert tracking.code_state() == (None, "unknown", b"")
+    monkeypatch.setattr(job, "__file__", str(package / "job.py"))
+    assert job.code_state() == (None, "unknown", b"")
 
     def git(*args):
         who = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
         return subprocess.run(["git", *who, *args], cwd=package, check=True, capture_output=True, text=True).stdout
 
     git("init", "-q")
-    assert tracking.code_state() == (None, "unknown", b"")  # a repository, but of something else
+    assert job.code_state() == (None, "unknown", b"")  # a repository, but of something else
     (package / "__init__.py").write_text("one = 1\n")
     git("add", ".")
     git("commit", "-qm", "first")
-    assert tracking.code_state() == (git("rev-parse", "HEAD").strip(), "false", b"")
+    assert job.code_state() == (git("rev-parse", "HEAD").strip(), "false", b"")
     (package / "__init__.py").write_text("one = 2\n")
-    run = finish(CONFIG, splits)
+    run = publish(journaled())
     assert run.data.tags["poolnet.git_dirty"] == "true"
     diff = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="git.diff"))
     assert "+one = 2" in diff.read_text()
 
 
-def test_processes_that_start_at_once_share_a_fresh_store(tmp_path, letters):
-    command = [sys.executable, "-m", "poolnet", "train", "--data", str(letters), "--epochs", "1"]
-    runs = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(4)]
-    assert [run.wait() for run in runs] == [0] * 4
-    found = mlflow.MlflowClient().search_runs(["0"])
-    assert [run.info.status for run in found] == ["FINISHED"] * 4
-    versions = mlflow.MlflowClient().search_model_versions("name = 'poolnet'")
-    assert sorted(int(version.version) for version in versions) == [1, 2, 3, 4]
-
-
-def test_the_optimum_is_recorded(splits):
-    best = linear.Optimum(train_loss=0.25, gap=0.125, converged=True)
-    with tracking.run(CONFIG, splits, CPU) as run:
-        result = fit(CONFIG, splits)
-        run.log_result(result, best)
-        run.log_figures(result, best)
-    data = mlflow.get_run(run.run_id).data
-    assert (data.metrics["optimum_train_loss"], data.metrics["optimality_gap"]) == (0.25, 0.125)
-    assert "Lowest train loss that any weights reach: 0.250000" in data.tags["mlflow.note.content"]
+def test_the_optimum_is_recorded():
+    data = publish(journaled(optimum=True)).data
+    assert 0 < data.metrics["optimality_gap"] < data.metrics["train_loss"]
+    assert f"any weights reach: {data.metrics['optimum_train_loss']:.6f}" in data.tags["mlflow.note.content"]

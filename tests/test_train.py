@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from poolnet.config import InputError, RunError, TrainConfig
 from poolnet.data import Split, Splits, open_splits
 from poolnet.model import SimpleConvNet, SimplePoolNet
-from poolnet.train import EpochRecord, evaluate, fit, resolve_device, score, threads, train_one_epoch
+from poolnet.train import EpochRecord, _totals, evaluate, fit, resolve_device, score, threads, train_one_epoch
 
 
 def figures(history):
@@ -109,7 +109,7 @@ def test_train_figures_are_means_weighted_by_batch_size_before_each_step():
         (torch.zeros(3, 1), torch.tensor([0, 1, 1])),
         (torch.zeros(1, 1), torch.tensor([0])),
     ]
-    loss, acc = train_one_epoch(model, iter(batches), torch.optim.SGD(model.parameters(), lr=0.0))
+    loss, acc = _totals(list(train_one_epoch(model, batches, torch.optim.SGD(model.parameters(), lr=0.0))))
     assert acc == 2 / 4
     assert loss == pytest.approx((2 * np.log(4) + 2 * np.log(4 / 3)) / 4, abs=1e-6)
 

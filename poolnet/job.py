@@ -1,0 +1,252 @@
+"""One run, from its data to its last file: what `poolnet train` does. All of it is journaled, nothing published."""
+
+import dataclasses
+import getpass
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from poolnet import data, features, journal, linear, signals, train
+from poolnet.config import InputError, RunError, TrainConfig
+from poolnet.data import Splits
+from poolnet.journal import Journal
+from poolnet.publisher import Publisher
+from poolnet.signals import Stop
+from poolnet.train import EpochRecord, FitResult, Start, State
+
+Say = Callable[[object], object]
+Check = Callable[[], object]  # raises where there is a reason to go no further
+Pooled = dict[str, np.ndarray] | None  # the features of each split; None for a network that learns its own
+
+
+def run(
+    config: TrainConfig, optimum: bool, cache: bool, publisher: Publisher, say: Say = print, warn: Say = print
+) -> Journal:
+    """A new run, from its data to its last file."""
+    train.resolve_device(config.device)
+    splits, pooled = open_data(config, cache, say)
+    if splits.overlap:
+        warn(f"{splits.path}: {splits.overlap:,} of {len(splits.test):,} test images also occur in train")
+    new = create(config, optimum, splits)
+    signals.last_words = f"stopped; go on with: {journal.resume_command(new.name)}"
+    with new.training():
+        publisher.watch(new)
+        carry_out(new, splits, pooled, publisher.check, say, warn)
+    return new
+
+
+def resume(
+    name: str, given: dict[str, object], cache: bool, publisher: Publisher, say: Say = print, warn: Say = print
+) -> Journal:
+    """Go on with a run, by its name or MLflow run id, and end as if nothing had happened."""
+    old, carrier = journal.find(name), os.environ.get("MLFLOW_RUN_ID", "")
+    if not old or carrier:
+        from poolnet import sync  # seconds of import, for what only the server knows
+
+        old = old or sync.restore(name)
+        given = sync.typed(carrier, given)
+    check_options(old, given)
+    if old.finished:
+        publisher.watch(old, carrier)
+        say(f"{old.name} is finished")
+        return old
+    signals.last_words = f"stopped; go on with: {journal.resume_command(old.name)}"
+    with old.training():
+        train.resolve_device(old.record["device"])
+        splits, pooled = open_recorded_data(old, cache, say)
+        publisher.watch(old, carrier)
+        carry_out(old, splits, pooled, publisher.check, say, warn)
+    return old
+
+
+def open_data(config: TrainConfig, cache: bool, say: Say, path: Path | None = None) -> tuple[Splits, Pooled]:
+    """The data set of the settings, or that at `path`."""
+    path = path or data.locate(config.data, say=say)
+    if config.pool == "conv":
+        return data.open_splits(path), None
+    return features.open_pooled(path, config.pool, cache=cache, say=say)
+
+
+def create(config: TrainConfig, optimum: bool, splits: Splits) -> Journal:
+    """The journal of a new run."""
+    commit, dirty, diff = code_state()
+    record = {
+        "config": dataclasses.asdict(config),
+        "optimum": optimum,
+        "device": str(train.resolve_device(config.device)),
+        "data": {
+            "path": str(splits.path),
+            "name": splits.name,
+            "sha256": splits.sha256,
+            "overlap": splits.overlap,
+            "splits": [
+                {"name": split.name, "sha256": split.sha256, "shape": list(split.X.shape), "dtype": str(split.X.dtype)}
+                for split in splits
+            ],
+        },
+        "code": {"commit": commit, "dirty": dirty},
+        "environment": environment(),
+        "tracking": {  # as MLflow reads it from the environment; its default lies in the working folder
+            "uri": journal.without_password(os.environ.get("MLFLOW_TRACKING_URI", "")),
+            "folder": str(Path.cwd()),
+            "experiment_id": os.environ.get("MLFLOW_EXPERIMENT_ID", ""),
+            "experiment_name": os.environ.get("MLFLOW_EXPERIMENT_NAME", ""),
+            "run_id": os.environ.get("MLFLOW_RUN_ID", ""),  # that `mlflow run` has made for this process
+        },
+    }
+    return journal.create(f"{config.pool}-seed{config.seed}", record, diff)
+
+
+def settings(run: Journal) -> TrainConfig:
+    return TrainConfig(**run.record["config"])
+
+
+def check_options(run: Journal, given: dict[str, object]) -> None:
+    """Refuse options that contradict the record of a run that is to go on."""
+    recorded = run.record["config"] | {"optimum": run.record["optimum"]}
+    for name, value in given.items():
+        if value != recorded[name]:
+            raise InputError(
+                f"{name}: found {value}, but {recorded[name]} in the record of {run.name}; leave it out, or start anew"
+            )
+
+
+def open_recorded_data(run: Journal, cache: bool, say: Say) -> tuple[Splits, Pooled]:
+    """The data set that a run was begun with, which must still be what it was."""
+    recorded = run.record["data"]
+    path = Path(recorded["path"])
+    config = settings(run)
+    splits, pooled = open_data(config, cache, say, path if path.exists() else None)
+    if splits.sha256 != recorded["sha256"]:
+        raise InputError(
+            f"{splits.path}: found SHA-256 {splits.sha256[:16]}..., but {recorded['sha256'][:16]}... in the record of "
+            f"{run.name}; put the data set back, or start a new run"
+        )
+    return splits, pooled
+
+
+def carry_out(run: Journal, splits: Splits, pooled: Pooled, check: Check, say: Say = print, warn: Say = print) -> None:
+    """Train what is left of a run, and write its results. `check` is called after every epoch."""
+    try:
+        result, best = _train(run, splits, pooled, check, say, warn)
+    except Stop as stop:
+        run.save_checkpoint(stop.state)
+        raise
+    del pooled
+    say(f"TEST: loss={result.test.loss:.4f}, acc={result.test.acc:.4f}")
+    if best:
+        say(f"Optimum: train loss={best.train_loss:.6f}, {best.gap:.6f} below that of the trained weights")
+    _write_result(run, splits, result, best)
+    run.end("FINISHED")
+
+
+def _train(
+    run: Journal, splits: Splits, pooled: Pooled, check: Check, say: Say, warn: Say
+) -> tuple[FitResult, linear.Optimum | None]:
+    # What `auto` meant then, and as many threads: the digits depend on both.
+    config = dataclasses.replace(settings(run), device=run.record["device"])
+    torch.set_num_threads(run.record["environment"]["threads"])
+    start = _start(run, warn)
+    if start:
+        say(f"Resuming {run.name} after epoch {len(start.history)} of {config.epochs}")
+
+    def on_epoch(record: EpochRecord) -> None:
+        say(record)
+        values = dataclasses.asdict(record)
+        known = run.append(values.pop("epoch"), values)["metrics"]
+        for name in ("train_loss", "train_acc", "val_loss", "val_acc"):
+            if known[name] != values[name]:
+                raise RunError(
+                    f"epoch {record.epoch}: {name}: found {values[name]!r}, but {known[name]!r} in the record of "
+                    f"{run.name}, begun elsewhere ({_differences(run) or 'with the same packages'}); start a new run"
+                )
+        check()
+
+    hooks = {"on_epoch": on_epoch, "on_state": run.save_checkpoint, "start": start}
+    if pooled is None:
+        return train.fit(config, splits, **hooks), None
+    result = linear.fit(config, splits, pooled, **hooks)
+    best = linear.optimum(result, splits.train, pooled["train"]) if run.record["optimum"] else None
+    if best and not best.converged:
+        warn("the search for the optimum stopped early: the lowest train loss is lower still")
+    return result, best
+
+
+def _start(run: Journal, warn: Say) -> Start | None:
+    """The last state that is whole, with the epochs behind it."""
+    records = {record["step"]: record["metrics"] for record in run.metrics()}
+    if records and (differences := _differences(run)):
+        warn(f"{run.name} was begun with {differences}: the last digits may differ")
+    state: State | None = run.checkpoint()
+    if not state or not set(range(1, int(state["epochs"]) + 1)) <= records.keys():
+        return None  # every epoch is trained again, to the same figures; those recorded stay
+    return Start(tuple(EpochRecord(step, **records[step]) for step in range(1, int(state["epochs"]) + 1)), state)
+
+
+def _differences(run: Journal) -> str:
+    """In what the environment and the code differ from those that a run was begun with."""
+    begun = run.record["environment"] | {"commit": run.record["code"]["commit"]}
+    here = environment() | {"commit": code_state()[0]}
+    names = ("commit", "python", "numpy", "torch", "machine")
+    return ", ".join(f"{name} {begun[name]} (here {here[name]})" for name in names if begun[name] != here[name])
+
+
+def _write_result(run: Journal, splits: Splits, result: FitResult, best: linear.Optimum | None) -> None:
+    """Weights, predictions and scores first: the publisher takes them up while the figures are drawn."""
+    from poolnet import figures  # matplotlib takes a second
+
+    for name, evaluation in (("val", result.val), ("test", result.test)):
+        run.save(f"predictions/{name}.npz", {"logits": evaluation.logits, "y": evaluation.y})
+    once = train.score(result.history) | {"test_loss": result.test.loss, "test_acc": result.test.acc}
+    if best:
+        once |= {"optimum_train_loss": best.train_loss, "optimality_gap": best.gap}
+    run.append(0, once)
+    weights = {name: tensor.detach().cpu().numpy() for name, tensor in result.model.state_dict().items()}
+    example = splits.test.images(np.arange(2) % len(splits.test))
+    run.save("model.npz", {**weights, "example": example})
+    figures.save_all(run.folder / "figures", figures.of_run(settings(run), splits, result, best))
+
+
+# --- what a run rests on ---------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, object]:
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("numpy", "torch", "mlflow")},
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "host": socket.gethostname(),
+        "user": _user(),
+    }
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container's user without a name
+        return "unknown"
+
+
+def code_state() -> tuple[str | None, str, bytes]:
+    """The commit that runs, whether tracked files differ from it (`true`, `false`, `unknown`), and how they differ."""
+    if not _git("ls-files", "--error-unmatch", "__init__.py"):  # installed, or no git here
+        return None, "unknown", b""
+    diff = _git("diff", "HEAD", "--binary")
+    return _git("rev-parse", "HEAD").decode().strip(), "true" if diff else "false", diff
+
+
+def _git(*args: str) -> bytes:
+    """What git prints for the package's own repository; nothing where there is none."""
+    try:
+        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return b""

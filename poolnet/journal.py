@@ -1,0 +1,258 @@
+"""The crash-safe record of one run on disk, `POOLNET_HOME/runs/NAME/`, written before anything else hears of the run.
+
+    record.json          what the run is: settings, data digest, code, environment; written once
+    metrics.jsonl        a line a step, {"t": ms since 1970, "step": epoch, "metrics": {...}}; epoch 0 is the whole run
+    checkpoint-[01].npz  the last two states of training, each replaced whole
+    git.diff             what the code differs in from its commit
+    model.npz            the final weights, and two images as an example
+    predictions/ figures/
+    end.json             how the run ended; absent while it is trained, or when its process died
+    published.json       what a tracking server already holds (see tracking.py)
+
+Whatever is cut off at any moment leaves each file whole, the old or the new one, or a last line that is recognised as
+torn and dropped. Nothing is pickled.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+import uuid
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from poolnet import npz
+from poolnet.config import InputError, RunError, home
+
+FORMAT = 1
+SYNC_SECONDS = 1  # at most this much is lost to a power cut; a process that dies loses nothing
+
+
+class Journal:
+    """One run's folder. Opening it reads `record`, and refuses what a newer poolnet wrote."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.name = folder, folder.name
+        try:
+            self.record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+            version = self.record["format"]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise InputError(
+                f"{folder}: found no readable record.json ({error}), expected the record of a run"
+            ) from None
+        if version > FORMAT:
+            raise InputError(f"{folder}: found journal format {version}, expected at most {FORMAT}; update poolnet")
+        self._synced = 0.0
+        self._steps: dict[int, dict] = {}  # the records, for the process that trains
+        self._serial = 0  # of the newest checkpoint
+
+    # --- who trains it --------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Held by the one process that trains the run, and let go of by the operating system when that process dies.
+
+        What ends the block early is recorded as the end of the run; an end that cannot be is found out by `sync`.
+        """
+        try:
+            with FileLock(self.folder / "lock", timeout=0):
+                with self._writing():
+                    (self.folder / "end.json").unlink(missing_ok=True)
+                    self._drop_torn_line()
+                self._steps = {record["step"]: record for record in self.metrics()}
+                self._serial = int((self.checkpoint() or {"serial": 0})["serial"])
+                try:
+                    yield
+                except BaseException as error:
+                    with contextlib.suppress(RunError):
+                        self.end("FAILED" if isinstance(error, Exception) else "KILLED", str(error))
+                    raise
+        except Timeout:
+            raise InputError(f"{self.name}: another process is training it; wait for it, or end it first") from None
+
+    def is_training(self) -> bool:
+        try:
+            with FileLock(self.folder / "lock", timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    # --- metrics --------------------------------------------------------------------------------------------------
+
+    def metrics(self) -> list[dict]:
+        """Every whole record, in order."""
+        records, _ = self._read_metrics()
+        return records
+
+    def append(self, step: int, metrics: dict[str, float]) -> dict:
+        """Record a step once: one that is there already stays as it is. Returns the record. Only while `training`."""
+        if step in self._steps:
+            return self._steps[step]
+        record = {"t": self._time(), "step": step, "metrics": metrics}
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        with self._writing(), (self.folder / "metrics.jsonl").open("ab", buffering=0) as file:
+            if file.write(line) != len(line):
+                raise OSError("the last line was cut off")
+            self._sync(file.fileno())
+        self._steps[step] = record
+        return record
+
+    def _time(self) -> int:
+        """Now, but never before the last record: whatever the clock does, times are in the order of records."""
+        last = next(reversed(self._steps.values()), None) or next(reversed(self.metrics()), None)
+        return max(now(), last["t"] if last else self.record["started"])
+
+    def _read_metrics(self) -> tuple[list[dict], int]:
+        """The records, and the bytes they take: what follows is torn."""
+        try:
+            data = (self.folder / "metrics.jsonl").read_bytes()
+        except FileNotFoundError:
+            return [], 0
+        records, size = [], 0
+        for line in data.splitlines(keepends=True):
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else None
+                records.append({"t": record["t"], "step": record["step"], "metrics": record["metrics"]})
+            except (ValueError, TypeError, KeyError):
+                break
+            size += len(line)
+        return records, size
+
+    def _drop_torn_line(self) -> None:
+        path = self.folder / "metrics.jsonl"
+        _, size = self._read_metrics()
+        if path.exists() and path.stat().st_size > size:
+            os.truncate(path, size)
+
+    # --- files that are replaced whole ----------------------------------------------------------------------------
+
+    def save_checkpoint(self, arrays: dict[str, np.ndarray]) -> None:
+        """Keep a state of training beside the one before it. Only while `training`."""
+        self._serial += 1
+        self.save(f"checkpoint-{self._serial % 2}.npz", {**arrays, "serial": np.array(self._serial)})
+
+    def checkpoint(self) -> dict[str, np.ndarray] | None:
+        """The newest state that is whole."""
+        found = [self.load(f"checkpoint-{slot}.npz") for slot in (0, 1)]
+        return max((arrays for arrays in found if arrays), key=lambda arrays: int(arrays["serial"]), default=None)
+
+    def save(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        with self._writing(), npz.replacing(self.folder / name) as part, part.open("wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            self._sync(file.fileno())
+
+    def load(self, name: str) -> dict[str, np.ndarray] | None:
+        """The arrays of a file; None where it is absent or damaged."""
+        try:
+            with zipfile.ZipFile(self.folder / name) as archive:
+                if archive.testzip():
+                    return None
+            with np.load(self.folder / name, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+            return None
+
+    def end(self, status: str, error: str = "") -> None:
+        """`FINISHED`, `KILLED` (interrupted, or its process died) or `FAILED`; the latter two can be resumed."""
+        with self._writing():
+            write_json(self.folder / "end.json", {"t": self._time(), "status": status, "error": error})
+
+    def ended(self) -> dict | None:
+        return read_json(self.folder / "end.json") or None
+
+    @property
+    def finished(self) -> bool:
+        return (self.ended() or {}).get("status") == "FINISHED"
+
+    # --- the disk -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"{self.folder}: the journal cannot be written ({error}); once it can: {resume_command(self.name)}"
+            ) from error
+
+    def _sync(self, descriptor: int) -> None:
+        """Past the operating system's buffers, but not more often than once in a while: a disk may take 30 ms."""
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            os.fsync(descriptor)
+            self._synced = time.monotonic()
+
+
+def create(stem: str, record: dict, diff: bytes = b"") -> Journal:
+    """A new run, named `STEM-` and eight random digits. `record` is completed with format and start."""
+    path = folder() / f"{stem}-{uuid.uuid4().hex[:8]}"
+    try:
+        path.mkdir(parents=True)
+        if diff:
+            (path / "git.diff").write_bytes(diff)
+        write_json(path / "record.json", {"format": FORMAT, "started": now(), **record})
+    except OSError as error:
+        shutil.rmtree(path, ignore_errors=True)
+        raise InputError(f"{path}: the journal cannot be written ({error}); set POOLNET_HOME elsewhere") from None
+    return Journal(path)
+
+
+def names() -> list[str]:
+    """Every run that has a record, the oldest first."""
+    paths = list(folder().glob("*/record.json"))
+    return [path.parent.name for path in sorted(paths, key=lambda path: path.stat().st_mtime)]
+
+
+def find(run: str) -> Journal | None:
+    """The run of that name, or of that MLflow run id."""
+    if run and Path(run).name == run and (folder() / run / "record.json").exists():
+        return Journal(folder() / run)
+    for name in names():
+        published = read_json(folder() / name / "published.json")
+        if any(run == server.get("run_id") for server in published.get("servers", {}).values()):
+            return Journal(folder() / name)
+    return None
+
+
+def without_password(uri: str) -> str:
+    """A server's address that may be shown and stored."""
+    parts = urlsplit(uri)
+    user, at, host = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=user.partition(":")[0] + at + host)) if at else uri
+
+
+def resume_command(name: str) -> str:
+    return f"poolnet train --resume {name}"
+
+
+def now() -> int:
+    """Milliseconds since 1970, as MLflow counts time."""
+    return time.time_ns() // 1_000_000
+
+
+def read_json(path: Path) -> dict:
+    """An object from a file; empty where it is absent or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_json(path: Path, value: dict) -> None:
+    with npz.replacing(path) as part, part.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def folder() -> Path:
+    """Where the journals lie."""
+    return home() / "runs"

@@ -1,0 +1,107 @@
+"""The process beside the training that carries its journal to MLflow.
+
+A process and not a thread: MLflow takes seconds of Python to import and some for every call, which a training of small
+steps would wait for; and a server that hangs cannot hold it up at the end.
+"""
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+
+from poolnet.config import InputError
+from poolnet.journal import Journal, read_json
+
+STOP_SECONDS = 2.5  # for the last words of a run that was interrupted
+START_SECONDS = 120  # for the imports, on a machine that is busy with much else
+
+
+class Publisher:
+    """`poolnet sync --follow`, started before there is a run, so that its imports are done when there is."""
+
+    def __init__(self, drain_timeout: float):
+        self.drain_timeout = drain_timeout
+        self.journal: Journal | None = None
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the process
+        detached = (
+            {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.BELOW_NORMAL_PRIORITY_CLASS}
+            if sys.platform == "win32"
+            else {"start_new_session": True}  # Ctrl-C is the training's to answer
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "poolnet", "sync", "--follow", "--drain-timeout", str(drain_timeout)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            **detached,
+        )
+
+    def __enter__(self) -> "Publisher":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Whatever happened: what is in the journal by now is published, as far as that may take."""
+        if not self.journal:
+            self.process.kill()
+        elif kind is None or issubclass(kind, Exception):
+            with contextlib.suppress(InputError):
+                self.close()
+        else:
+            self.close(STOP_SECONDS)
+        self.process.wait()
+        self.process.stdin.close()
+        self._errors.close()
+
+    def watch(self, journal: Journal, carrier: str = "") -> None:
+        """From now on this run is published. `carrier` is a run that `mlflow run` made only to get it resumed."""
+        self.journal = journal
+        with contextlib.suppress(BrokenPipeError):  # `refusal` and `close` say what became of the process
+            self.process.stdin.write(f"{journal.name} {carrier}\n".encode())
+            self.process.stdin.flush()
+
+    def check(self) -> None:
+        """Raise `InputError` if the server's record of the run contradicts it."""
+        if self.process.poll() == 2:
+            raise InputError(self._last_line())
+
+    def close(self, timeout: float | None = None) -> str | None:
+        """Wait until the server has everything, but at most `timeout` seconds beyond its last progress.
+
+        Returns None when it has, and otherwise why not.
+        """
+        timeout = self.drain_timeout if timeout is None else timeout
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        progress, deadline = None, time.monotonic() + timeout
+        started = time.monotonic()
+        while self.process.poll() is None:
+            seen = self._progress()
+            if seen != progress:
+                progress, deadline = seen, time.monotonic() + timeout
+            patience = deadline if seen else max(deadline, started + min(START_SECONDS, 4 * timeout))
+            if time.monotonic() > patience:
+                self.process.kill()
+                self.process.wait()
+                break
+            time.sleep(0.01)
+        self.check()
+        return None if self.process.returncode == 0 else self._last_line()
+
+    @property
+    def held(self) -> dict:
+        """What the server holds of the run, see `tracking.Publication`."""
+        published = read_json(self.journal.folder / "published.json")
+        return published.get("servers", {}).get(published.get("home"), {})
+
+    def _progress(self) -> int:
+        """When something was last published; 0 before the publisher has begun."""
+        with contextlib.suppress(OSError):
+            if self.journal:
+                return (self.journal.folder / "published.json").stat().st_mtime_ns
+        return 0
+
+    def _last_line(self) -> str:
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1].removeprefix("poolnet: error: ") if lines else "the server does not answer"

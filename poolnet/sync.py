@@ -1,0 +1,273 @@
+"""Journals and servers brought together: followed while training runs, caught up with later, pruned, restored."""
+
+import contextlib
+import dataclasses
+import json
+import queue
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.client import MlflowClient
+
+from poolnet import journal, registry, tracking
+from poolnet.config import InputError, RunError, TrainConfig
+from poolnet.journal import Journal
+from poolnet.tracking import Publication, Refused
+
+POLL_SECONDS = 0.5  # between two looks at a journal
+RETRY_SECONDS = 5  # at most, between two attempts
+HAND_OVER_SECONDS = 1  # after which a run that is still trained is another publisher's
+
+
+def follow(lines: Iterable[str], drain_timeout: float, say: Callable[[str], None]) -> int:
+    """Publish the runs whose names come in, a line each, `NAME CARRIER`, until the lines end and all is published.
+
+    After the last line it gives up `drain_timeout` seconds after the last progress. Returns the exit code.
+    """
+    inbox: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def feed() -> None:
+        for line in lines:
+            inbox.put(line)
+        inbox.put(None)
+
+    threading.Thread(target=feed, daemon=True).start()
+    with contextlib.ExitStack() as locks:
+        followed: list[Publication] = []
+        closed, failures, progress = None, 0, time.monotonic()
+        while closed is None or followed:
+            try:
+                line = inbox.get(timeout=min(POLL_SECONDS * 2**failures, RETRY_SECONDS))
+            except queue.Empty:
+                line = ""
+            if line is None:
+                closed = progress = time.monotonic()
+            elif line:
+                followed.append(_begin(line, locks))
+            held = [json.dumps(publication.held) for publication in followed]
+            try:
+                for publication in followed:
+                    if closed:
+                        mark_if_dead(publication.run)
+                    publication.advance()
+                    registry.import_exporter()  # now, while nobody waits for it
+                failures = 0
+            except Refused as error:
+                say(str(error))
+                return 2
+            except Exception as error:  # whatever a server, or the way to it, may raise: it is said, and tried again
+                failures = min(failures + 1, 5) if not closed else 0
+                say(f"{publication.key}: {reason(error)}")
+                if closed and _is_final(error):
+                    return 3
+            if held != [json.dumps(publication.held) for publication in followed]:
+                progress = time.monotonic()
+            followed = [publication for publication in followed if not _is_over(publication, closed)]
+            if closed and time.monotonic() - progress > drain_timeout:
+                break
+    return 3 if followed else 0
+
+
+def _begin(line: str, locks: contextlib.ExitStack) -> Publication:
+    name, _, carrier = line.strip().partition(" ")
+    run = journal.find(name)
+    locks.enter_context(FileLock(run.folder / "publish.lock"))
+    publication = Publication(run, tracking.home_of(run), carrier)
+    publication.save()
+    return publication
+
+
+def _is_over(publication: Publication, closed: float | None) -> bool:
+    if publication.complete:
+        return True
+    # Another process has taken the run up since, with a publisher of its own, which waits for this one.
+    return bool(closed) and time.monotonic() - closed > HAND_OVER_SECONDS and publication.run.is_training()
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether trying again is of no use, since the server knows who asks and refuses."""
+    return isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403)
+
+
+def mark_if_dead(run: Journal) -> None:
+    """A run whose process died without a word is KILLED, and can be resumed."""
+    with contextlib.suppress(Timeout), FileLock(run.folder / "lock", timeout=0):
+        if not run.ended():
+            run.end("KILLED", "its process died")
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in one line that fits a screen."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    for sign in ("Connection refused", "Read timed out", "Name or service not known", "Connection reset", "timed out"):
+        if sign in text:
+            return sign.lower()
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+# --- poolnet sync ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What `poolnet sync` found of a run, and did."""
+
+    run: str
+    state: str  # training, FINISHED, KILLED, FAILED, or unreadable
+    server: str
+    found: str
+    did: str
+    ok: bool = True
+
+
+def sync(
+    runs: Iterable[str], to: str | None, dry_run: bool, prune: bool, on_bytes: Callable[[int], None] = lambda size: None
+) -> Iterator[Row]:
+    """Publish what is outstanding of these runs, or of all, each to its own server or to another."""
+    for name in runs or journal.names():
+        try:
+            run = journal.find(name)
+            if not run:
+                raise InputError(f"{name}: no such run in {journal.folder()}")
+        except InputError as error:
+            yield Row(name, "unreadable", "", str(error), "nothing", ok=False)
+            continue
+        if run.is_training():
+            yield Row(run.name, "training", "", "its own process publishes it", "nothing")
+            continue
+        yield _dry(run, to, prune) if dry_run else _synced(run, to, prune, on_bytes)
+
+
+def outstanding_bytes(runs: Iterable[str], to: str | None) -> int:
+    """The size of the files that `sync` would upload, as far as is known before it looks."""
+    total = 0
+    for name in runs or journal.names():
+        with contextlib.suppress(InputError):
+            if run := journal.find(name):
+                total += Publication(run, to or tracking.home_of(run)).outstanding_bytes()
+    return total
+
+
+def table(rows: list[Row]) -> str:
+    """The rows for a terminal."""
+    if not rows:
+        return f"No runs in {journal.folder()}"
+    heads = ("run", "state", "outstanding", "done", "server")
+    lines = [heads, *((row.run, row.state, row.found, row.did, row.server) for row in rows)]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _dry(run: Journal, to: str | None, prune: bool) -> Row:
+    publication = Publication(run, to or tracking.home_of(run))
+    state = (run.ended() or {"status": "KILLED"})["status"]
+    left = ", ".join(publication.outstanding())
+    would = "would publish it" if left else f"would {'check and remove it' if prune and run.finished else 'do nothing'}"
+    return Row(run.name, state, publication.key, left or "all published", would)
+
+
+def _synced(run: Journal, to: str | None, prune: bool, on_bytes: Callable[[int], None]) -> Row:
+    mark_if_dead(run)
+    state = run.ended()["status"]
+    with FileLock(run.folder / "publish.lock"):  # of two at once, the second finds that there is nothing to do
+        publication = Publication(run, to or tracking.home_of(run), on_bytes=on_bytes)
+        found, did = ", ".join(publication.outstanding()) or "all published", "nothing"
+        if publication.outstanding():
+            error = _publish(publication)
+            if error:
+                return Row(run.name, state, publication.key, found, error, ok=False)
+            did = "published"
+            if not run.finished:
+                did += f"; go on with: {journal.resume_command(run.name)}"
+        if not prune:
+            return Row(run.name, state, publication.key, found, did)
+        if not run.finished:
+            return Row(run.name, state, publication.key, found, f"kept: {journal.resume_command(run.name)} needs it")
+        try:
+            missing = publication.missing()
+        except Exception as error:  # as above
+            missing = [reason(error)]
+    if missing:
+        return Row(run.name, state, publication.key, found, f"kept: {'; '.join(missing)}", ok=False)
+    shutil.rmtree(run.folder)
+    did = "checked, removed" if did == "nothing" else f"{did}, checked, removed"
+    return Row(run.name, state, publication.key, found, did)
+
+
+def _publish(publication: Publication, attempts: int = 3) -> str:
+    """Publish the rest. Returns what stood in the way, if anything."""
+    for attempt in range(attempts):
+        try:
+            publication.advance()
+            return ""
+        except Exception as error:  # whatever a server, or the way to it, may raise: it is said
+            problem = reason(error)
+            if isinstance(error, Refused) or _is_final(error) or "refused" in problem:
+                break
+            time.sleep(2**attempt)
+    return problem
+
+
+# --- runs that are only on the server --------------------------------------------------------------------------------
+
+
+def restore(name: str) -> Journal:
+    """The journal of a run whose folder is gone, from what the server has: all but the state of training.
+
+    Its epochs are trained again, to the same figures; those recorded stay as they are.
+    """
+    uri = tracking.own_uri()
+    where = journal.without_password(uri)
+    client = MlflowClient(uri)
+    nowhere = InputError(f"{name}: no such run, neither in {journal.folder()} nor on {where}")
+    try:
+        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+            raise nowhere
+        tracking.create_store(uri)
+        found = tracking.look_up(client, name)
+        if not found:
+            raise nowhere
+        info, tags = found.info, found.data.tags
+        if info.status in ("RUNNING", "FINISHED"):
+            state = "is FINISHED" if info.status == "FINISHED" else "is RUNNING, perhaps on another machine, says"
+            raise InputError(
+                f"{name}: its folder is not in {journal.folder()}, and it {state} {where}; start a new run"
+            )
+        with tempfile.TemporaryDirectory() as scratch:
+            record = Path(client.download_artifacts(info.run_id, "record.json", scratch))
+            folder = journal.folder() / tags["poolnet.run"]
+            folder.mkdir(parents=True)
+            shutil.copy(record, folder / "record.json")
+        steps: dict[int, dict] = {}
+        for key in found.data.metrics:
+            for metric in client.get_metric_history(info.run_id, key):
+                step = steps.setdefault(metric.step, {"t": metric.timestamp, "step": metric.step, "metrics": {}})
+                step["metrics"][key] = metric.value
+    except MlflowException as error:
+        raise InputError(
+            f"{name}: its folder is not in {journal.folder()}, and {where} cannot give it back: {reason(error)}"
+        ) from None
+    lines = [json.dumps(step) + "\n" for step in sorted(steps.values(), key=lambda step: (step["t"], step["step"]))]
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
+    run = Journal(folder)
+    Publication(run, uri).adopt(info)
+    return run
+
+
+def typed(carrier: str, given: dict[str, object]) -> dict[str, object]:
+    """Of options under `mlflow run`, which passes its defaults on as if they had been typed, those that were."""
+    if not carrier:
+        return given
+    try:
+        data = MlflowClient(tracking.own_uri()).get_run(carrier).data
+    except MlflowException as error:
+        raise RunError(f"run {carrier}: {reason(error)}") from None
+    names = set() if "poolnet.run" in data.tags else set(data.params)
+    defaults = {**dataclasses.asdict(TrainConfig()), "optimum": False}
+    return {name: value for name, value in given.items() if name in names or value != defaults[name]}
