@@ -22,7 +22,6 @@ from poolnet.signals import Stop
 from poolnet.train import EpochRecord, FitResult, Start, State
 
 Say = Callable[[object], object]
-Check = Callable[[], object]  # raises where there is a reason to go no further
 Pooled = dict[str, np.ndarray] | None  # the features of each split; None for a network that learns its own
 
 
@@ -38,7 +37,7 @@ def run(
     signals.last_words = f"stopped; go on with: {journal.resume_command(new.name)}"
     with new.training():
         publisher.watch(new)
-        carry_out(new, splits, pooled, publisher.check, say, warn)
+        carry_out(new, splits, pooled, publisher, say, warn)
     return new
 
 
@@ -62,7 +61,7 @@ def resume(
         train.resolve_device(old.record["device"])
         splits, pooled = open_recorded_data(old, cache, say)
         publisher.watch(old, carrier)
-        carry_out(old, splits, pooled, publisher.check, say, warn)
+        carry_out(old, splits, pooled, publisher, say, warn)
     return old
 
 
@@ -132,14 +131,23 @@ def open_recorded_data(run: Journal, cache: bool, say: Say) -> tuple[Splits, Poo
     return splits, pooled
 
 
-def carry_out(run: Journal, splits: Splits, pooled: Pooled, check: Check, say: Say = print, warn: Say = print) -> None:
-    """Train what is left of a run, and write its results. `check` is called after every epoch."""
+def carry_out(
+    run: Journal,
+    splits: Splits,
+    pooled: Pooled,
+    publisher: Publisher | None = None,
+    say: Say = print,
+    warn: Say = print,
+) -> None:
+    """Train what is left of a run, and write its results."""
     try:
-        result, best = _train(run, splits, pooled, check, say, warn)
+        result, best = _train(run, splits, pooled, publisher, say, warn)
     except Stop as stop:
         run.save_checkpoint(stop.state)
         raise
     del pooled
+    if publisher:
+        publisher.nudge()
     say(f"TEST: loss={result.test.loss:.4f}, acc={result.test.acc:.4f}")
     if best:
         say(f"Optimum: train loss={best.train_loss:.6f}, {best.gap:.6f} below that of the trained weights")
@@ -148,7 +156,7 @@ def carry_out(run: Journal, splits: Splits, pooled: Pooled, check: Check, say: S
 
 
 def _train(
-    run: Journal, splits: Splits, pooled: Pooled, check: Check, say: Say, warn: Say
+    run: Journal, splits: Splits, pooled: Pooled, publisher: Publisher | None, say: Say, warn: Say
 ) -> tuple[FitResult, linear.Optimum | None]:
     # What `auto` meant then, and as many threads: the digits depend on both.
     config = dataclasses.replace(settings(run), device=run.record["device"])
@@ -167,7 +175,8 @@ def _train(
                     f"epoch {record.epoch}: {name}: found {values[name]!r}, but {known[name]!r} in the record of "
                     f"{run.name}, begun elsewhere ({_differences(run) or 'with the same packages'}); start a new run"
                 )
-        check()
+        if publisher:
+            publisher.check()
 
     hooks = {"on_epoch": on_epoch, "on_state": run.save_checkpoint, "start": start}
     if pooled is None:
@@ -203,14 +212,14 @@ def _write_result(run: Journal, splits: Splits, result: FitResult, best: linear.
     from poolnet import figures  # matplotlib takes a second
 
     for name, evaluation in (("val", result.val), ("test", result.test)):
-        run.save(f"predictions/{name}.npz", {"logits": evaluation.logits, "y": evaluation.y})
+        run.save_predictions(name, evaluation.logits, evaluation.y)
     once = train.score(result.history) | {"test_loss": result.test.loss, "test_acc": result.test.acc}
     if best:
         once |= {"optimum_train_loss": best.train_loss, "optimality_gap": best.gap}
     run.append(0, once)
     weights = {name: tensor.detach().cpu().numpy() for name, tensor in result.model.state_dict().items()}
     example = splits.test.images(np.arange(2) % len(splits.test))
-    run.save("model.npz", {**weights, "example": example})
+    run.save_tensors("model", {**weights, "example": example})
     figures.save_all(run.folder / "figures", figures.of_run(settings(run), splits, result, best))
 
 

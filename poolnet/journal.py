@@ -2,37 +2,38 @@
 
     record.json          what the run is: settings, data digest, code, environment; written once
     metrics.jsonl        a line a step, {"t": ms since 1970, "step": epoch, "metrics": {...}}; epoch 0 is the whole run
-    checkpoint-[01].npz  the last two states of training, each replaced whole
-    git.diff             what the code differs in from its commit
-    model.npz            the final weights, and two images as an example
+    checkpoint-[01].safetensors
+                         the last two states of training, each replaced whole
+    git.diff             in what the code differs from its commit
+    model.safetensors    the final weights, and two images as an example
     predictions/ figures/
     end.json             how the run ended; absent while it is trained, or when its process died
-    published.json       what a tracking server already holds (see tracking.py)
+    published.json       what tracking servers already hold (see tracking.py)
 
 Whatever is cut off at any moment leaves each file whole, the old or the new one, or a last line that is recognised as
 torn and dropped. Nothing is pickled.
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import time
 import uuid
-import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
+import safetensors.numpy
 from filelock import FileLock, Timeout
 
 from poolnet import npz
 from poolnet.config import InputError, RunError, home
 
 FORMAT = 1
-SYNC_SECONDS = 1  # at most this much is lost to a power cut; a process that dies loses nothing
 
 
 class Journal:
@@ -49,7 +50,6 @@ class Journal:
             ) from None
         if version > FORMAT:
             raise InputError(f"{folder}: found journal format {version}, expected at most {FORMAT}; update poolnet")
-        self._synced = 0.0
         self._steps: dict[int, dict] = {}  # the records, for the process that trains
         self._serial = 0  # of the newest checkpoint
 
@@ -97,10 +97,8 @@ class Journal:
             return self._steps[step]
         record = {"t": self._time(), "step": step, "metrics": metrics}
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        with self._writing(), (self.folder / "metrics.jsonl").open("ab", buffering=0) as file:
-            if file.write(line) != len(line):
-                raise OSError("the last line was cut off")
-            self._sync(file.fileno())
+        with self._writing():
+            self._write(self.folder / "metrics.jsonl", "ab", line)
         self._steps[step] = record
         return record
 
@@ -133,32 +131,38 @@ class Journal:
 
     # --- files that are replaced whole ----------------------------------------------------------------------------
 
-    def save_checkpoint(self, arrays: dict[str, np.ndarray]) -> None:
+    def save_checkpoint(self, state: dict[str, np.ndarray]) -> None:
         """Keep a state of training beside the one before it. Only while `training`."""
         self._serial += 1
-        self.save(f"checkpoint-{self._serial % 2}.npz", {**arrays, "serial": np.array(self._serial)})
+        self.save_tensors(f"checkpoint-{self._serial % 2}", {**state, "serial": np.array(self._serial)})
 
     def checkpoint(self) -> dict[str, np.ndarray] | None:
         """The newest state that is whole."""
-        found = [self.load(f"checkpoint-{slot}.npz") for slot in (0, 1)]
-        return max((arrays for arrays in found if arrays), key=lambda arrays: int(arrays["serial"]), default=None)
+        found = [self.load_tensors(f"checkpoint-{slot}") for slot in (0, 1)]
+        return max((state for state in found if state), key=lambda state: int(state["serial"]), default=None)
 
-    def save(self, name: str, arrays: dict[str, np.ndarray]) -> None:
-        with self._writing(), npz.replacing(self.folder / name) as part, part.open("wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            self._sync(file.fileno())
+    def save_tensors(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """A `.safetensors` file, with a checksum, since its format has none."""
+        arrays = {key: np.asarray(array, order="C") for key, array in arrays.items()}
+        data = safetensors.numpy.save({**arrays, "crc32": np.array(_checksum(arrays))})
+        path, part = self.folder / f"{name}.safetensors", self.folder / f".{name}.part"
+        with self._writing():
+            self._write(part, "wb", data)
+            npz.replace(part, path)
 
-    def load(self, name: str) -> dict[str, np.ndarray] | None:
-        """The arrays of a file; None where it is absent or damaged."""
+    def load_tensors(self, name: str) -> dict[str, np.ndarray] | None:
+        """The arrays of such a file; None where it is absent or damaged."""
         try:
-            with zipfile.ZipFile(self.folder / name) as archive:
-                if archive.testzip():
-                    return None
-            with np.load(self.folder / name, allow_pickle=False) as arrays:
-                return dict(arrays)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+            arrays = safetensors.numpy.load((self.folder / f"{name}.safetensors").read_bytes())
+        except (OSError, safetensors.SafetensorError):
             return None
+        checksum = arrays.pop("crc32", None)
+        return arrays if checksum is not None and int(checksum) == _checksum(arrays) else None
+
+    def save_predictions(self, name: str, logits: np.ndarray, y: np.ndarray) -> None:
+        path = self.folder / "predictions" / f"{name}.npz"
+        with self._writing(), npz.replacing(path) as part, part.open("wb") as file:
+            np.savez(file, logits=logits, y=y)
 
     def end(self, status: str, error: str = "") -> None:
         """`FINISHED`, `KILLED` (interrupted, or its process died) or `FAILED`; the latter two can be resumed."""
@@ -183,11 +187,19 @@ class Journal:
                 f"{self.folder}: the journal cannot be written ({error}); once it can: {resume_command(self.name)}"
             ) from error
 
-    def _sync(self, descriptor: int) -> None:
-        """Past the operating system's buffers, but not more often than once in a while: a disk may take 30 ms."""
-        if time.monotonic() - self._synced > SYNC_SECONDS:
-            os.fsync(descriptor)
-            self._synced = time.monotonic()
+    def _write(self, path: Path, mode: str, data: bytes) -> None:
+        """In one piece, and only into the operating system's buffers: what a power cut takes away is trained again,
+        to the same figures. Metrics that are published are flushed before (see tracking.py)."""
+        with path.open(mode, buffering=0) as file:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, "the last bytes found no room")
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> int:
+    crc = 0
+    for name in sorted(arrays):
+        crc = zlib.crc32(arrays[name], zlib.crc32(name.encode(), crc))
+    return crc
 
 
 def create(stem: str, record: dict, diff: bytes = b"") -> Journal:

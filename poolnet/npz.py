@@ -11,6 +11,7 @@ import hashlib
 import lzma
 import math
 import shutil
+import sys
 import time
 import tokenize
 import uuid
@@ -131,6 +132,18 @@ def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         raise RunError(f"{path}: cannot be written ({error}); is the disk full?") from error
 
 
+def replace(part: Path, path: Path) -> None:
+    """`part.replace(path)`, for which Windows wants a moment in which no other process reads `path`."""
+    for attempt in range(50):
+        try:
+            part.replace(path)
+            return
+        except PermissionError:
+            if sys.platform != "win32" or attempt == 49:
+                raise
+            time.sleep(0.02)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """The name of a temporary file beside `path`, which takes the place of `path` when the block succeeds."""
@@ -142,7 +155,7 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         yield part
-        part.replace(path)
+        replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -10,10 +10,11 @@ import sys
 import tempfile
 import time
 
-from poolnet.config import InputError
+from poolnet.config import InputError, crowded
 from poolnet.journal import Journal, read_json
 
 STOP_SECONDS = 2.5  # for the last words of a run that was interrupted
+READY_SECONDS = 3  # that a training waits for the imports: on two cores they slow its steps by a fifth
 START_SECONDS = 120  # for the imports, on a machine that is busy with much else
 
 
@@ -56,8 +57,19 @@ class Publisher:
     def watch(self, journal: Journal, carrier: str = "") -> None:
         """From now on this run is published. `carrier` is a run that `mlflow run` made only to get it resumed."""
         self.journal = journal
-        with contextlib.suppress(BrokenPipeError):  # `refusal` and `close` say what became of the process
-            self.process.stdin.write(f"{journal.name} {carrier}\n".encode())
+        begun = self._progress()
+        self._tell(f"{journal.name} {carrier}\n")
+        deadline = time.monotonic() + READY_SECONDS
+        while crowded() and self._progress() == begun and self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def nudge(self) -> None:
+        """The epochs are over: what publishing a model takes may now be imported, and what there is published."""
+        self._tell("\n")
+
+    def _tell(self, line: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # `check` and `close` say what became of the process
+            self.process.stdin.write(line.encode())
             self.process.stdin.flush()
 
     def check(self) -> None:
@@ -104,4 +116,4 @@ class Publisher:
     def _last_line(self) -> str:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return lines[-1].removeprefix("poolnet: error: ") if lines else "the server does not answer"
+        return lines[-1].removeprefix("poolnet: error: ") if lines else "the tracking server has not all of it yet"

@@ -26,6 +26,7 @@ SIGNATURE = ModelSignature(
 def import_exporter() -> None:
     """What `export` needs takes three seconds to import: to be called where nobody waits for it."""
     import mlflow.pytorch  # noqa: F401
+    import scipy.stats  # noqa: F401
     import torch.export  # noqa: F401
 
 

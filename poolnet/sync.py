@@ -16,17 +16,20 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import journal, registry, tracking
-from poolnet.config import InputError, RunError, TrainConfig
+from poolnet.config import InputError, RunError, TrainConfig, crowded
 from poolnet.journal import Journal
 from poolnet.tracking import Publication, Refused
 
-POLL_SECONDS = 0.5  # between two looks at a journal
+POLL_SECONDS = 2  # between two looks at a journal
+DRAIN_POLL_SECONDS = 0.5  # the same, when the training waits for it
 RETRY_SECONDS = 5  # at most, between two attempts
+IMPORT_SECONDS = 30  # of training, after which two seconds of a shared core no longer show
 HAND_OVER_SECONDS = 1  # after which a run that is still trained is another publisher's
 
 
 def follow(lines: Iterable[str], drain_timeout: float, say: Callable[[str], None]) -> int:
     """Publish the runs whose names come in, a line each, `NAME CARRIER`, until the lines end and all is published.
+    An empty line says that epochs are over, and with them the hurry.
 
     After the last line it gives up `drain_timeout` seconds after the last progress. Returns the exit code.
     """
@@ -41,28 +44,33 @@ def follow(lines: Iterable[str], drain_timeout: float, say: Callable[[str], None
     with contextlib.ExitStack() as locks:
         followed: list[Publication] = []
         closed, failures, progress = None, 0, time.monotonic()
+        import_at = progress + (IMPORT_SECONDS if crowded() else 0)
         while closed is None or followed:
+            wait = min(POLL_SECONDS * 2**failures, RETRY_SECONDS) if not closed else DRAIN_POLL_SECONDS
             try:
-                line = inbox.get(timeout=min(POLL_SECONDS * 2**failures, RETRY_SECONDS))
+                line = inbox.get(timeout=wait)
             except queue.Empty:
                 line = ""
             if line is None:
                 closed = progress = time.monotonic()
-            elif line:
+            elif line.strip():
                 followed.append(_begin(line, locks))
+            elif line:
+                import_at = 0
             held = [json.dumps(publication.held) for publication in followed]
             try:
                 for publication in followed:
                     if closed:
                         mark_if_dead(publication.run)
                     publication.advance()
-                    registry.import_exporter()  # now, while nobody waits for it
+                    if time.monotonic() > import_at:
+                        registry.import_exporter()  # now, while nobody waits for it
                 failures = 0
             except Refused as error:
                 say(str(error))
                 return 2
             except Exception as error:  # whatever a server, or the way to it, may raise: it is said, and tried again
-                failures = min(failures + 1, 5) if not closed else 0
+                failures = min(failures + 1, 5)
                 say(f"{publication.key}: {reason(error)}")
                 if closed and _is_final(error):
                     return 3

@@ -7,6 +7,7 @@ and repeated at will: what the server has already is looked up, or is such that 
 import contextlib
 import filecmp
 import functools
+import gc
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
 
 import click
 import mlflow
+import mlflow.db
 import numpy as np
 from filelock import FileLock
 from mlflow.data.dataset_source_registry import get_dataset_source_from_json
@@ -41,7 +43,7 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import journal, registry, summary
+from poolnet import journal, npz, registry
 from poolnet.config import InputError
 from poolnet.journal import Journal
 
@@ -58,6 +60,7 @@ class Publication:
         self.uri, self.key = uri, journal.without_password(uri)
         self.held = {"run_id": "", "experiment_id": "", "done": [], "metrics": 0, "status": None, "version": None}
         self.held |= journal.read_json(run.folder / "published.json").get("servers", {}).get(self.key, {})
+        self.confirmed = False  # whether the server was seen to have the run
 
     def save(self) -> None:
         path = self.run.folder / "published.json"
@@ -87,7 +90,9 @@ class Publication:
         """Publish what the journal has by now. Raises what MLflow raises when the server does not take it."""
         create_store(self.uri)
         self.client = MlflowClient(self.uri)
-        self._find_or_create()
+        confirmed, self.confirmed = self.confirmed, False  # until all of this has gone well
+        if not confirmed or self.held["status"]:
+            self._find_or_create()
         ended, steps = self.run.ended(), self._steps()  # an end that comes from here on is for the next time
         for name, publish in steps.items():
             if name not in self.held["done"]:
@@ -99,6 +104,7 @@ class Publication:
             self.client.set_terminated(self.held["run_id"], ended["status"], ended["t"])
             self.held["status"] = ended
             self.save()
+        self.confirmed = True
 
     def _steps(self) -> dict[str, Callable[[], None]]:
         """What is to be published once, as far as the journal has it by now."""
@@ -106,7 +112,7 @@ class Publication:
         steps = {"start": self._log_start, "inputs": self._log_inputs, "record.json": files["record.json"]}
         if (self.run.folder / "git.diff").exists():
             steps["git.diff"] = files["git.diff"]
-        if (self.run.folder / "model.npz").exists():
+        if (self.run.folder / "model.safetensors").exists():
             steps |= {"predictions": files["predictions"], "model": self._log_model}
         if self.run.finished:
             steps |= {"scores": self._log_scores, "figures": files["figures"]}
@@ -276,7 +282,7 @@ class Publication:
         if model.status != LoggedModelStatus.READY:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / registry.MODEL
-                registry.export(self.run.load("model.npz"), self.record["config"]["pool"], run_id, model, path)
+                registry.export(self.run.load_tensors("model"), self.record["config"]["pool"], run_id, model, path)
                 self.client.log_model_artifacts(model.model_id, str(path))
             outputs = self.client.get_run(run_id).outputs
             if not outputs or model.model_id not in [output.model_id for output in outputs.model_outputs]:
@@ -311,6 +317,8 @@ class Publication:
         self.held["version"] = registry.register(self.client, self.held["run_id"], self.held["model_id"], tags)
 
     def _describe(self) -> None:
+        from poolnet import summary  # and with it torch, which the first metrics need not wait for
+
         text = summary.of_run(self.run, self.held["version"])
         self.client.set_tag(self.held["run_id"], "mlflow.note.content", text)
 
@@ -402,12 +410,17 @@ def _absolute(uri: str, folder: Path) -> str:
 
 @functools.cache
 def create_store(uri: str) -> None:
-    """Make a fresh SQLite store under a lock: two processes that make one at once break it for good."""
+    """Make a fresh SQLite store under a lock, and whole or not at all: two processes that make one at once break it for
+    good, and so does one that is killed before it has made all the tables."""
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     if uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///"))
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
+            if not path.exists():
+                with npz.replacing(path) as part:
+                    mlflow.db.commands.main(["upgrade", f"sqlite:///{part}"], standalone_mode=False)
+                    gc.collect()  # of the connection: Windows does not rename a file that is open
             MlflowClient(uri).search_experiments(max_results=1)
 
 

@@ -197,7 +197,7 @@ def journaled(config=CONFIG, optimum=False):
     splits, pooled = job.open_data(config, cache=False, say=lambda line: None)
     run = job.create(config, optimum, splits)
     with run.training():
-        job.carry_out(run, splits, pooled, check=lambda: None, say=lambda line: None)
+        job.carry_out(run, splits, pooled, say=lambda line: None)
     return run
 
 

@@ -1,0 +1,376 @@
+"""What faults do to a run, which is nothing, and what that costs.
+
+    python benchmarks/faults.py [--kills N] [--server-runs N] [--overhead-runs N] [--seed S] [--json]
+
+`kills`: so many trainings, each killed (SIGKILL) at a random moment between its start and its exit, half of them
+together with the process that publishes, then resumed. `server runs`: so many trainings against a real tracking server
+that is killed and restarted, or stopped and continued, at random moments all the while; then `poolnet sync`. Each is
+compared with a run that met no fault: histories, weights, predictions, and the whole record on the server. `overhead`:
+trainings at full size, published to a server on loopback, and the same without journal and tracking, in turn.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import click
+import mlflow
+import numpy as np
+
+from poolnet import npz
+from poolnet.journal import Journal
+
+FIGURES = ("train_loss", "train_acc", "val_loss", "val_acc")  # the same in each run; the times are not
+TIMINGS = ("epoch_seconds", "examples_per_second")
+POOLNET = [sys.executable, "-m", "poolnet"]
+
+
+def letters(path: Path, train: int) -> Path:
+    """Random pixels in which every label leaves a trace."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for name, n in (("train", train), ("val", train // 10), ("test", train // 10)):
+        y = rng.integers(0, 10, n)
+        X = rng.integers(0, 200, (n, 28, 28), dtype=np.uint8)
+        X[np.arange(n), 2 * y + 2] = 255
+        arrays[f"X_{name}"], arrays[f"y_{name}"] = X, y
+    npz.save(path, arrays)
+    return path
+
+
+class World:
+    """A folder with local state of its own, and a tracking server: a store in the folder, or an address."""
+
+    def __init__(self, folder: Path, data: Path, epochs: int, uri: str = ""):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.uri = folder, uri or f"sqlite:///{folder / 'mlflow.db'}"
+        self.command = [*POOLNET, "train", "--data", str(data), "--epochs", str(epochs)]
+        ours = {
+            "POOLNET_HOME": str(folder / "home"),
+            "MLFLOW_TRACKING_URI": self.uri,
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")} | ours
+
+    def start(self, command: list[str], **options) -> subprocess.Popen:
+        return subprocess.Popen(command, cwd=self.folder, env=self.environment, stderr=subprocess.PIPE, **options)
+
+    def finish(self, command: list[str], codes: tuple[int, ...] = (0,)) -> str:
+        with self.start(command, stdout=subprocess.PIPE, text=True) as process:
+            out, err = process.communicate()
+        if process.returncode not in codes:
+            raise click.ClickException(f"{' '.join(command)} ended with {process.returncode}: {err}")
+        return out
+
+    def journals(self) -> list[Journal]:
+        return [Journal(path.parent) for path in sorted((self.folder / "home" / "runs").glob("*/record.json"))]
+
+
+def outcome(run: Journal) -> dict[str, np.ndarray]:
+    """What a run has come to, as its folder has it: histories, predictions, weights."""
+    steps = [record["step"] for record in run.metrics()]
+    records = {record["step"]: record["metrics"] for record in run.metrics()}
+    found = {"steps": np.array(steps)}
+    found |= {name: np.array([records[step][name] for step in sorted(records) if step]) for name in FIGURES}
+    found |= {f"once {name}": np.array(value) for name, value in records.get(0, {}).items()}
+    found |= run.load_tensors("model") or {}
+    for path in (run.folder / "predictions").glob("*.npz"):
+        found |= {f"{path.name} {key}": array for key, array in np.load(path).items()}
+    return found
+
+
+def differences(found: dict, expected: dict) -> list[str]:
+    names = found.keys() | expected.keys()
+    return sorted(n for n in names if n not in found or n not in expected or not np.array_equal(found[n], expected[n]))
+
+
+def on_server(uri: str, run: Journal) -> dict[str, object]:
+    """All that the server has of a run, apart from what no two runs share: names, times, and how long things took."""
+    client = mlflow.MlflowClient(uri)
+    found = client.search_runs(["0"], f"tags.`poolnet.run` = '{run.name}'")
+    (only,) = found
+    run_id = only.info.run_id
+    histories = {key: client.get_metric_history(run_id, key) for key in only.data.metrics}
+    journaled = {(key, r["step"], r["t"], value) for r in run.metrics() for key, value in r["metrics"].items()}
+    published = [(key, m.step, m.timestamp, m.value) for key, history in histories.items() for m in history]
+    models = client.search_logged_models(["0"], f"source_run_id = '{run_id}'")
+    versions = client.search_model_versions(f"run_id = '{run_id}'")
+    artifacts = [entry for entry in client.list_artifacts(run_id) if not entry.is_dir]
+    artifacts += [file for name in ("predictions", "figures") for file in client.list_artifacts(run_id, name)]
+    own = ("poolnet.run", "mlflow.note.content")
+    note = only.data.tags.get("mlflow.note.content", "")
+    for own_version in versions:
+        note = note.replace(f"models:/poolnet/{own_version.version}", "models:/poolnet/N")
+    return {
+        "status": only.info.status,
+        "times": (only.info.start_time == run.record["started"], only.info.end_time == run.ended()["t"]),
+        "name": only.info.run_name,
+        "params": only.data.params,
+        "tags": {key: value for key, value in only.data.tags.items() if key not in own},
+        "description": note,
+        "metrics as journaled": (set(published) == journaled, len(published) == len(journaled)),
+        "metrics": {
+            key: [(m.step, m.value) for m in histories.get(key, [])] for key in (*FIGURES, "test_loss", "test_acc")
+        },
+        "inputs": sorted((i.dataset.name, i.dataset.digest, i.tags[0].value) for i in only.inputs.dataset_inputs),
+        "artifacts": sorted((file.path, file.file_size) for file in artifacts if file.path != "record.json"),
+        "models": [(m.name, str(m.status), len(only.outputs.model_outputs), m.params) for m in models],
+        "model metrics": sorted((m.key, m.dataset_name) for model in models for m in model.metrics),
+        "versions": [(v.name, v.tags) for v in versions],
+    }
+
+
+# --- kills -----------------------------------------------------------------------------------------------------------
+
+
+def kill_and_resume(world: World, moment: float, publisher_too: bool) -> str:
+    """Train, kill after `moment` seconds, resume. Returns the phase that the kill hit."""
+    process = world.start(world.command, stdout=subprocess.DEVNULL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(moment)
+    if publisher_too and shutil.which("pkill"):
+        subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=False)
+    process.kill()
+    process.communicate()
+    left = world.journals()
+    if not left:
+        world.finish(world.command)
+        return "before the record"
+    run = left[0]
+    ended = run.finished
+    phase = "after the end" if ended else "during results" if 0 in [r["step"] for r in run.metrics()] else "in training"
+    world.finish([*POOLNET, "train", "--resume", run.name])
+    return phase
+
+
+def measure_kills(folder: Path, kills: int, seed: int, workers: int, epochs: int, train: int) -> dict[str, object]:
+    rng = random.Random(seed)
+    data = letters(folder / "letters.npz", train)
+    template = World(folder / "undisturbed", data, epochs)
+    template.finish(template.command)  # makes the store, and warms the disk
+    start = time.perf_counter()
+    template.finish(template.command)
+    duration = time.perf_counter() - start
+    expected, *_ = (outcome(run) for run in template.journals())
+    plans = [(index, rng.uniform(0, duration * workers**0.5), rng.random() < 0.5) for index in range(kills)]
+
+    def trial(plan: tuple[int, float, bool]) -> tuple[str, list[str]]:
+        index, moment, publisher_too = plan
+        world = World(folder / f"kill{index}", data, epochs)
+        phase = kill_and_resume(world, moment, publisher_too)
+        (run,) = world.journals()
+        wrong = differences(outcome(run), expected)
+        wrong += differences(on_server(world.uri, run), on_server(template.uri, template.journals()[0]))
+        shutil.rmtree(world.folder)
+        return phase, [f"kill {index} at {moment:.2f} s, {phase}: {name}" for name in wrong]
+
+    with ThreadPoolExecutor(workers) as pool:
+        results = list(pool.map(trial, plans))
+    phases = [phase for phase, _ in results]
+    return {
+        "kills": kills,
+        "identical": sum(not wrong for _, wrong in results),
+        "phases": {phase: phases.count(phase) for phase in sorted(set(phases))},
+        "wrong": [line for _, wrong in results for line in wrong],
+    }
+
+
+# --- a server in trouble ---------------------------------------------------------------------------------------------
+
+
+class Server:
+    """A real tracking server on loopback, which can be killed, restarted, stopped and continued."""
+
+    def __init__(self, folder: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        folder.mkdir(parents=True)
+        self.folder, self.address = folder, f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(self.port)]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        if shutil.which("nice"):  # elsewhere it would be another machine's work
+            command = ["nice", "-n", "19", *command]
+        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (self.folder / "log").open("a") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, env=os.environ | quiet, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def wait(self) -> None:
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.address}/health", timeout=5):
+                return
+            time.sleep(0.1)
+        raise click.ClickException((self.folder / "log").read_text())
+
+    def signal(self, signum: int) -> None:
+        os.killpg(self.process.pid, signum)
+
+    def stop(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+
+    def torment(self, rng: random.Random, over: threading.Event, events: dict[str, int]) -> None:
+        """Kill and restart it, or let it hang, at random, until told that it is over."""
+        while not over.wait(rng.uniform(0.5, 3)):
+            event = rng.choice(["killed", "hung"])
+            events[event] += 1
+            if event == "killed":
+                self.stop()
+                over.wait(rng.uniform(0, 3))
+                self.start()
+            else:
+                self.signal(signal.SIGSTOP)
+                over.wait(rng.uniform(0.5, 5))
+                self.signal(signal.SIGCONT)
+
+
+def timed_training(world: World, command: list[str]) -> tuple[float, float, int]:
+    """Seconds from the first epoch's line to the last's, the longest between two, and the exit code."""
+    times = []
+    with world.start(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("Epoch"):
+                times.append(time.perf_counter())
+    return times[-1] - times[0], max(np.diff(times)), process.returncode
+
+
+def measure_server(folder: Path, runs: int, seed: int, epochs: int, train: int) -> dict[str, object]:
+    rng = random.Random(seed)
+    data = letters(folder / "more.npz", train)
+    server = Server(folder / "server")
+    server.start()
+    server.wait()
+    events = {"killed": 0, "hung": 0}
+    calm, troubled, worlds = [], [], []
+    try:
+        undisturbed = World(folder / "calm", data, epochs, server.address)
+        impatient = ["--drain-timeout", "10"]
+        timed_training(undisturbed, undisturbed.command)
+        for index in range(runs):  # in turn, so that what else the machine does hits both alike
+            calm.append(timed_training(undisturbed, undisturbed.command))
+            over = threading.Event()
+            tormentor = threading.Thread(target=server.torment, args=(rng, over, events))
+            tormentor.start()
+            worlds.append(World(folder / f"troubled{index}", data, epochs, server.address))
+            troubled.append(timed_training(worlds[-1], [*worlds[-1].command, *impatient]))
+            over.set()
+            tormentor.join()
+            server.wait()
+        expected = on_server(server.address, undisturbed.journals()[0])
+        wrong = []
+        for index, world in enumerate(worlds):
+            world.finish([*POOLNET, "sync"])
+            (run,) = world.journals()
+            wrong += [f"run {index}: {name}" for name in differences(on_server(server.address, run), expected)]
+            wrong += [f"run {index}: {n}" for n in differences(outcome(run), outcome(undisturbed.journals()[0]))]
+    finally:
+        server.stop()
+    calm_seconds, troubled_seconds = (statistics.median(run[0] for run in kind) for kind in (calm, troubled))
+    codes = [run[2] for run in troubled]
+    return {
+        "runs": runs,
+        "server_killed": events["killed"],
+        "server_hung": events["hung"],
+        "exit_codes": {str(code): codes.count(code) for code in sorted(set(codes))},
+        "training_seconds_calm": calm_seconds,
+        "training_seconds_troubled": troubled_seconds,
+        "training_ratio": troubled_seconds / calm_seconds,
+        "longest_stall_seconds": float(max(run[1] for run in troubled)),
+        "identical": runs - len({line.partition(":")[0] for line in wrong}),
+        "wrong": wrong,
+    }
+
+
+# --- what it costs ---------------------------------------------------------------------------------------------------
+
+BARE = """
+import sys
+from poolnet import job, linear
+from poolnet.config import TrainConfig
+
+config = TrainConfig(data=sys.argv[1], epochs=int(sys.argv[2]))
+splits, pooled = job.open_data(config, cache=True, say=print)
+linear.fit(config, splits, pooled, on_epoch=lambda record: print(record, flush=True))
+"""
+
+
+def measure_overhead(folder: Path, runs: int, epochs: int, train: int) -> dict[str, object]:
+    data = letters(folder / "full.npz", train)
+    server = Server(folder / "overhead-server")
+    server.start()
+    server.wait()
+    try:
+        world = World(folder / "overhead", data, epochs, server.address)
+        bare = [sys.executable, "-c", BARE, str(data), str(epochs)]
+        timed_training(world, world.command)
+        pairs = [(timed_training(world, bare)[0], timed_training(world, world.command)[0]) for _ in range(runs)]
+    finally:
+        server.stop()
+    without, published = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return {"runs": runs, "seconds_bare": without, "seconds_published": published, "ratio": published / without}
+
+
+COUNT = click.IntRange(min=0)
+
+
+@click.command()
+@click.option("--kills", type=COUNT, default=50, show_default=True, help="Trainings that are killed and resumed.")
+@click.option("--server-runs", type=COUNT, default=10, show_default=True, help="Trainings with a server in trouble.")
+@click.option("--overhead-runs", type=COUNT, default=7, show_default=True, help="Trainings with and without tracking.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the moments.")
+@click.option("--workers", default=2, show_default=True, help="Killed trainings at the same time.")
+@click.option("--epochs", default=300, show_default=True, help="Epochs of each training.")
+@click.option("--images", default=30_000, show_default=True, help="Images an epoch; five times that for the server.")
+@click.option("--full", default=415_752, show_default=True, help="Images an epoch for the overhead, over 30 epochs.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def main(
+    kills: int,
+    server_runs: int,
+    overhead_runs: int,
+    seed: int,
+    workers: int,
+    epochs: int,
+    images: int,
+    full: int,
+    as_json: bool,
+) -> None:
+    result: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if kills:
+            result["kills"] = measure_kills(folder, kills, seed, workers, epochs, images)
+        if server_runs:
+            result["server"] = measure_server(folder, server_runs, seed, epochs, 5 * images)
+        if overhead_runs:
+            result["overhead"] = measure_overhead(folder, overhead_runs, 30, full)
+    if as_json:
+        click.echo(json.dumps({"seed": seed, **result}))
+    else:
+        click.echo(f"seed {seed}")
+        for part, numbers in result.items():
+            for key, value in numbers.items():
+                click.echo(f"{part}: {key:28}{value}")
+    if any(part.get("wrong") for part in result.values()):
+        raise click.ClickException("a run that met a fault differs from one that met none")
+
+
+if __name__ == "__main__":
+    main()
