@@ -1,12 +1,13 @@
 """What faults do to a run, which is nothing, and what that costs.
 
-    python benchmarks/faults.py [--kills N] [--server-runs N] [--overhead-runs N] [--seed S] [--json]
+    python benchmarks/faults.py [--kills N] [--server-runs N] [--at-once N] [--overhead-runs N] [--json]
 
 `kills`: so many trainings, each killed (SIGKILL) at a random moment between its start and its exit, half of them
 together with the process that publishes, then resumed. `server runs`: so many trainings against a real tracking server
 that is killed and restarted, or stopped and continued, at random moments all the while; then `poolnet sync`. Each is
-compared with a run that met no fault: histories, weights, predictions, and the whole record on the server. `overhead`:
-trainings at full size, published to a server on loopback, and the same without journal and tracking, in turn.
+compared with a run that met no fault: histories, weights, predictions, and the whole record on the server. `at
+once`: so many trainings on a store that does not exist yet. `overhead`: trainings at full size, published to a server
+on loopback, and the same without journal and tracking, in turn.
 """
 
 import contextlib
@@ -299,6 +300,26 @@ def measure_server(folder: Path, runs: int, seed: int, epochs: int, train: int) 
     }
 
 
+# --- many at once ---------------------------------------------------------------------------------------------------
+
+
+def measure_at_once(folder: Path, count: int) -> dict[str, object]:
+    """So many processes at the same time, on a store that does not exist yet."""
+    world = World(folder / "at once", letters(folder / "few.npz", 1_000), epochs=3)
+    running = [world.start(world.command, stdout=subprocess.DEVNULL, text=True) for _ in range(count)]
+    errors = [process.communicate()[1] for process in running]
+    client = mlflow.MlflowClient(world.uri)
+    statuses = [run.info.status for run in client.search_runs(["0"])]
+    versions = {(version.version, version.run_id) for version in client.search_model_versions("name = 'poolnet'")}
+    return {
+        "processes": count,
+        "exit_codes": [process.returncode for process in running],
+        "finished_runs": statuses.count("FINISHED"),
+        "versions": len(versions),
+        "wrong": [error for error in errors if error],
+    }
+
+
 # --- what it costs ---------------------------------------------------------------------------------------------------
 
 BARE = """
@@ -334,6 +355,7 @@ COUNT = click.IntRange(min=0)
 @click.command()
 @click.option("--kills", type=COUNT, default=50, show_default=True, help="Trainings that are killed and resumed.")
 @click.option("--server-runs", type=COUNT, default=10, show_default=True, help="Trainings with a server in trouble.")
+@click.option("--at-once", type=COUNT, default=16, show_default=True, help="Trainings that start at the same time.")
 @click.option("--overhead-runs", type=COUNT, default=7, show_default=True, help="Trainings with and without tracking.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the moments.")
 @click.option("--workers", default=2, show_default=True, help="Killed trainings at the same time.")
@@ -344,6 +366,7 @@ COUNT = click.IntRange(min=0)
 def main(
     kills: int,
     server_runs: int,
+    at_once: int,
     overhead_runs: int,
     seed: int,
     workers: int,
@@ -359,6 +382,8 @@ def main(
             result["kills"] = measure_kills(folder, kills, seed, workers, epochs, images)
         if server_runs:
             result["server"] = measure_server(folder, server_runs, seed, epochs, 5 * images)
+        if at_once:
+            result["at once"] = measure_at_once(folder, at_once)
         if overhead_runs:
             result["overhead"] = measure_overhead(folder, overhead_runs, 30, full)
     if as_json:

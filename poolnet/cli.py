@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from poolnet import signals
-from poolnet.config import POOLS, InputError, RunError, TrainConfig, progress
+from poolnet.config import POOLS, InputError, RunError, TrainConfig, home, progress
 
 FILE = click.Path(path_type=Path)
 
@@ -59,6 +59,8 @@ def train(
     config = TrainConfig(**options)
     if optimum and config.pool == "conv":
         raise InputError("--optimum: found pool conv, expected max or avg, whose loss has a single minimum")
+
+    home()  # first of all, since nothing goes without it
 
     from poolnet.publisher import Publisher
 

@@ -58,9 +58,7 @@ def home() -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be made ({error.strerror}); set POOLNET_HOME to a folder of your own"
-        ) from None
+        raise InputError(f"{path}: cannot be made ({error.strerror}); set POOLNET_HOME elsewhere") from None
     if not os.access(path, os.W_OK):
         raise InputError(f"{path}: cannot be written; set POOLNET_HOME elsewhere")
     return path

@@ -60,3 +60,5 @@ def _handle(signum: int, frame: object) -> None:
     _seen = signum
     if not _held:
         raise Stop(signum)
+    if signum == signal.SIGINT:
+        os.write(2, b"\npoolnet: finishing the batch; once more to stop on the spot\n")

@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
@@ -88,7 +88,11 @@ class Publication:
 
     def advance(self) -> None:
         """Publish what the journal has by now. Raises what MLflow raises when the server does not take it."""
-        create_store(self.uri)
+        with _as_environment(self.uri):
+            create_store(self.uri)
+            self._advance()
+
+    def _advance(self) -> None:
         self.client = MlflowClient(self.uri)
         confirmed, self.confirmed = self.confirmed, False  # until all of this has gone well
         if not confirmed or self.held["status"]:
@@ -396,6 +400,19 @@ def home_of(run: Journal) -> str:
     """The address of the server that a run belongs to, with the password if the environment has it."""
     home = journal.read_json(run.folder / "published.json").get("home") or recorded_home(run.record)
     return own_uri() if journal.without_password(own_uri()) == home else home
+
+
+@contextlib.contextmanager
+def _as_environment(uri: str) -> Iterator[None]:
+    """With this address in the environment: MLflow's own registry store looks there for the models of its runs."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    try:
+        yield
+    finally:
+        os.environ.pop("MLFLOW_TRACKING_URI")
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 def recorded_home(record: dict) -> str:

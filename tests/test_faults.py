@@ -1,0 +1,355 @@
+"""Runs that meet trouble, as processes: killed, interrupted, cut off from their server, out of room."""
+
+import contextlib
+import http.client
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import mlflow
+import numpy as np
+import pytest
+from conftest import ROOT, make_arrays, poolnet, world
+
+from poolnet import journal, sync
+
+TRAIN = [sys.executable, "-m", "poolnet", "train"]
+DEAD = "http://127.0.0.1:9"  # where nothing listens
+posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal, or limit")
+
+
+def start(*options, **settings):
+    command = [*TRAIN, "--data", "letters.npz", *map(str, options)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
+
+
+@pytest.fixture
+def long_run(letters):
+    """A training that goes on until it is stopped, in its fifth epoch or later; and its journal."""
+    processes = []
+
+    def begin(*options, **settings):
+        process = start("--epochs", 1_000_000, *options, **settings)
+        processes.append(process)
+        assert any(line.startswith("Epoch 05") for line in process.stdout), process.stderr.read()
+        return process, journal.find(journal.names()[-1])
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def server_of(run):
+    """What the server holds of a run, as its publisher has noted."""
+    published = journal.read_json(run.folder / "published.json")
+    return published.get("servers", {}).get(published.get("home"), {})
+
+
+def only_run(uri=None):
+    (run,) = mlflow.MlflowClient(uri).search_runs(["0"])
+    return run
+
+
+def fingerprint(run):
+    """What must not depend on what a run went through."""
+    figures = [(r["step"], {k: v for k, v in r["metrics"].items() if "second" not in k}) for r in run.metrics()]
+    predictions = [np.load(run.folder / "predictions" / f"{name}.npz")["logits"].tolist() for name in ("val", "test")]
+    weights = {name: array.tolist() for name, array in run.load_tensors("model").items()}
+    return sorted(figures, key=lambda record: record[0]), predictions, weights
+
+
+# --- kills: the short form of benchmarks/faults.py -------------------------------------------------------------------
+
+
+@posix
+def test_runs_that_meet_kills_and_a_server_in_trouble_are_as_if_nothing_had_happened():
+    options = ["--kills", 2, "--server-runs", 1, "--overhead-runs", 1, "--at-once", 4, "--images", 2_000]
+    command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), *map(str, options), "--full", "3000", "--json"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert finished.returncode == 0, finished.stderr
+    result = json.loads(finished.stdout)
+    assert result["kills"]["identical"] == 2
+    assert result["server"]["identical"] == 1
+    assert result["server"]["server_killed"] + result["server"]["server_hung"] > 0
+    assert (result["at once"]["finished_runs"], result["at once"]["versions"]) == (4, 4)
+    assert result["overhead"]["ratio"] > 0
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize("uri", [None, DEAD])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_as_killed_within_seconds_and_says_how_to_go_on(long_run, monkeypatch, signum, code, uri):
+    if uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    process, run = long_run()
+    if not uri:
+        wait_for(lambda: server_of(run).get("run_id"))
+    process.send_signal(signum)
+    begun = time.monotonic()
+    _, err = process.communicate()
+    assert time.monotonic() - begun < 5
+    assert process.returncode == code
+    assert err.splitlines()[-1] == f"poolnet: error: stopped; go on with: poolnet train --resume {run.name}"
+    assert run.ended()["status"] == "KILLED"
+    assert int(run.checkpoint()["epochs"]) == run.metrics()[-1]["step"]
+    if not uri:
+        assert only_run().info.status == "KILLED"
+
+
+@posix
+def test_ctrl_c_in_the_middle_of_a_long_epoch_keeps_the_batches(tmp_path):
+    np.savez(tmp_path / "letters.npz", **make_arrays((40_000, 50, 50)))
+    process = start("--pool", "conv", "--batch-size", 4, "--epochs", 2)
+    wait_for(lambda: server_of(journal.find(journal.names()[0])))  # then the first epoch begins
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130
+    assert "finishing the batch" in err
+    assert "Epoch" not in out
+    kept = journal.find(journal.names()[0]).checkpoint()
+    assert int(kept["epochs"]) == 0
+    assert 0 < len(kept["parts"]) < 10_000
+
+
+@posix
+def test_a_second_ctrl_c_ends_at_once_and_the_run_goes_on_all_the_same(tmp_path, letters):
+    shutil.copy(letters, tmp_path / "calm.npz")
+    process = start("--epochs", 3000)
+    assert any(line.startswith("Epoch 05") for line in process.stdout)
+    # between the two the process is about to finish its batch: stopped meanwhile, so that it cannot
+    for signum in (signal.SIGSTOP, signal.SIGINT, signal.SIGCONT, signal.SIGINT):
+        process.send_signal(signum)
+    time.sleep(0.01)
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    (name,) = journal.names()
+    assert f"go on with: poolnet train --resume {name}" in err
+    assert poolnet("train", "--resume", name).returncode == 0
+    assert poolnet("train", "--data", "calm.npz", "--epochs", 3000).returncode == 0
+    resumed, calm = (journal.find(name) for name in journal.names())
+    assert fingerprint(resumed) == fingerprint(calm)
+
+
+# --- servers that are not there, or in trouble -----------------------------------------------------------------------
+
+
+def snapshot(uri):
+    """Everything on a server, to be compared with itself."""
+    client = mlflow.MlflowClient(uri)
+    found = []
+    for run in client.search_runs(["0"]):
+        metrics = {key: [vars(m) for m in client.get_metric_history(run.info.run_id, key)] for key in run.data.metrics}
+        files = [
+            (file.path, file.file_size)
+            for name in ("", "figures")
+            for file in client.list_artifacts(run.info.run_id, name)
+        ]
+        found.append((run.to_dictionary(), metrics, files))
+    models = [vars(model)["_model_id"] for model in client.search_logged_models(["0"])]
+    return found, models, [(v.version, v.tags, v.source) for v in client.search_model_versions()]
+
+
+def test_without_a_server_all_is_on_disk_and_sync_creates_the_run_elsewhere(letters, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
+    finished = poolnet("train", "--data", letters, "--epochs", 3, "--drain-timeout", 3)
+    (name,) = journal.names()
+    assert finished.returncode == 3
+    assert finished.stdout.splitlines()[-1].startswith("TEST: ")
+    folder = journal.folder() / name
+    safe = (
+        f"poolnet: error: {DEAD}: connection refused; all is safe in {folder}, and published by: poolnet sync {name}\n"
+    )
+    assert finished.stderr == safe
+    store = f"sqlite:///{tmp_path / 'team.db'}"
+    for expected in ("published", "nothing"):
+        synced = poolnet("sync", "--to", store, "--json")
+        assert synced.returncode == 0, synced.stderr
+        (row,) = json.loads(synced.stdout)["runs"]
+        assert (row["run"], row["state"], row["did"], row["server"]) == (name, "FINISHED", expected, store)
+        if expected == "published":
+            before = snapshot(store)
+    assert snapshot(store) == before
+    assert only_run(store).info.status == "FINISHED"
+    (entry,) = before[0]
+    assert [m["_step"] for m in entry[1]["val_loss"]] == [1, 2, 3]
+    assert json.loads(poolnet("sync", "--json").stdout)["runs"][0]["server"] == store  # its home from now on
+
+
+class Trouble(BaseHTTPRequestHandler):
+    """Passes requests on to a real server, or answers with trouble."""
+
+    protocol_version = "HTTP/1.1"
+    upstream, trouble, asked = "", None, 0
+
+    def do(self):
+        type(self).asked += 1
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.trouble == "hang":
+            self.server.over.wait(60)
+            self.close_connection = True
+            return
+        if self.trouble:
+            status, kind, answer = self.trouble, "text/plain", b"trouble"
+        else:
+            connection = http.client.HTTPConnection(self.upstream, timeout=60)
+            headers = {key: value for key, value in self.headers.items() if key.lower() != "host"}
+            connection.request(self.command, self.path, body, headers)
+            reply = connection.getresponse()
+            status, kind, answer = reply.status, reply.headers.get("Content-Type", ""), reply.read()
+            connection.close()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def troubled(server, monkeypatch):
+    """The address of a real server behind a proxy that makes trouble on demand."""
+    handler = type("Handler", (Trouble,), {"upstream": urlsplit(server).netloc})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as proxy:
+        proxy.daemon_threads = True
+        proxy.over = threading.Event()
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{proxy.server_port}")
+        yield handler
+        proxy.over.set()
+        proxy.shutdown()
+
+
+@pytest.mark.parametrize("trouble", [401, "hang"])
+def test_a_server_in_trouble_costs_no_run(letters, troubled, monkeypatch, trouble):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    troubled.trouble = trouble
+    finished = poolnet("train", "--data", letters, "--epochs", 2, "--drain-timeout", 3)
+    assert finished.returncode == 3
+    assert troubled.asked > 0
+    (name,) = journal.names()
+    assert finished.stderr.count("\n") == 1
+    assert f"poolnet sync {name}" in finished.stderr
+    for status in (401, 429, 500, "hang"):
+        troubled.trouble = status
+        (row,) = sync.sync([name], to=None, dry_run=False, prune=False)
+        assert (row.ok, row.state) == (False, "FINISHED")
+        assert ("timed out" if status == "hang" else str(status)) in row.did
+    troubled.trouble = None
+    synced = poolnet("sync", name)
+    assert synced.returncode == 0, synced.stderr
+    assert re.search(rf"^{name} +FINISHED .* published", synced.stdout, re.MULTILINE)
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs(["0"], f"tags.`poolnet.run` = '{name}'")
+    assert run.info.status == "FINISHED"
+    assert len(client.search_model_versions(f"run_id = '{run.info.run_id}'")) == 1
+
+
+def test_a_server_that_comes_back_during_the_training_gets_everything(letters, troubled):
+    troubled.trouble = 500
+    process = start("--epochs", 4000)
+    assert any(line.startswith("Epoch 100") for line in process.stdout)
+    troubled.trouble = None
+    _, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    (run,) = mlflow.MlflowClient().search_runs(["0"], f"tags.`poolnet.run` = '{journal.names()[0]}'")
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "val_loss")
+    assert [metric.step for metric in history] == list(range(1, 4001))
+
+
+# --- disks -----------------------------------------------------------------------------------------------------------
+
+
+@posix
+def test_a_disk_that_fills_up_fails_in_one_line_and_the_run_goes_on_once_there_is_room(tmp_path, letters):
+    import resource
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # bytes of one file: metrics reach it
+
+    environment = world(tmp_path, DEAD)
+    process = start("--epochs", 600, "--no-cache", "--drain-timeout", 1, preexec_fn=limited, env=environment)
+    out, err = process.communicate()
+    (name,) = journal.names()
+    assert process.returncode == 1
+    assert err.count("\n") == 1
+    assert "the journal cannot be written" in err
+    assert f"once it can: poolnet train --resume {name}" in err
+    epochs = len(re.findall("^Epoch", out, re.MULTILINE))
+    assert len(journal.find(name).metrics()) == epochs - 1  # the last line found no room, and is not there in half
+    resumed = poolnet("train", "--resume", name, "--drain-timeout", 1)
+    assert resumed.returncode == 3, resumed.stderr  # the server is still not there
+    assert journal.find(name).finished
+    assert [record["step"] for record in journal.find(name).metrics()] == [*range(1, 601), 0]
+
+
+AS_NOBODY = """
+import os, sys
+from poolnet import cli
+import poolnet.job, poolnet.features  # while the interpreter's own folders can be read
+if os.geteuid() == 0:  # to whom no folder is read-only
+    os.setgid(65534)
+    os.setuid(65534)
+cli.main(sys.argv[1:])
+"""
+
+
+@posix
+@pytest.mark.parametrize("home", ["home", "file/home"])
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path_factory, home):
+    folder = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
+    try:
+        np.savez(folder / "letters.npz", **make_arrays())
+        (folder / "home").mkdir()
+        (folder / "home").chmod(0o555)
+        (folder / "file").touch()
+        folder.chmod(0o755)
+        environment = world(folder) | {"POOLNET_HOME": str(folder / home)}
+        command = [sys.executable, "-c", AS_NOBODY, "train", "--data", str(folder / "letters.npz")]
+        finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    finally:
+        (folder / "home").chmod(0o755)
+        shutil.rmtree(folder)
+    assert finished.returncode == 2, finished.stderr
+    assert finished.stderr.count("\n") == 1
+    assert re.search(rf"{home}: cannot be (written|made).*; set POOLNET_HOME elsewhere", finished.stderr)
+
+
+# --- two at once, and many -------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_being_trained_is_not_resumed(long_run):
+    _, run = long_run()
+    second = poolnet("train", "--resume", run.name)
+    assert second.returncode == 2
+    assert (
+        second.stderr == f"poolnet: error: {run.name}: another process is training it; wait for it, or end it first\n"
+    )
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(Exception):  # of a store that is not there yet
+            if condition():
+                return
+        time.sleep(0.05)
+    raise AssertionError("it did not happen")
