@@ -46,11 +46,13 @@ def resume(
 ) -> Journal:
     """Go on with a run, by its name or MLflow run id, and end as if nothing had happened."""
     old, carrier = journal.find(name), os.environ.get("MLFLOW_RUN_ID", "")
-    if not old or carrier:
+    if not old:
         from poolnet import sync  # seconds of import, for what only the server knows
 
-        old = old or sync.restore(name)
-        given = sync.typed(carrier, given)
+        old = sync.restore(name)
+    if carrier:  # `mlflow run` passes its defaults on, and records them, as if they had been typed
+        defaults = {**dataclasses.asdict(TrainConfig()), "optimum": False}
+        given = {option: value for option, value in given.items() if value != defaults[option]}
     check_options(old, given)
     if old.finished:
         publisher.watch(old, carrier)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import queue
+import re
 import shutil
 import tempfile
 import threading
@@ -16,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import journal, registry, tracking
-from poolnet.config import InputError, RunError, TrainConfig, crowded
+from poolnet.config import InputError, crowded
 from poolnet.journal import Journal
 from poolnet.tracking import Publication, Refused
 
@@ -116,6 +117,8 @@ def reason(error: Exception) -> str:
     for sign in ("Connection refused", "Read timed out", "Name or service not known", "Connection reset", "timed out"):
         if sign in text:
             return sign.lower()
+    if status := re.search(r"too many (\d{3}) error responses|error code (\d{3})", text):
+        return f"the server answers {status[1] or status[2]}"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
@@ -266,16 +269,3 @@ def restore(name: str) -> Journal:
     run = Journal(folder)
     Publication(run, uri).adopt(info)
     return run
-
-
-def typed(carrier: str, given: dict[str, object]) -> dict[str, object]:
-    """Of options under `mlflow run`, which passes its defaults on as if they had been typed, those that were."""
-    if not carrier:
-        return given
-    try:
-        data = MlflowClient(tracking.own_uri()).get_run(carrier).data
-    except MlflowException as error:
-        raise RunError(f"run {carrier}: {reason(error)}") from None
-    names = set() if "poolnet.run" in data.tags else set(data.params)
-    defaults = {**dataclasses.asdict(TrainConfig()), "optimum": False}
-    return {name: value for name, value in given.items() if name in names or value != defaults[name]}

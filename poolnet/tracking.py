@@ -143,7 +143,7 @@ class Publication:
             self.client.update_run(self.held["run_id"], status="RUNNING")
             self.held["status"] = None
             self.save()
-        self._discard_carrier()
+        self._explain_carrier()
 
     def adopt(self, info: mlflow.entities.RunInfo) -> None:
         """From now on this is the run on the server."""
@@ -151,14 +151,13 @@ class Publication:
         self.held |= {"run_id": info.run_id, "experiment_id": info.experiment_id, "look": look}
         self.save()
 
-    def _discard_carrier(self) -> None:
-        """Delete the run that `mlflow run -P resume=...` made: the one that is resumed holds everything."""
-        made = self._get(self.carrier)
-        if made and self.carrier != self.held["run_id"] and made.info.lifecycle_stage == "active":
+    def _explain_carrier(self) -> None:
+        """Say in the run that `mlflow run -P resume=...` made what it is for. (It cannot be deleted: `mlflow run` fails
+        when it cannot set its status in the end.)"""
+        if self.carrier and self.carrier != self.held["run_id"]:
             note = f"Made by `mlflow run` to resume {self.run.name}, run {self.held['run_id']}, which holds everything."
-            self.client.set_tag(self.carrier, "mlflow.note.content", note)
-            self.client.set_terminated(self.carrier)
-            self.client.delete_run(self.carrier)
+            tags = {"mlflow.note.content": note, "mlflow.runName": f"resumes {self.run.name}"}
+            self.client.log_batch(self.carrier, tags=[RunTag(*tag) for tag in tags.items()])
         self.carrier = ""
 
     def _get(self, run_id: str) -> mlflow.entities.Run | None:

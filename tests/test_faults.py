@@ -241,6 +241,7 @@ def troubled(server, monkeypatch):
 @pytest.mark.parametrize("trouble", [401, "hang"])
 def test_a_server_in_trouble_costs_no_run(letters, troubled, monkeypatch, trouble):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     troubled.trouble = trouble
     finished = poolnet("train", "--data", letters, "--epochs", 2, "--drain-timeout", 3)
     assert finished.returncode == 3
