@@ -78,20 +78,20 @@ class Publisher:
             raise InputError(self._last_line())
 
     def close(self, timeout: float | None = None) -> str | None:
-        """Wait until the server has everything, but at most `timeout` seconds beyond its last progress.
+        """Wait until the server has everything: `drain_timeout` seconds beyond its last progress, or `timeout` in all.
 
         Returns None when it has, and otherwise why not.
         """
-        timeout = self.drain_timeout if timeout is None else timeout
+        strict, timeout = timeout is not None, self.drain_timeout if timeout is None else timeout
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         progress, deadline = None, time.monotonic() + timeout
         started = time.monotonic()
         while self.process.poll() is None:
             seen = self._progress()
-            if seen != progress:
+            if seen != progress and not strict:
                 progress, deadline = seen, time.monotonic() + timeout
-            patience = deadline if seen else max(deadline, started + min(START_SECONDS, 4 * timeout))
+            patience = deadline if seen or strict else max(deadline, started + min(START_SECONDS, 4 * timeout))
             if time.monotonic() > patience:
                 self.process.kill()
                 self.process.wait()

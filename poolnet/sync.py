@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import journal, registry, tracking
+from poolnet import journal, npz, registry, tracking
 from poolnet.config import InputError, crowded
 from poolnet.journal import Journal
 from poolnet.tracking import Publication, Refused
@@ -211,7 +211,7 @@ def _synced(run: Journal, to: str | None, prune: bool, on_bytes: Callable[[int],
     return Row(run.name, state, publication.key, found, did)
 
 
-def _publish(publication: Publication, attempts: int = 3) -> str:
+def _publish(publication: Publication, attempts: int = 2) -> str:
     """Publish the rest. Returns what stood in the way, if anything."""
     for attempt in range(attempts):
         try:
@@ -221,7 +221,8 @@ def _publish(publication: Publication, attempts: int = 3) -> str:
             problem = reason(error)
             if isinstance(error, Refused) or _is_final(error) or "refused" in problem:
                 break
-            time.sleep(2**attempt)
+            if attempt + 1 < attempts:
+                time.sleep(1)
     return problem
 
 
@@ -233,6 +234,8 @@ def restore(name: str) -> Journal:
 
     Its epochs are trained again, to the same figures; those recorded stay as they are.
     """
+    from poolnet.train import EpochRecord  # and with it torch
+
     uri = tracking.own_uri()
     where = journal.without_password(uri)
     client = MlflowClient(uri)
@@ -245,27 +248,32 @@ def restore(name: str) -> Journal:
         if not found:
             raise nowhere
         info, tags = found.info, found.data.tags
+        if "poolnet.run" not in tags:
+            raise InputError(f"{name}: found no journal's name in the run on {where}, expected a run of poolnet train")
         if info.status in ("RUNNING", "FINISHED"):
             state = "is FINISHED" if info.status == "FINISHED" else "is RUNNING, perhaps on another machine, says"
             raise InputError(
                 f"{name}: its folder is not in {journal.folder()}, and it {state} {where}; start a new run"
             )
-        with tempfile.TemporaryDirectory() as scratch:
-            record = Path(client.download_artifacts(info.run_id, "record.json", scratch))
-            folder = journal.folder() / tags["poolnet.run"]
-            folder.mkdir(parents=True)
-            shutil.copy(record, folder / "record.json")
+        fields = {field.name for field in dataclasses.fields(EpochRecord)}
         steps: dict[int, dict] = {}
         for key in found.data.metrics:
             for metric in client.get_metric_history(info.run_id, key):
-                step = steps.setdefault(metric.step, {"t": metric.timestamp, "step": metric.step, "metrics": {}})
-                step["metrics"][key] = metric.value
+                if metric.step == 0 or key in fields:  # and not somebody's own
+                    step = steps.setdefault(metric.step, {"t": metric.timestamp, "step": metric.step, "metrics": {}})
+                    step["metrics"][key] = metric.value
+        with tempfile.TemporaryDirectory() as scratch:
+            record = Path(client.download_artifacts(info.run_id, "record.json", scratch)).read_bytes()
     except MlflowException as error:
         raise InputError(
             f"{name}: its folder is not in {journal.folder()}, and {where} cannot give it back: {reason(error)}"
         ) from None
+    folder = journal.folder() / tags["poolnet.run"]
+    folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(step) + "\n" for step in sorted(steps.values(), key=lambda step: (step["t"], step["step"]))]
     (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
+    with npz.replacing(folder / "record.json") as part:  # last, since with it the run exists
+        part.write_bytes(record)
     run = Journal(folder)
     Publication(run, uri).adopt(info)
     return run

@@ -49,7 +49,7 @@ from poolnet.journal import Journal
 
 RANDOM_NAME = re.compile(r"[a-z]+-[a-z]+-\d{1,4}")  # what MLflow calls a run that nobody named
 FILES = ("record.json", "git.diff", "predictions", "figures")
-BATCH = 1000  # metrics in one request, MLflow's limit
+BATCH = 100  # records in one request, of which MLflow takes 1,000 metrics
 
 
 class Publication:
@@ -252,9 +252,9 @@ class Publication:
         if new:
             with (self.run.folder / "metrics.jsonl").open("ab") as file:
                 os.fsync(file.fileno())  # what is published must not be lost here, or its steps come twice
-        metrics = [metric for record in new for metric in _metrics(record)]
-        for start in range(0, len(metrics), BATCH):
-            self.client.log_batch(self.held["run_id"], metrics=metrics[start : start + BATCH])
+        for start in range(0, len(new), BATCH):
+            metrics = [metric for record in new[start : start + BATCH] for metric in _metrics(record)]
+            self.client.log_batch(self.held["run_id"], metrics=metrics)
         if new:
             self.held["metrics"] = len(records)
             self.save()

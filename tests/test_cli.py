@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import make_arrays, poolnet
 
-from poolnet import glyphs
+from poolnet import glyphs, journal
 from poolnet.cli import cli, main
 from poolnet.config import home
 from poolnet.data import open_splits
@@ -82,19 +82,19 @@ def test_a_loss_that_is_not_finite_fails_the_run(capsys, letters):
 
 @pytest.mark.parametrize("option", [["--optimum"], ["--optimum", "yes"]])
 def test_the_optimum_on_demand(capsys, letters, option):
-    code, out, _ = run(capsys, "train", "--data", letters, "--epochs", 1, "--register", "no", *option)
-    assert code == 0
+    code, out, _ = run(capsys, "train", "--data", letters, "--epochs", 1, "--drain-timeout", 0, *option)
+    assert code == 3
     printed = re.search(r"Optimum: train loss=([\d.]+), ([\d.]+) below", out)
-    (finished,) = mlflow.MlflowClient().search_runs(["0"])
-    assert float(printed[1]) == pytest.approx(finished.data.metrics["optimum_train_loss"], abs=1e-6)
-    assert float(printed[2]) == pytest.approx(finished.data.metrics["optimality_gap"], abs=1e-6)
+    recorded = journal.find(journal.names()[0]).metrics()[-1]["metrics"]
+    assert float(printed[1]) == pytest.approx(recorded["optimum_train_loss"], abs=1e-6)
+    assert float(printed[2]) == pytest.approx(recorded["optimality_gap"], abs=1e-6)
 
 
 def test_no_cache_gives_the_same_run_and_leaves_no_features(capsys, tmp_path, letters):
     printed = []
     for option in ([], ["--no-cache"]):
-        code, out, _ = run(capsys, "train", "--data", letters, "--epochs", 2, "--register", "no", *option)
-        assert code == 0
+        code, out, _ = run(capsys, "train", "--data", letters, "--epochs", 2, "--drain-timeout", 0, *option)
+        assert code == 3  # nobody waited for the store
         printed.append([line for line in out.splitlines() if line.startswith(("Epoch", "TEST"))])
         assert bool(list((tmp_path / "home").glob("features/*.npy"))) == (option == [])
         shutil.rmtree(tmp_path / "home" / "features", ignore_errors=True)
@@ -112,26 +112,14 @@ def test_test_images_in_train_are_warned_about(capsys, tmp_path):
     assert "4 test images also occur in train" in finished.data.tags["mlflow.note.content"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without a signal it could catch")
-def test_termination_ends_the_run_as_killed(letters):
-    command = [sys.executable, "-m", "poolnet", "train", "--data", str(letters), "--epochs", "100000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert any(line.startswith("Epoch 01") for line in process.stdout)
-        process.terminate()
-        process.communicate()
-    assert process.returncode == 143
-    (left,) = mlflow.MlflowClient().search_runs(["0"])
-    assert left.info.status == "KILLED"
-
-
 def test_the_embedded_letters_are_rendered_once(capsys, monkeypatch):
     small = glyphs.render(train=200, val=50, test=50)
     calls = []
     monkeypatch.setattr(glyphs, "render", lambda: calls.append(1) or small)
     for _ in range(2):
-        code, out, err = run(capsys, "train", "--epochs", 1, "--register", "no")
-        assert code == 0, err
-        assert out.splitlines()[-4].startswith("TEST: ")
+        code, out, err = run(capsys, "train", "--epochs", 1, "--drain-timeout", 0)
+        assert code == 3, err
+        assert "\nTEST: " in out
     assert calls == [1]
 
 

@@ -67,7 +67,8 @@ def test_everything_that_is_imported_is_declared():
     for folder, declared in (("poolnet", names), ("benchmarks", names), ("tests", names + extra)):
         for path in (ROOT / folder).glob("*.py"):
             modules = re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-            for module in set(modules) - sys.stdlib_module_names - {"poolnet", "conftest"}:
+            own = {"poolnet", *(other.stem for other in path.parent.glob("*.py"))}
+            for module in set(modules) - sys.stdlib_module_names - own:
                 assert projects.get(module, module) in declared, f"{path.name} imports {module}"
 
 

@@ -79,8 +79,8 @@ def test_a_run_of_a_newer_poolnet_does_not_keep_the_others_from_the_server(capsy
     assert code == 3
     assert "found journal format 9, expected at most 1; update poolnet" in out
     assert publish(old).info.status == "FINISHED"
-    code, _, err = run(capsys, "train", "--resume", new.name)
-    assert_refused(code, err, "found journal format 9", "update poolnet")
+    refused = poolnet("train", "--resume", new.name)
+    assert_refused(refused.returncode, refused.stderr, "found journal format 9", "update poolnet")
 
 
 def test_two_at_once_publish_everything_once():
@@ -132,11 +132,11 @@ def test_a_run_that_was_deleted_on_the_server_is_not_made_again(capsys):
 
 def test_prune_removes_only_what_the_server_holds_completely(capsys):
     whole, damaged, killed = journaled(), journaled(), interrupted()
-    assert [row["did"] for row in synced("--dry-run", "--prune")] == ["would publish it"] * 3
-    synced()
-    client = mlflow.MlflowClient()
-    run_id = Publication(damaged, tracking.home_of(damaged)).held["run_id"]
-    artifact = Path(client.get_run(run_id).info.artifact_uri) / "predictions" / "test.npz"
+    rows = list(sync.sync([], to=None, dry_run=True, prune=True))
+    assert [row.did for row in rows] == ["would publish it"] * 3
+    publish(whole)
+    run_id = publish(damaged).info.run_id
+    artifact = Path(mlflow.get_run(run_id).info.artifact_uri) / "predictions" / "test.npz"
     artifact.write_bytes(artifact.read_bytes()[:-1] + b"!")
     rows = {row["run"]: row for row in synced("--prune", code=3)}
     assert rows[whole.name]["did"] == "checked, removed"

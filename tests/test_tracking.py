@@ -37,7 +37,7 @@ def trained(request, tmp_path_factory):
     finished = poolnet("train", "--data", path, *options, cwd=folder, env=world(folder, uri))
     assert finished.returncode == 0, finished.stderr
     client = mlflow.MlflowClient(uri)
-    (run,) = client.search_runs(["0"])
+    (run,) = client.search_runs(["0"], f"params.data = '{path}'")
     return SimpleNamespace(uri=uri, path=path, client=client, run=run, stdout=finished.stdout, stderr=finished.stderr)
 
 
