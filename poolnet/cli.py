@@ -117,10 +117,9 @@ def sync(
         if hasattr(os, "nice"):
             os.nice(10)  # the training comes first
         context.exit(sync.follow(sys.stdin, drain_timeout, say=lambda line: _failed(line, 0)))
-    rows = []
+    sync.check_input(runs, to)
     with progress(length=sync.outstanding_bytes(runs, to), label="Publishing") as bar:
-        for row in sync.sync(runs, to, dry_run, prune, bar.update):
-            rows.append(row)
+        rows = list(sync.sync(runs, to, dry_run, prune, bar.update))
     if as_json:
         click.echo(json.dumps({"runs": [dataclasses.asdict(row) for row in rows]}))
     else:

@@ -63,6 +63,7 @@ class Journal:
         """
         try:
             with FileLock(self.folder / "lock", timeout=0):
+                before = self.ended()
                 with self._writing():
                     (self.folder / "end.json").unlink(missing_ok=True)
                     self._drop_torn_line()
@@ -72,6 +73,9 @@ class Journal:
                     yield
                 except BaseException as error:
                     with contextlib.suppress(RunError):
+                        if isinstance(error, InputError) and before:  # refused, and nothing done
+                            write_json(self.folder / "end.json", before)
+                            raise
                         self.end("FAILED" if isinstance(error, Exception) else "KILLED", str(error))
                     raise
         except Timeout:

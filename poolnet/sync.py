@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import journal, npz, registry, tracking
+from poolnet import journal, npz, registry, stores
 from poolnet.config import InputError, crowded
 from poolnet.journal import Journal
 from poolnet.tracking import Publication, Refused
@@ -87,7 +87,7 @@ def _begin(line: str, locks: contextlib.ExitStack) -> Publication:
     name, _, carrier = line.strip().partition(" ")
     run = journal.find(name)
     locks.enter_context(FileLock(run.folder / "publish.lock"))
-    publication = Publication(run, tracking.home_of(run), carrier)
+    publication = Publication(run, stores.home_of(run), carrier)
     publication.save()
     return publication
 
@@ -141,11 +141,10 @@ def sync(
     runs: Iterable[str], to: str | None, dry_run: bool, prune: bool, on_bytes: Callable[[int], None] = lambda size: None
 ) -> Iterator[Row]:
     """Publish what is outstanding of these runs, or of all, each to its own server or to another."""
+    to = to and stores.absolute(to, Path.cwd())
     for name in runs or journal.names():
         try:
-            run = journal.find(name)
-            if not run:
-                raise InputError(f"{name}: no such run in {journal.folder()}")
+            run = _found(name)
         except InputError as error:
             yield Row(name, "unreadable", "", str(error), "nothing", ok=False)
             continue
@@ -155,13 +154,28 @@ def sync(
         yield _dry(run, to, prune) if dry_run else _synced(run, to, prune, on_bytes)
 
 
+def check_input(runs: Iterable[str], to: str | None) -> None:
+    """Refuse names that no run has, and an address that is none."""
+    for name in runs:
+        _found(name)
+    if to and "://" not in to:
+        raise InputError(f"--to: found {to!r}, expected an address such as http://host:5000 or sqlite:///path.db")
+
+
+def _found(name: str) -> Journal:
+    run = journal.find(name)
+    if not run:
+        raise InputError(f"{name}: no such run in {journal.folder()}")
+    return run
+
+
 def outstanding_bytes(runs: Iterable[str], to: str | None) -> int:
     """The size of the files that `sync` would upload, as far as is known before it looks."""
     total = 0
     for name in runs or journal.names():
         with contextlib.suppress(InputError):
-            if run := journal.find(name):
-                total += Publication(run, to or tracking.home_of(run)).outstanding_bytes()
+            run = _found(name)
+            total += Publication(run, to or stores.home_of(run)).outstanding_bytes()
     return total
 
 
@@ -176,7 +190,7 @@ def table(rows: list[Row]) -> str:
 
 
 def _dry(run: Journal, to: str | None, prune: bool) -> Row:
-    publication = Publication(run, to or tracking.home_of(run))
+    publication = Publication(run, to or stores.home_of(run))
     state = (run.ended() or {"status": "KILLED"})["status"]
     left = ", ".join(publication.outstanding())
     would = "would publish it" if left else f"would {'check and remove it' if prune and run.finished else 'do nothing'}"
@@ -185,9 +199,9 @@ def _dry(run: Journal, to: str | None, prune: bool) -> Row:
 
 def _synced(run: Journal, to: str | None, prune: bool, on_bytes: Callable[[int], None]) -> Row:
     mark_if_dead(run)
-    state = run.ended()["status"]
+    state = (run.ended() or {"status": "training"})["status"]
     with FileLock(run.folder / "publish.lock"):  # of two at once, the second finds that there is nothing to do
-        publication = Publication(run, to or tracking.home_of(run), on_bytes=on_bytes)
+        publication = Publication(run, to or stores.home_of(run), on_bytes=on_bytes)
         found, did = ", ".join(publication.outstanding()) or "all published", "nothing"
         if publication.outstanding():
             error = _publish(publication)
@@ -236,15 +250,15 @@ def restore(name: str) -> Journal:
     """
     from poolnet.train import EpochRecord  # and with it torch
 
-    uri = tracking.own_uri()
+    uri = stores.own_uri()
     where = journal.without_password(uri)
     client = MlflowClient(uri)
     nowhere = InputError(f"{name}: no such run, neither in {journal.folder()} nor on {where}")
     try:
         if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
             raise nowhere
-        tracking.create_store(uri)
-        found = tracking.look_up(client, name)
+        stores.create_store(uri)
+        found = stores.look_up(client, name)
         if not found:
             raise nowhere
         info, tags = found.info, found.data.tags

@@ -7,28 +7,18 @@ and repeated at will: what the server has already is looked up, or is such that 
 import contextlib
 import filecmp
 import functools
-import gc
 import json
-import logging
 import os
 import re
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
-
-# before mlflow is imported, and only where the user has not decided otherwise
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # `where_to_look` says it, for every store
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # MLflow's own 7 block for four minutes; we try again
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
 
 import click
 import mlflow
 import mlflow.db
 import numpy as np
-from filelock import FileLock
 from mlflow.data.dataset_source_registry import get_dataset_source_from_json
 from mlflow.entities import (
     DatasetInput,
@@ -43,7 +33,7 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import journal, npz, registry
+from poolnet import journal, registry, stores
 from poolnet.config import InputError
 from poolnet.journal import Journal
 
@@ -88,8 +78,8 @@ class Publication:
 
     def advance(self) -> None:
         """Publish what the journal has by now. Raises what MLflow raises when the server does not take it."""
-        with _as_environment(self.uri):
-            create_store(self.uri)
+        with stores.as_environment(self.uri):
+            stores.create_store(self.uri)
             self._advance()
 
     def _advance(self) -> None:
@@ -147,7 +137,7 @@ class Publication:
 
     def adopt(self, info: mlflow.entities.RunInfo) -> None:
         """From now on this is the run on the server."""
-        look = page_of(self.uri, info.experiment_id, info.run_id)
+        look = stores.page_of(self.uri, info.experiment_id, info.run_id)
         self.held |= {"run_id": info.run_id, "experiment_id": info.experiment_id, "look": look}
         self.save()
 
@@ -171,7 +161,7 @@ class Publication:
     def _adopted(self) -> mlflow.entities.Run | None:
         """The run that `mlflow run` has made for this one, which must not say anything else than the settings."""
         tracking = self.record["tracking"]
-        adopted = self._get(tracking["run_id"]) if self.key == recorded_home(self.record) else None
+        adopted = self._get(tracking["run_id"]) if self.key == stores.recorded_home(self.record) else None
         other = adopted.data.tags.get("poolnet.run", self.run.name) if adopted else self.run.name
         if other != self.run.name:
             raise Refused(f"run {adopted.info.run_id}: found the record of {other} in it; unset MLFLOW_RUN_ID")
@@ -195,7 +185,7 @@ class Publication:
 
     def _experiment(self) -> str:
         tracking = self.record["tracking"]
-        if tracking["experiment_id"] and self.key == recorded_home(self.record):
+        if tracking["experiment_id"] and self.key == stores.recorded_home(self.record):
             return tracking["experiment_id"]
         name = tracking["experiment_name"] or "Default"
         found = self.client.get_experiment_by_name(name)
@@ -385,78 +375,3 @@ def _agrees(raw: str, value: str | int | float | bool) -> bool:
             if click.types.convert_type(type(value))(text) == value:
                 return True
     return False
-
-
-# --- servers ---------------------------------------------------------------------------------------------------------
-
-
-def own_uri() -> str:
-    """The server that this process is told to use, a local store by its absolute path."""
-    return _absolute(mlflow.get_tracking_uri(), Path.cwd())
-
-
-def home_of(run: Journal) -> str:
-    """The address of the server that a run belongs to, with the password if the environment has it."""
-    home = journal.read_json(run.folder / "published.json").get("home") or recorded_home(run.record)
-    return own_uri() if journal.without_password(own_uri()) == home else home
-
-
-@contextlib.contextmanager
-def _as_environment(uri: str) -> Iterator[None]:
-    """With this address in the environment: MLflow's own registry store looks there for the models of its runs."""
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    os.environ["MLFLOW_TRACKING_URI"] = uri
-    try:
-        yield
-    finally:
-        os.environ.pop("MLFLOW_TRACKING_URI")
-        if before is not None:
-            os.environ["MLFLOW_TRACKING_URI"] = before
-
-
-def recorded_home(record: dict) -> str:
-    """Where a run was to be tracked when it began; MLflow's default is a store in the working folder."""
-    return _absolute(record["tracking"]["uri"] or "sqlite:///mlflow.db", Path(record["tracking"]["folder"]))
-
-
-def _absolute(uri: str, folder: Path) -> str:
-    prefix = "sqlite:///"
-    return f"{prefix}{folder / uri.removeprefix(prefix)}" if uri.startswith(prefix) else uri
-
-
-@functools.cache
-def create_store(uri: str) -> None:
-    """Make a fresh SQLite store under a lock, and whole or not at all: two processes that make one at once break it for
-    good, and so does one that is killed before it has made all the tables."""
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    if uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if not path.exists():
-                with npz.replacing(path) as part:
-                    mlflow.db.commands.main(["upgrade", f"sqlite:///{part}"], standalone_mode=False)
-                    gc.collect()  # of the connection: Windows does not rename a file that is open
-            MlflowClient(uri).search_experiments(max_results=1)
-
-
-def look_up(client: MlflowClient, name: str) -> mlflow.entities.Run | None:
-    """A run by its id, or by the name of its journal, in any experiment."""
-    if re.fullmatch("[0-9a-f]{32}", name):
-        with contextlib.suppress(MlflowException):
-            return client.get_run(name)
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    quoted = name.replace("'", "")
-    found = client.search_runs(experiments, f"tags.`poolnet.run` = '{quoted}'", max_results=1)
-    return found[0] if found else None
-
-
-def page_of(uri: str, experiment_id: str, run_id: str) -> str:
-    """The link of a run's page, or the command that serves it and the link."""
-    page = f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
-    if uri.startswith(("http://", "https://")):
-        parts = urlsplit(uri)
-        server = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))  # no password on the screen
-        return f"{server.rstrip('/')}/{page}"
-    shown = shlex.quote(uri) if uri.startswith("sqlite:") else '"$MLFLOW_TRACKING_URI"'  # nor that of a database
-    return f"mlflow ui --backend-store-uri {shown}\nthen http://127.0.0.1:5000/{page}"

@@ -15,7 +15,7 @@ from test_cli import assert_refused, run
 from test_project import mlflow_run
 from test_tracking import CONFIG, journaled, publish
 
-from poolnet import job, journal, sync, tracking
+from poolnet import job, journal, stores, sync
 from poolnet.journal import Journal
 from poolnet.tracking import Publication
 
@@ -66,9 +66,10 @@ def test_nothing_to_publish_is_said(capsys):
     code, out, _ = run(capsys, "sync")
     assert code == 0
     assert out.startswith("No runs in ")
-    code, out, _ = run(capsys, "sync", "max-seed1-00000000")
-    assert code == 3
-    assert "max-seed1-00000000: no such run in" in out
+    code, _, err = run(capsys, "sync", "max-seed1-00000000")
+    assert_refused(code, err, "max-seed1-00000000: no such run in")
+    code, _, err = run(capsys, "sync", "--to", "mlflow.example.org")
+    assert_refused(code, err, "--to", "mlflow.example.org", "expected an address such as http://host:5000")
 
 
 def test_a_run_of_a_newer_poolnet_does_not_keep_the_others_from_the_server(capsys):
@@ -85,7 +86,7 @@ def test_a_run_of_a_newer_poolnet_does_not_keep_the_others_from_the_server(capsy
 
 def test_two_at_once_publish_everything_once():
     finished = journaled(CONFIG.__class__(data="letters.npz", epochs=2))
-    Publication(finished, tracking.home_of(finished)).save()
+    Publication(finished, stores.home_of(finished)).save()
     rows = []
     two = [threading.Thread(target=lambda: rows.extend(synced())) for _ in range(2)]
     for thread in two:
@@ -150,7 +151,7 @@ def test_prune_removes_only_what_the_server_holds_completely(capsys):
 
 def test_resume_goes_on_in_the_same_run_and_ends_as_if_nothing_had_happened(capsys):
     left, calm = interrupted(), publish(journaled())
-    publish_killed = Publication(left, tracking.home_of(left))
+    publish_killed = Publication(left, stores.home_of(left))
     sync.mark_if_dead(left)
     publish_killed.advance()
     run_id = publish_killed.held["run_id"]
@@ -182,9 +183,11 @@ def test_options_that_contradict_the_record_are_refused_naming_both(capsys):
 
 def test_other_data_under_the_same_name_are_refused(capsys, tmp_path):
     left = interrupted()
+    sync.mark_if_dead(left)
     np.savez(tmp_path / "letters.npz", **make_arrays(seed=5))
     code, _, err = run(capsys, "train", "--resume", left.name)
     assert_refused(code, err, "letters.npz: found SHA-256", "in the record of", "put the data set back")
+    assert left.ended()["status"] == "KILLED"  # as it was, not a failure
 
 
 def test_a_run_that_nobody_knows_is_refused(capsys):

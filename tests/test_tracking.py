@@ -14,7 +14,7 @@ import torch
 from conftest import make_arrays, poolnet, world
 from PIL import Image
 
-from poolnet import features, job, linear, tracking
+from poolnet import features, job, linear, stores
 from poolnet.config import InputError, TrainConfig
 from poolnet.data import open_splits
 from poolnet.tracking import Publication
@@ -202,7 +202,7 @@ def journaled(config=CONFIG, optimum=False):
 
 
 def publish(run, uri=None):
-    publication = Publication(run, uri or tracking.home_of(run))
+    publication = Publication(run, uri or stores.home_of(run))
     publication.advance()
     assert publication.complete
     return mlflow.MlflowClient(publication.uri).get_run(publication.held["run_id"])
@@ -269,7 +269,7 @@ def test_passwords_do_not_reach_the_screen_or_the_disk(monkeypatch):
     for uri in (f"http://me:{password}@127.0.0.1:5000/", f"postgresql://me:{password}@127.0.0.1/mlflow"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         run = journaled()
-        publication = Publication(run, tracking.home_of(run))
+        publication = Publication(run, stores.home_of(run))
         assert publication.uri == uri  # as long as the environment has it
         publication.adopt(SimpleNamespace(experiment_id="7", run_id="4f"))
         assert "http://127.0.0.1:5000/#/experiments/7/runs/4f?" in publication.held["look"]

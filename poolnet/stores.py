@@ -1,0 +1,93 @@
+"""Tracking servers and stores: their addresses, what is on them, and local ones made whole."""
+
+import contextlib
+import functools
+import gc
+import logging
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import mlflow
+import mlflow.db
+from filelock import FileLock
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.client import MlflowClient
+
+from poolnet import journal, npz
+from poolnet.journal import Journal
+
+
+def own_uri() -> str:
+    """The server that this process is told to use, a local store by its absolute path."""
+    return absolute(mlflow.get_tracking_uri(), Path.cwd())
+
+
+def home_of(run: Journal) -> str:
+    """The address of the server that a run belongs to, with the password if the environment has it."""
+    home = journal.read_json(run.folder / "published.json").get("home") or recorded_home(run.record)
+    return own_uri() if journal.without_password(own_uri()) == home else home
+
+
+@contextlib.contextmanager
+def as_environment(uri: str) -> Iterator[None]:
+    """With this address in the environment: MLflow's own registry store looks there for the models of its runs."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    try:
+        yield
+    finally:
+        os.environ.pop("MLFLOW_TRACKING_URI")
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+def recorded_home(record: dict) -> str:
+    """Where a run was to be tracked when it began; MLflow's default is a store in the working folder."""
+    return absolute(record["tracking"]["uri"] or "sqlite:///mlflow.db", Path(record["tracking"]["folder"]))
+
+
+def absolute(uri: str, folder: Path) -> str:
+    prefix = "sqlite:///"
+    return f"{prefix}{folder / uri.removeprefix(prefix)}" if uri.startswith(prefix) else uri
+
+
+@functools.cache
+def create_store(uri: str) -> None:
+    """Make a fresh SQLite store under a lock, and whole or not at all: two processes that make one at once break it for
+    good, and so does one that is killed before it has made all the tables."""
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                with npz.replacing(path) as part:
+                    mlflow.db.commands.main(["upgrade", f"sqlite:///{part}"], standalone_mode=False)
+                    gc.collect()  # of the connection: Windows does not rename a file that is open
+            MlflowClient(uri).search_experiments(max_results=1)
+
+
+def look_up(client: MlflowClient, name: str) -> mlflow.entities.Run | None:
+    """A run by its id, or by the name of its journal, in any experiment."""
+    if re.fullmatch("[0-9a-f]{32}", name):
+        with contextlib.suppress(MlflowException):
+            return client.get_run(name)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    quoted = name.replace("'", "")
+    found = client.search_runs(experiments, f"tags.`poolnet.run` = '{quoted}'", max_results=1)
+    return found[0] if found else None
+
+
+def page_of(uri: str, experiment_id: str, run_id: str) -> str:
+    """The link of a run's page, or the command that serves it and the link."""
+    page = f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+    if uri.startswith(("http://", "https://")):
+        parts = urlsplit(uri)
+        server = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))  # no password on the screen
+        return f"{server.rstrip('/')}/{page}"
+    shown = shlex.quote(uri) if uri.startswith("sqlite:") else '"$MLFLOW_TRACKING_URI"'  # nor that of a database
+    return f"mlflow ui --backend-store-uri {shown}\nthen http://127.0.0.1:5000/{page}"
