@@ -45,11 +45,10 @@ class Publisher:
         """Whatever happened: what is in the journal by now is published, as far as that may take."""
         if not self.journal:
             self.process.kill()
-        elif kind is None or issubclass(kind, Exception):
-            with contextlib.suppress(InputError):
-                self.close()
         else:
-            self.close(STOP_SECONDS)
+            stopped = kind is not None and not issubclass(kind, Exception)
+            with contextlib.suppress(InputError):
+                self.close(STOP_SECONDS if stopped else None)
         self.process.wait()
         self.process.stdin.close()
         self._errors.close()
@@ -68,7 +67,7 @@ class Publisher:
         self._tell("\n")
 
     def _tell(self, line: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # `check` and `close` say what became of the process
+        with contextlib.suppress(OSError):  # `check` and `close` say what became of the process
             self.process.stdin.write(line.encode())
             self.process.stdin.flush()
 
@@ -83,7 +82,7 @@ class Publisher:
         Returns None when it has, and otherwise why not.
         """
         strict, timeout = timeout is not None, self.drain_timeout if timeout is None else timeout
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             self.process.stdin.close()
         progress, deadline = None, time.monotonic() + timeout
         started = time.monotonic()

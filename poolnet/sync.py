@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import journal, npz, registry, stores
-from poolnet.config import InputError, crowded
+from poolnet.config import InputError, RunError, crowded
 from poolnet.journal import Journal
 from poolnet.tracking import Publication, Refused
 
@@ -100,8 +100,9 @@ def _is_over(publication: Publication, closed: float | None) -> bool:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether trying again is of no use, since the server knows who asks and refuses."""
-    return isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403)
+    """Whether trying again is of no use: the server knows who asks and refuses, or the run was deleted there."""
+    forbidden = isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403)
+    return forbidden or isinstance(error, (Refused, RunError))
 
 
 def mark_if_dead(run: Journal) -> None:
@@ -233,7 +234,7 @@ def _publish(publication: Publication, attempts: int = 2) -> str:
             return ""
         except Exception as error:  # whatever a server, or the way to it, may raise: it is said
             problem = reason(error)
-            if isinstance(error, Refused) or _is_final(error) or "refused" in problem:
+            if _is_final(error) or "refused" in problem:
                 break
             if attempt + 1 < attempts:
                 time.sleep(1)

@@ -34,7 +34,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import journal, registry, stores
-from poolnet.config import InputError
+from poolnet.config import InputError, RunError
 from poolnet.journal import Journal
 
 RANDOM_NAME = re.compile(r"[a-z]+-[a-z]+-\d{1,4}")  # what MLflow calls a run that nobody named
@@ -126,7 +126,7 @@ class Publication:
             found = self._adopted() or self._search() or self._create()
             self.adopt(found.info)
         if found.info.lifecycle_stage == "deleted":
-            raise Refused(
+            raise RunError(
                 f"run {found.info.run_id} was deleted on {self.key}; restore it there, or sync --to elsewhere"
             )
         if self.held["status"] and not self.run.ended():  # it is being trained again

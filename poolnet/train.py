@@ -64,9 +64,8 @@ class FitResult:
 OnEpoch = Callable[[EpochRecord], object]
 State = dict[str, np.ndarray]  # everything that the rest of a training depends on
 OnState = Callable[[State], object]
-Part = tuple[
-    int, torch.Tensor | float, torch.Tensor | int
-]  # some batches: images, their mean loss, how many were right
+# some batches of an epoch: how many images, their mean loss, how many were right
+Part = tuple[int, torch.Tensor | float, torch.Tensor | int]
 
 
 @dataclass(frozen=True)

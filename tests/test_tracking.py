@@ -1,9 +1,11 @@
 """What a run leaves in a real store: once in SQLite, once on a real server."""
 
 import dataclasses
+import os
 import re
 import secrets
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -275,6 +277,20 @@ def test_passwords_do_not_reach_the_screen_or_the_disk(monkeypatch):
         assert "http://127.0.0.1:5000/#/experiments/7/runs/4f?" in publication.held["look"]
         for path in run.folder.rglob("*"):
             assert path.is_dir() or password.encode() not in path.read_bytes()
+
+
+def test_mlflow_reports_nothing_to_its_makers_unless_the_user_wants_it():
+    script = "import poolnet.sync; from mlflow.telemetry.utils import is_telemetry_disabled as off; print(off())"
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_DISABLE_TELEMETRY"}
+    finished = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert finished.stdout == "True\n", finished.stderr
+
+
+def test_runs_go_to_the_experiment_that_the_environment_names(monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "letters, spring")
+    runs = [publish(journaled()) for _ in range(2)]
+    experiment = mlflow.MlflowClient().get_experiment_by_name("letters, spring")
+    assert [run.info.experiment_id for run in runs] == [experiment.experiment_id] * 2
 
 
 def test_uncommitted_changes_are_kept_with_the_run(tmp_path, monkeypatch):
