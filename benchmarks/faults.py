@@ -4,10 +4,11 @@
 
 `kills`: so many trainings, each killed (SIGKILL) at a random moment between its start and its exit, half of them
 together with the process that publishes, then resumed. `server runs`: so many trainings against a real tracking server
-that is killed and restarted, or stopped and continued, at random moments all the while; then `poolnet sync`. Each is
-compared with a run that met no fault: histories, weights, predictions, and the whole record on the server. `at
-once`: so many trainings on a store that does not exist yet. `overhead`: trainings at full size, published to a server
-on loopback, and the same without journal and tracking, in turn.
+that is killed and restarted, or stopped and continued, at random moments all the while, then `poolnet sync`; their time
+is compared with that of trainings beside which the same happens to a server that is not theirs. Each is compared with
+a run that met no fault: histories, weights, predictions, and the whole record on the server. `at once`: so many
+trainings on a store that does not exist yet. `overhead`: trainings at full size, published to a server on loopback, and
+the same without journal and tracking, in turn.
 """
 
 import contextlib
@@ -274,23 +275,30 @@ def timed_training(world: World, command: list[str]) -> tuple[float, float, int]
 def measure_server(folder: Path, runs: int, seed: int, epochs: int, train: int) -> dict[str, object]:
     rng = random.Random(seed)
     data = letters(folder / "more.npz", train)
-    server = Server(folder / "server")
+    server, other = Server(folder / "server"), Server(folder / "other server")
     events = {"killed": 0, "hung": 0}
     calm, troubled, worlds = [], [], []
-    try:
-        undisturbed = World(folder / "calm", data, epochs, server.address)
-        impatient = ["--drain-timeout", "5"]
-        timed_training(undisturbed, bare(data, 1))  # warms the caches
-        for index in range(runs):  # in turn, so that what else the machine does hits both alike
-            calm.append(timed_training(undisturbed, undisturbed.command))
-            over = threading.Event()
-            tormentor = threading.Thread(target=server.torment, args=(rng, over, events))
-            tormentor.start()
-            worlds.append(World(folder / f"troubled{index}", data, epochs, server.address))
-            troubled.append(timed_training(worlds[-1], [*worlds[-1].command, *impatient]))
+
+    def trained(world: World, tormented: Server, counts: dict[str, int]) -> tuple[float, float, int]:
+        over = threading.Event()
+        tormentor = threading.Thread(target=tormented.torment, args=(rng, over, counts))
+        tormentor.start()
+        try:
+            return timed_training(world, [*world.command, "--drain-timeout", "5"])
+        finally:
             over.set()
             tormentor.join()
-            server.wait()
+            tormented.wait()
+
+    try:
+        undisturbed = World(folder / "calm", data, epochs, server.address)
+        timed_training(undisturbed, bare(data, 1))  # warms the caches
+        for index in range(runs):
+            # In turn, so that what else the machine does hits both alike; and with another server in the same trouble,
+            # whose restarts take as much of this machine.
+            calm.append(trained(undisturbed, other, {"killed": 0, "hung": 0}))
+            worlds.append(World(folder / f"troubled{index}", data, epochs, server.address))
+            troubled.append(trained(worlds[-1], server, events))
         expected = on_server(server.address, undisturbed.journals()[0])
         wrong = []
         for index, world in enumerate(worlds):
@@ -300,6 +308,7 @@ def measure_server(folder: Path, runs: int, seed: int, epochs: int, train: int) 
             wrong += [f"run {index}: {n}" for n in differences(outcome(run), outcome(undisturbed.journals()[0]))]
     finally:
         server.stop()
+        other.stop()
     calm_seconds, troubled_seconds = (statistics.median(run[0] for run in kind) for kind in (calm, troubled))
     codes = [run[2] for run in troubled]
     return {

@@ -21,9 +21,9 @@ from poolnet.config import InputError, RunError, crowded
 from poolnet.journal import Journal
 from poolnet.tracking import Publication, Refused
 
-POLL_SECONDS = 2  # between two looks at a journal
+POLL_SECONDS = 5 if crowded() else 2  # between two looks at a journal, and before the first where cores are few
 DRAIN_POLL_SECONDS = 0.5  # the same, when the training waits for it
-RETRY_SECONDS = 5  # at most, between two attempts
+RETRY_SECONDS = 5  # before another attempt
 IMPORT_SECONDS = 30  # of training, after which two seconds of a shared core no longer show
 HAND_OVER_SECONDS = 1  # after which a run that is still trained is another publisher's
 
@@ -44,10 +44,10 @@ def follow(lines: Iterable[str], drain_timeout: float, say: Callable[[str], None
     threading.Thread(target=feed, daemon=True).start()
     with contextlib.ExitStack() as locks:
         followed: list[Publication] = []
-        closed, failures, progress = None, 0, time.monotonic()
+        closed, failed, progress = None, False, time.monotonic()
         import_at = progress + (IMPORT_SECONDS if crowded() else 0)
         while closed is None or followed:
-            wait = min(POLL_SECONDS * 2**failures, RETRY_SECONDS) if not closed else DRAIN_POLL_SECONDS
+            wait = DRAIN_POLL_SECONDS if closed else RETRY_SECONDS if failed else POLL_SECONDS
             try:
                 line = inbox.get(timeout=wait)
             except queue.Empty:
@@ -56,6 +56,8 @@ def follow(lines: Iterable[str], drain_timeout: float, say: Callable[[str], None
                 closed = progress = time.monotonic()
             elif line.strip():
                 followed.append(_begin(line, locks))
+                if crowded():
+                    continue
             elif line:
                 import_at = 0
             held = [json.dumps(publication.held) for publication in followed]
@@ -63,15 +65,15 @@ def follow(lines: Iterable[str], drain_timeout: float, say: Callable[[str], None
                 for publication in followed:
                     if closed:
                         mark_if_dead(publication.run)
-                    publication.advance()
+                    publication.advance(lean=not closed and time.monotonic() < import_at)
                     if time.monotonic() > import_at:
                         registry.import_exporter()  # now, while nobody waits for it
-                failures = 0
+                failed = False
             except Refused as error:
                 say(str(error))
                 return 2
             except Exception as error:  # whatever a server, or the way to it, may raise: it is said, and tried again
-                failures = min(failures + 1, 5)
+                failed = True
                 say(f"{publication.key}: {reason(error)}")
                 if closed and _is_final(error):
                     return 3

@@ -76,25 +76,26 @@ class Publication:
         files = [path for name in FILES if name not in self.held["done"] for path, _ in self._files(name)]
         return sum(path.stat().st_size for path in files if path.exists())
 
-    def advance(self) -> None:
-        """Publish what the journal has by now. Raises what MLflow raises when the server does not take it."""
+    def advance(self, lean: bool = False) -> None:
+        """Publish what the journal has by now, or, where that must be `lean`, only params, tags and metrics: what the
+        rest imports is a second of the processor. Raises what MLflow raises when the server does not take it."""
         with stores.as_environment(self.uri):
             stores.create_store(self.uri)
-            self._advance()
+            self._advance(lean)
 
-    def _advance(self) -> None:
+    def _advance(self, lean: bool) -> None:
         self.client = MlflowClient(self.uri)
         confirmed, self.confirmed = self.confirmed, False  # until all of this has gone well
         if not confirmed or self.held["status"]:
             self._find_or_create()
         ended, steps = self.run.ended(), self._steps()  # an end that comes from here on is for the next time
         for name, publish in steps.items():
-            if name not in self.held["done"]:
+            if name not in self.held["done"] and (name == "start" or not lean):
                 publish()
                 self.held["done"].append(name)
                 self.save()
         self._log_metrics()
-        if ended and self.held["status"] != ended:
+        if ended and self.held["status"] != ended and not lean:
             self.client.set_terminated(self.held["run_id"], ended["status"], ended["t"])
             self.held["status"] = ended
             self.save()
