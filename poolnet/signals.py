@@ -26,9 +26,8 @@ class Stop(BaseException):
 def install() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # the last is Windows' Ctrl-Break
         signum = getattr(signal, name, None)
-        if (
-            signum and signal.getsignal(signum) != signal.SIG_IGN
-        ):  # as a shell has it for what it puts in the background
+        # A shell has a script's background commands ignore Ctrl-C, and that is respected.
+        if signum and signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, _handle)
 
 

@@ -28,8 +28,15 @@ DEAD = "http://127.0.0.1:9"  # where nothing listens
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal, or limit")
 
 
+def hears_ctrl_c():
+    """Whatever the tests themselves were started from."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(*options, **settings):
     command = [*TRAIN, "--data", "letters.npz", *map(str, options)]
+    if sys.platform != "win32":
+        settings.setdefault("preexec_fn", hears_ctrl_c)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
 
 
@@ -113,7 +120,7 @@ def test_a_signal_ends_the_run_as_killed_within_seconds_and_says_how_to_go_on(lo
         wait_for(lambda: server_of(run).get("run_id"))
     process.send_signal(signum)
     begun = time.monotonic()
-    _, err = process.communicate()
+    _, err = process.communicate(timeout=60)
     assert time.monotonic() - begun < 5
     assert process.returncode == code
     assert err.splitlines()[-1] == f"poolnet: error: stopped; go on with: poolnet train --resume {run.name}"
@@ -130,7 +137,7 @@ def test_ctrl_c_in_the_middle_of_a_long_epoch_keeps_the_batches(tmp_path):
     wait_for(lambda: server_of(journal.find(journal.names()[0])))  # then the first epoch begins
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "finishing the batch" in err
     assert "Epoch" not in out
