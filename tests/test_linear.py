@@ -50,13 +50,13 @@ def test_blocks_of_batches_do_not_show(letters, monkeypatch):
     np.testing.assert_allclose(figures(whole.history), figures(parts.history), atol=1e-12)
 
 
-@pytest.mark.parametrize("seed", [42, 1, 2])
+@pytest.mark.parametrize("seed", [42, 1])
 @pytest.mark.parametrize("pool", ["max", "avg"])
 def test_thirty_epochs_on_real_letters_are_equal(real_letters, pool, seed):
     assert_equal_runs(TrainConfig(pool=pool, seed=seed), real_letters[0])
 
 
-@pytest.mark.parametrize("seed", [42, 1, 2])
+@pytest.mark.parametrize("seed", [42, 1])
 @pytest.mark.parametrize("pool", ["max", "avg"])
 def test_thirty_epochs_on_embedded_letters_are_equal(glyphs_npz, pool, seed):
     assert_equal_runs(TrainConfig(pool=pool, seed=seed), glyphs_npz)
