@@ -36,14 +36,18 @@ def train_options(command: Callable) -> Callable:
     return command
 
 
-YES_OR_NO = {"type": bool, "is_flag": False, "flag_value": True, "default": False}
-
-
 @cli.command()
 @train_options
 @click.option("--resume", metavar="RUN", default="", help="Go on with a run that was interrupted, with its settings.")
 @click.option("--no-cache", is_flag=True, help="Pool the images anew, and keep no features on disk.")
-@click.option("--optimum", **YES_OR_NO, help="Also find the lowest train loss there is.")
+@click.option(
+    "--optimum",
+    type=bool,
+    is_flag=False,
+    flag_value=True,
+    default=False,
+    help="Also find the lowest train loss there is.",
+)
 @click.option(
     "--drain-timeout",
     type=click.FloatRange(min=0),
@@ -67,16 +71,15 @@ def train(
     with Publisher(drain_timeout) as publisher:  # its imports take seconds, beside ours
         from poolnet import job
 
-        say = click.echo
         if resume:
             given = {
                 name: value
                 for name, value in {**options, "optimum": optimum}.items()
                 if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
             }
-            run = job.resume(resume, given, not no_cache, publisher, say, warn)
+            run = job.resume(resume, given, not no_cache, publisher, click.echo, warn)
         else:
-            run = job.run(config, optimum, not no_cache, publisher, say, warn)
+            run = job.run(config, optimum, not no_cache, publisher, click.echo, warn)
         trouble = publisher.close()
         held = publisher.held
     if held.get("version"):
@@ -97,7 +100,13 @@ def train(
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--prune", is_flag=True, help="Remove local folders of finished runs that the server holds completely.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
-@click.option("--follow", is_flag=True, hidden=True, help="Publish the runs named on stdin while they are trained.")
+@click.option(
+    "--follow",
+    "follow_stdin",
+    is_flag=True,
+    hidden=True,
+    help="Publish the runs named on stdin while they are trained.",
+)
 @click.option("--drain-timeout", type=float, default=30, hidden=True, help="Seconds without progress, with --follow.")
 @click.pass_context
 def sync(
@@ -107,16 +116,16 @@ def sync(
     dry_run: bool,
     prune: bool,
     as_json: bool,
-    follow: bool,
+    follow_stdin: bool,
     drain_timeout: float,
 ) -> None:
     """Publish what tracking servers do not have yet of runs in .poolnet: of all, or of those named."""
-    from poolnet import sync
+    from poolnet import follow, sync
 
-    if follow:
+    if follow_stdin:
         if hasattr(os, "nice"):
             os.nice(10)  # the training comes first
-        context.exit(sync.follow(sys.stdin, drain_timeout, say=lambda line: _failed(line, 0)))
+        context.exit(follow.follow(sys.stdin, drain_timeout, say=lambda line: _failed(line, 0)))
     sync.check_input(runs, to)
     with progress(length=sync.outstanding_bytes(runs, to), label="Publishing") as bar:
         rows = list(sync.sync(runs, to, dry_run, prune, bar.update))

@@ -1,19 +1,14 @@
 """One run, from its data to its last file: what `poolnet train` does. All of it is journaled, nothing published."""
 
 import dataclasses
-import getpass
-import importlib.metadata
 import os
-import platform
-import socket
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from poolnet import data, features, journal, linear, signals, train
+from poolnet import data, features, journal, linear, provenance, signals, train
 from poolnet.config import InputError, RunError, TrainConfig
 from poolnet.data import Splits
 from poolnet.journal import Journal
@@ -54,7 +49,7 @@ def resume(
         defaults = {**dataclasses.asdict(TrainConfig()), "optimum": False}
         given = {option: value for option, value in given.items() if value != defaults[option]}
     check_options(old, given)
-    if old.finished:
+    if old.finished and old.load_tensors("model"):
         publisher.watch(old, carrier)
         say(f"{old.name} is finished")
         return old
@@ -77,7 +72,7 @@ def open_data(config: TrainConfig, cache: bool, say: Say, path: Path | None = No
 
 def create(config: TrainConfig, optimum: bool, splits: Splits) -> Journal:
     """The journal of a new run."""
-    commit, dirty, diff = code_state()
+    commit, dirty, diff = provenance.code_state()
     record = {
         "config": dataclasses.asdict(config),
         "optimum": optimum,
@@ -93,7 +88,7 @@ def create(config: TrainConfig, optimum: bool, splits: Splits) -> Journal:
             ],
         },
         "code": {"commit": commit, "dirty": dirty},
-        "environment": environment(),
+        "environment": provenance.environment(),
         "tracking": {  # as MLflow reads it from the environment; its default lies in the working folder
             "uri": journal.without_password(os.environ.get("MLFLOW_TRACKING_URI", "")),
             "folder": str(Path.cwd()),
@@ -147,7 +142,6 @@ def carry_out(
     except Stop as stop:
         run.save_checkpoint(stop.state)
         raise
-    del pooled
     if publisher:
         publisher.nudge()
     say(f"TEST: loss={result.test.loss:.4f}, acc={result.test.acc:.4f}")
@@ -168,9 +162,9 @@ def _train(
         say(f"Resuming {run.name} after epoch {len(start.history)} of {config.epochs}")
 
     def on_epoch(record: EpochRecord) -> None:
-        say(record)
         values = dataclasses.asdict(record)
         known = run.append(values.pop("epoch"), values)["metrics"]
+        say(record)  # after the journal: a screen that is gone must not cost the record
         for name in ("train_loss", "train_acc", "val_loss", "val_acc"):
             if known[name] != values[name]:
                 raise RunError(
@@ -192,7 +186,7 @@ def _train(
 
 def _start(run: Journal, warn: Say) -> Start | None:
     """The last state that is whole, with the epochs behind it."""
-    records = {record["step"]: record["metrics"] for record in run.metrics()}
+    records = run.by_step()
     if records and (differences := _differences(run)):
         warn(f"{run.name} was begun with {differences}: the last digits may differ")
     state: State | None = run.checkpoint()
@@ -204,7 +198,7 @@ def _start(run: Journal, warn: Say) -> Start | None:
 def _differences(run: Journal) -> str:
     """In what the environment and the code differ from those that a run was begun with."""
     begun = run.record["environment"] | {"commit": run.record["code"]["commit"]}
-    here = environment() | {"commit": code_state()[0]}
+    here = provenance.environment() | {"commit": provenance.code_state()[0]}
     names = ("commit", "python", "numpy", "torch", "machine")
     return ", ".join(f"{name} {begun[name]} (here {here[name]})" for name in names if begun[name] != here[name])
 
@@ -222,42 +216,6 @@ def _write_result(run: Journal, splits: Splits, result: FitResult, best: linear.
     weights = {name: tensor.detach().cpu().numpy() for name, tensor in result.model.state_dict().items()}
     example = splits.test.images(np.arange(2) % len(splits.test))
     run.save_tensors("model", {**weights, "example": example})
-    figures.save_all(run.folder / "figures", figures.of_run(settings(run), splits, result, best))
-
-
-# --- what a run rests on ---------------------------------------------------------------------------------------------
-
-
-def environment() -> dict[str, object]:
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("numpy", "torch", "mlflow")},
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "host": socket.gethostname(),
-        "user": _user(),
-    }
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a container's user without a name
-        return "unknown"
-
-
-def code_state() -> tuple[str | None, str, bytes]:
-    """The commit that runs, whether tracked files differ from it (`true`, `false`, `unknown`), and how they differ."""
-    if not _git("ls-files", "--error-unmatch", "__init__.py"):  # installed, or no git here
-        return None, "unknown", b""
-    diff = _git("diff", "HEAD", "--binary")
-    return _git("rev-parse", "HEAD").decode().strip(), "true" if diff else "false", diff
-
-
-def _git(*args: str) -> bytes:
-    """What git prints for the package's own repository; nothing where there is none."""
-    try:
-        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return b""
+    drawn = figures.of_run(settings(run), splits, result, best)
+    with run.writing():
+        figures.save_all(run.folder / "figures", drawn)

@@ -18,6 +18,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -34,6 +35,7 @@ from poolnet import npz
 from poolnet.config import InputError, RunError, home
 
 FORMAT = 1
+LOOK_SECONDS = 1  # longer than others hold a run's lock only to see whether it is trained
 
 
 class Journal:
@@ -50,6 +52,7 @@ class Journal:
             ) from None
         if version > FORMAT:
             raise InputError(f"{folder}: found journal format {version}, expected at most {FORMAT}; update poolnet")
+        self.stem = self.name.rpartition("-")[0]  # what it shares with the other runs of its pool and seed
         self._steps: dict[int, dict] = {}  # the records, for the process that trains
         self._serial = 0  # of the newest checkpoint
 
@@ -62,24 +65,25 @@ class Journal:
         What ends the block early is recorded as the end of the run; an end that cannot be is found out by `sync`.
         """
         try:
-            with FileLock(self.folder / "lock", timeout=0):
-                before = self.ended()
-                with self._writing():
-                    (self.folder / "end.json").unlink(missing_ok=True)
-                    self._drop_torn_line()
-                self._steps = {record["step"]: record for record in self.metrics()}
-                self._serial = int((self.checkpoint() or {"serial": 0})["serial"])
-                try:
-                    yield
-                except BaseException as error:
-                    with contextlib.suppress(RunError):
-                        if isinstance(error, InputError) and before:  # refused, and nothing done
-                            write_json(self.folder / "end.json", before)
-                            raise
-                        self.end("FAILED" if isinstance(error, Exception) else "KILLED", str(error))
-                    raise
+            held = FileLock(self.folder / "lock").acquire(timeout=LOOK_SECONDS)
         except Timeout:
             raise InputError(f"{self.name}: another process is training it; wait for it, or end it first") from None
+        with held:
+            before = self.ended()
+            with self.writing():
+                (self.folder / "end.json").unlink(missing_ok=True)
+                self._drop_torn_line()
+            self._steps = {record["step"]: record for record in self.metrics()}
+            self._serial = int((self.checkpoint() or {"serial": 0})["serial"])
+            try:
+                yield
+            except BaseException as error:
+                with contextlib.suppress(RunError), self.writing():
+                    if isinstance(error, InputError) and before:  # refused, and nothing done
+                        write_json(self.folder / "end.json", before)
+                    else:
+                        self.end("FAILED" if isinstance(error, Exception) else "KILLED", str(error))
+                raise
 
     def is_training(self) -> bool:
         try:
@@ -95,13 +99,17 @@ class Journal:
         records, _ = self._read_metrics()
         return records
 
+    def by_step(self) -> dict[int, dict[str, float]]:
+        """The metrics of each epoch, and under 0 those of the whole run."""
+        return {record["step"]: record["metrics"] for record in self.metrics()}
+
     def append(self, step: int, metrics: dict[str, float]) -> dict:
         """Record a step once: one that is there already stays as it is. Returns the record. Only while `training`."""
         if step in self._steps:
             return self._steps[step]
         record = {"t": self._time(), "step": step, "metrics": metrics}
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        with self._writing():
+        with self.writing():
             self._write(self.folder / "metrics.jsonl", "ab", line)
         self._steps[step] = record
         return record
@@ -150,7 +158,7 @@ class Journal:
         arrays = {key: np.asarray(array, order="C") for key, array in arrays.items()}
         data = safetensors.numpy.save({**arrays, "crc32": np.array(_checksum(arrays))})
         path, part = self.folder / f"{name}.safetensors", self.folder / f".{name}.part"
-        with self._writing():
+        with self.writing():
             self._write(part, "wb", data)
             npz.replace(part, path)
 
@@ -165,12 +173,12 @@ class Journal:
 
     def save_predictions(self, name: str, logits: np.ndarray, y: np.ndarray) -> None:
         path = self.folder / "predictions" / f"{name}.npz"
-        with self._writing(), npz.replacing(path) as part, part.open("wb") as file:
+        with self.writing(), npz.replacing(path) as part, part.open("wb") as file:
             np.savez(file, logits=logits, y=y)
 
     def end(self, status: str, error: str = "") -> None:
         """`FINISHED`, `KILLED` (interrupted, or its process died) or `FAILED`; the latter two can be resumed."""
-        with self._writing():
+        with self.writing():
             write_json(self.folder / "end.json", {"t": self._time(), "status": status, "error": error})
 
     def ended(self) -> dict | None:
@@ -183,7 +191,8 @@ class Journal:
     # --- the disk -------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
+        """What the disk refuses meanwhile is one line, with the command that goes on."""
         try:
             yield
         except OSError as error:
@@ -228,13 +237,18 @@ def names() -> list[str]:
 
 def find(run: str) -> Journal | None:
     """The run of that name, or of that MLflow run id."""
-    if run and Path(run).name == run and (folder() / run / "record.json").exists():
+    if is_name(run) and (folder() / run / "record.json").exists():
         return Journal(folder() / run)
     for name in names():
-        published = read_json(folder() / name / "published.json")
-        if any(run == server.get("run_id") for server in published.get("servers", {}).values()):
+        servers = read_json(folder() / name / "published.json").get("servers", {})
+        if any(run == held.get("run_id") for held in servers.values()):
             return Journal(folder() / name)
     return None
+
+
+def is_name(text: str) -> bool:
+    """Whether a run may be called that: nothing that could lead out of the folder of runs."""
+    return re.fullmatch(r"\w+-seed\d+-[0-9a-f]{8}", text) is not None
 
 
 def without_password(uri: str) -> str:

@@ -3,11 +3,12 @@
 import contextlib
 import importlib.metadata
 import json
+import tempfile
 from pathlib import Path
 
 import mlflow
 import numpy as np
-from mlflow.entities import LoggedModel
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Run
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.tracking.client import MlflowClient
@@ -28,6 +29,31 @@ def import_exporter() -> None:
     import mlflow.pytorch  # noqa: F401
     import scipy.stats  # noqa: F401
     import torch.export  # noqa: F401
+
+
+def log(client: MlflowClient, run: Run, config: dict[str, object], arrays: dict[str, np.ndarray]) -> str:
+    """The logged model of a run, made, or made whole, unless it is READY. `arrays` as for `export`. Returns its id."""
+    run_id = run.info.run_id
+    model = logged(client, run)
+    if not model:
+        params = {name: str(value) for name, value in config.items()}
+        model = client.create_logged_model(run.info.experiment_id, MODEL, run_id, params=params)
+    if model.status != LoggedModelStatus.READY:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / MODEL
+            export(arrays, config["pool"], run_id, model, path)
+            client.log_model_artifacts(model.model_id, str(path))
+        outputs = run.outputs.model_outputs if run.outputs else []
+        if model.model_id not in [output.model_id for output in outputs]:
+            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, config["epochs"])])
+        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    return model.model_id
+
+
+def logged(client: MlflowClient, run: Run) -> LoggedModel | None:
+    query = f"source_run_id = '{run.info.run_id}' AND name = '{MODEL}'"
+    found = client.search_logged_models([run.info.experiment_id], query, max_results=1)
+    return found[0] if found else None
 
 
 def export(arrays: dict[str, np.ndarray], pool: str, run_id: str, model: LoggedModel, path: Path) -> None:

@@ -11,7 +11,7 @@ from poolnet.train import PLATEAU_MARGIN
 
 def of_run(run: Journal, version: int | None) -> str:
     """The description of a finished run, and of its model version, if it has one."""
-    record, records = run.record, {step["step"]: step["metrics"] for step in run.metrics()}
+    record, records = run.record, run.by_step()
     once, last = records[0], records[max(records)]
     data, environment = record["data"], record["environment"]
     sizes = {split["name"]: split["shape"][0] for split in data["splits"]}

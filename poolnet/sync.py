@@ -1,107 +1,28 @@
-"""Journals and servers brought together: followed while training runs, caught up with later, pruned, restored."""
+"""Journals and servers brought together, when no training is under way: caught up with, pruned, restored."""
 
 import contextlib
 import dataclasses
+import filecmp
 import json
-import queue
 import re
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import journal, npz, registry, stores
-from poolnet.config import InputError, RunError, crowded
+from poolnet.config import InputError, RunError
 from poolnet.journal import Journal
-from poolnet.tracking import Publication, Refused
-
-POLL_SECONDS = 5 if crowded() else 2  # between two looks at a journal, and before the first where cores are few
-DRAIN_POLL_SECONDS = 0.5  # the same, when the training waits for it
-RETRY_SECONDS = 5  # before another attempt
-IMPORT_SECONDS = 30  # of training, after which two seconds of a shared core no longer show
-HAND_OVER_SECONDS = 1  # after which a run that is still trained is another publisher's
+from poolnet.tracking import FILES, Publication, Refused, agrees, as_metrics
 
 
-def follow(lines: Iterable[str], drain_timeout: float, say: Callable[[str], None]) -> int:
-    """Publish the runs whose names come in, a line each, `NAME CARRIER`, until the lines end and all is published.
-    An empty line says that epochs are over, and with them the hurry.
-
-    After the last line it gives up `drain_timeout` seconds after the last progress. Returns the exit code.
-    """
-    inbox: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-
-    def feed() -> None:
-        for line in lines:
-            inbox.put(line)
-        inbox.put(None)
-
-    threading.Thread(target=feed, daemon=True).start()
-    with contextlib.ExitStack() as locks:
-        followed: list[Publication] = []
-        closed, failed, progress = None, False, time.monotonic()
-        import_at = progress + (IMPORT_SECONDS if crowded() else 0)
-        while closed is None or followed:
-            wait = DRAIN_POLL_SECONDS if closed else RETRY_SECONDS if failed else POLL_SECONDS
-            try:
-                line = inbox.get(timeout=wait)
-            except queue.Empty:
-                line = ""
-            if line is None:
-                closed = progress = time.monotonic()
-            elif line.strip():
-                followed.append(_begin(line, locks))
-                if crowded():
-                    continue
-            elif line:
-                import_at = 0
-            held = [json.dumps(publication.held) for publication in followed]
-            try:
-                for publication in followed:
-                    if closed:
-                        mark_if_dead(publication.run)
-                    publication.advance(lean=not closed and time.monotonic() < import_at)
-                    if time.monotonic() > import_at:
-                        registry.import_exporter()  # now, while nobody waits for it
-                failed = False
-            except Refused as error:
-                say(str(error))
-                return 2
-            except Exception as error:  # whatever a server, or the way to it, may raise: it is said, and tried again
-                failed = True
-                say(f"{publication.key}: {reason(error)}")
-                if closed and _is_final(error):
-                    return 3
-            if held != [json.dumps(publication.held) for publication in followed]:
-                progress = time.monotonic()
-            followed = [publication for publication in followed if not _is_over(publication, closed)]
-            if closed and time.monotonic() - progress > drain_timeout:
-                break
-    return 3 if followed else 0
-
-
-def _begin(line: str, locks: contextlib.ExitStack) -> Publication:
-    name, _, carrier = line.strip().partition(" ")
-    run = journal.find(name)
-    locks.enter_context(FileLock(run.folder / "publish.lock"))
-    publication = Publication(run, stores.home_of(run), carrier)
-    publication.save()
-    return publication
-
-
-def _is_over(publication: Publication, closed: float | None) -> bool:
-    if publication.complete:
-        return True
-    # Another process has taken the run up since, with a publisher of its own, which waits for this one.
-    return bool(closed) and time.monotonic() - closed > HAND_OVER_SECONDS and publication.run.is_training()
-
-
-def _is_final(error: Exception) -> bool:
+def is_final(error: Exception) -> bool:
     """Whether trying again is of no use: the server knows who asks and refuses, or the run was deleted there."""
     forbidden = isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403)
     return forbidden or isinstance(error, (Refused, RunError))
@@ -192,12 +113,17 @@ def table(rows: list[Row]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
+def _outstanding(publication: Publication) -> str:
+    """What is outstanding, in words."""
+    return (", ".join(publication.outstanding()) or "nothing") if publication.held["run_id"] else "everything"
+
+
 def _dry(run: Journal, to: str | None, prune: bool) -> Row:
     publication = Publication(run, to or stores.home_of(run))
     state = (run.ended() or {"status": "KILLED"})["status"]
-    left = ", ".join(publication.outstanding())
-    would = "would publish it" if left else f"would {'check and remove it' if prune and run.finished else 'do nothing'}"
-    return Row(run.name, state, publication.key, left or "all published", would)
+    otherwise = f"would {'check and remove it' if prune and run.finished else 'do nothing'}"
+    would = "would publish it" if publication.outstanding() else otherwise
+    return Row(run.name, state, publication.key, _outstanding(publication), would)
 
 
 def _synced(run: Journal, to: str | None, prune: bool, on_bytes: Callable[[int], None]) -> Row:
@@ -205,7 +131,7 @@ def _synced(run: Journal, to: str | None, prune: bool, on_bytes: Callable[[int],
     state = (run.ended() or {"status": "training"})["status"]
     with FileLock(run.folder / "publish.lock"):  # of two at once, the second finds that there is nothing to do
         publication = Publication(run, to or stores.home_of(run), on_bytes=on_bytes)
-        found, did = ", ".join(publication.outstanding()) or "all published", "nothing"
+        found, did = _outstanding(publication), "nothing"
         if publication.outstanding():
             error = _publish(publication)
             if error:
@@ -218,11 +144,11 @@ def _synced(run: Journal, to: str | None, prune: bool, on_bytes: Callable[[int],
         if not run.finished:
             return Row(run.name, state, publication.key, found, f"kept: {journal.resume_command(run.name)} needs it")
         try:
-            missing = publication.missing()
+            left = missing(publication)
         except Exception as error:  # as above
-            missing = [reason(error)]
-    if missing:
-        return Row(run.name, state, publication.key, found, f"kept: {'; '.join(missing)}", ok=False)
+            left = [reason(error)]
+    if left:
+        return Row(run.name, state, publication.key, found, f"kept: {'; '.join(left)}", ok=False)
     shutil.rmtree(run.folder)
     did = "checked, removed" if did == "nothing" else f"{did}, checked, removed"
     return Row(run.name, state, publication.key, found, did)
@@ -236,11 +162,53 @@ def _publish(publication: Publication, attempts: int = 2) -> str:
             return ""
         except Exception as error:  # whatever a server, or the way to it, may raise: it is said
             problem = reason(error)
-            if _is_final(error) or "refused" in problem:
+            if is_final(error) or "refused" in problem:
                 break
             if attempt + 1 < attempts:
                 time.sleep(1)
     return problem
+
+
+def missing(publication: Publication) -> list[str]:
+    """What a finished run's folder holds and the server does not, everything fetched and compared."""
+    run, client, found = publication.run, publication.client, publication.find()
+    if not found or found.info.lifecycle_stage == "deleted":
+        return ["the run"]
+    wrong = [] if found.info.status == "FINISHED" else ["the status"]
+    for name, value in run.record["config"].items():
+        if not agrees(found.data.params.get(name, ""), value):
+            wrong.append(f"param {name}")
+    expected = {(m.key, m.step, m.timestamp, m.value) for record in run.metrics() for m in as_metrics(record)}
+    for name in {key for key, *_ in expected}:
+        history = client.get_metric_history(found.info.run_id, name)
+        if {(m.key, m.step, m.timestamp, m.value) for m in history} != {m for m in expected if m[0] == name}:
+            wrong.append(f"metric {name}")
+    digests = {entry.dataset.digest for entry in found.inputs.dataset_inputs}
+    wrong += [f"dataset {s['name']}" for s in run.record["data"]["splits"] if s["sha256"][:32] not in digests]
+    for name in FILES:
+        wrong += [
+            f"artifact {path.name}"
+            for path, folder in publication.files(name)
+            if not _same(client, found.info.run_id, path, folder)
+        ]
+    model = registry.logged(client, found)
+    if not model or model.status != LoggedModelStatus.READY:
+        wrong.append("the model")
+    elif run.record["config"]["register"] and not registry.version_of(client, found.info.run_id, model.model_id):
+        wrong.append("the model version")
+    return wrong
+
+
+def _same(client: MlflowClient, run_id: str, path: Path, folder: str | None) -> bool:
+    if not path.exists():  # git.diff of a clean checkout
+        return True
+    with tempfile.TemporaryDirectory() as scratch:
+        name = f"{folder}/{path.name}" if folder else path.name
+        try:
+            fetched = Path(client.download_artifacts(run_id, name, scratch))
+        except (MlflowException, OSError):
+            return False
+        return filecmp.cmp(path, fetched, shallow=False)
 
 
 # --- runs that are only on the server --------------------------------------------------------------------------------
@@ -265,7 +233,7 @@ def restore(name: str) -> Journal:
         if not found:
             raise nowhere
         info, tags = found.info, found.data.tags
-        if "poolnet.run" not in tags:
+        if not journal.is_name(tags.get("poolnet.run", "")):  # somebody's tag, which must not name another folder
             raise InputError(f"{name}: found no journal's name in the run on {where}, expected a run of poolnet train")
         if info.status in ("RUNNING", "FINISHED"):
             state = "is FINISHED" if info.status == "FINISHED" else "is RUNNING, perhaps on another machine, says"

@@ -5,26 +5,21 @@ and repeated at will: what the server has already is looked up, or is such that 
 """
 
 import contextlib
-import filecmp
 import functools
 import json
 import os
 import re
 import shlex
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 import mlflow
-import mlflow.db
 import numpy as np
 from mlflow.data.dataset_source_registry import get_dataset_source_from_json
 from mlflow.entities import (
     DatasetInput,
     InputTag,
-    LoggedModelOutput,
-    LoggedModelStatus,
     Metric,
     Param,
     RunTag,
@@ -52,6 +47,11 @@ class Publication:
         self.held |= journal.read_json(run.folder / "published.json").get("servers", {}).get(self.key, {})
         self.confirmed = False  # whether the server was seen to have the run
 
+    @functools.cached_property
+    def client(self) -> MlflowClient:
+        stores.create_store(self.uri)
+        return MlflowClient(self.uri)
+
     def save(self) -> None:
         path = self.run.folder / "published.json"
         servers = journal.read_json(path).get("servers", {})
@@ -73,18 +73,16 @@ class Publication:
         return left
 
     def outstanding_bytes(self) -> int:
-        files = [path for name in FILES if name not in self.held["done"] for path, _ in self._files(name)]
+        files = [path for name in FILES if name not in self.held["done"] for path, _ in self.files(name)]
         return sum(path.stat().st_size for path in files if path.exists())
 
     def advance(self, lean: bool = False) -> None:
         """Publish what the journal has by now, or, where that must be `lean`, only params, tags and metrics: what the
         rest imports is a second of the processor. Raises what MLflow raises when the server does not take it."""
         with stores.as_environment(self.uri):
-            stores.create_store(self.uri)
             self._advance(lean)
 
     def _advance(self, lean: bool) -> None:
-        self.client = MlflowClient(self.uri)
         confirmed, self.confirmed = self.confirmed, False  # until all of this has gone well
         if not confirmed or self.held["status"]:
             self._find_or_create()
@@ -121,7 +119,7 @@ class Publication:
     def _find_or_create(self) -> None:
         """The run on the server: the one known, the one that `mlflow run` has made, one whose creation went unheard, or
         a new one. A server that has been emptied since gets everything again."""
-        found = self._get(self.held["run_id"])
+        found = self.find()
         if not found:
             self.held |= {"run_id": "", "done": [], "metrics": 0, "status": None, "version": None}
             found = self._adopted() or self._search() or self._create()
@@ -151,7 +149,11 @@ class Publication:
             self.client.log_batch(self.carrier, tags=[RunTag(*tag) for tag in tags.items()])
         self.carrier = ""
 
-    def _get(self, run_id: str) -> mlflow.entities.Run | None:
+    def find(self) -> mlflow.entities.Run | None:
+        """The run on the server, as far as it is known."""
+        return self.get(self.held["run_id"])
+
+    def get(self, run_id: str) -> mlflow.entities.Run | None:
         try:
             return self.client.get_run(run_id) if run_id else None
         except MlflowException as error:
@@ -162,13 +164,13 @@ class Publication:
     def _adopted(self) -> mlflow.entities.Run | None:
         """The run that `mlflow run` has made for this one, which must not say anything else than the settings."""
         tracking = self.record["tracking"]
-        adopted = self._get(tracking["run_id"]) if self.key == stores.recorded_home(self.record) else None
+        adopted = self.get(tracking["run_id"]) if self.key == stores.recorded_home(self.record) else None
         other = adopted.data.tags.get("poolnet.run", self.run.name) if adopted else self.run.name
         if other != self.run.name:
             raise Refused(f"run {adopted.info.run_id}: found the record of {other} in it; unset MLFLOW_RUN_ID")
         for name, value in self.record["config"].items() if adopted else ():
             raw = adopted.data.params.get(name)
-            if raw is not None and not _agrees(raw, value):
+            if raw is not None and not agrees(raw, value):
                 raise Refused(
                     f"run {adopted.info.run_id}: {name}: found {raw} in its record, expected {value}; start a new run"
                 )
@@ -182,7 +184,7 @@ class Publication:
     def _create(self) -> mlflow.entities.Run:
         tags = {"poolnet.run": self.run.name, "mlflow.user": self.record["environment"]["user"]}
         tags |= {"mlflow.source.name": "poolnet train", "mlflow.source.type": "LOCAL"}
-        return self.client.create_run(self._experiment(), self.record["started"], tags, self._name())
+        return self.client.create_run(self._experiment(), self.record["started"], tags, self.run.stem)
 
     def _experiment(self) -> str:
         tracking = self.record["tracking"]
@@ -196,10 +198,6 @@ class Publication:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # made by another process just now
                 raise
             return self.client.get_experiment_by_name(name).experiment_id
-
-    def _name(self) -> str:
-        config = self.record["config"]
-        return f"{config['pool']}-seed{config['seed']}"
 
     def _log_start(self) -> None:
         """Params and tags. An adopted run keeps the params it has, in the words they were typed in."""
@@ -216,7 +214,7 @@ class Publication:
         if self.record["code"]["commit"]:
             tags["mlflow.source.git.commit"] = self.record["code"]["commit"]
         if RANDOM_NAME.fullmatch(name):
-            tags["mlflow.runName"] = self._name()
+            tags["mlflow.runName"] = self.run.stem
         self.client.log_batch(run_id, params=params, tags=[RunTag(*tag) for tag in tags.items()])
 
     def _log_inputs(self) -> None:
@@ -244,7 +242,7 @@ class Publication:
             with (self.run.folder / "metrics.jsonl").open("ab") as file:
                 os.fsync(file.fileno())  # what is published must not be lost here, or its steps come twice
         for start in range(0, len(new), BATCH):
-            metrics = [metric for record in new[start : start + BATCH] for metric in _metrics(record)]
+            metrics = [metric for record in new[start : start + BATCH] for metric in as_metrics(record)]
             self.client.log_batch(self.held["run_id"], metrics=metrics)
         if new:
             self.held["metrics"] = len(records)
@@ -252,11 +250,11 @@ class Publication:
 
     def _upload(self, name: str) -> None:
         """A file, or the files of a folder."""
-        for path, folder in self._files(name):
+        for path, folder in self.files(name):
             self.client.log_artifact(self.held["run_id"], str(path), folder)
             self.on_bytes(path.stat().st_size)
 
-    def _files(self, name: str) -> list[tuple[Path, str | None]]:
+    def files(self, name: str) -> list[tuple[Path, str | None]]:
         """The files of an artifact, and the folder that they belong to on the server."""
         path = self.run.folder / name
         if path.is_dir():
@@ -266,27 +264,12 @@ class Publication:
     # --- the model ---------------------------------------------------------------------------------------------------
 
     def _log_model(self) -> None:
-        """The model as an exported program, free of pickle, for any batch size; it is there once it is READY."""
-        run_id, step = self.held["run_id"], self.record["config"]["epochs"]
-        model = self._logged_model()
-        if not model:
-            params = {name: str(value) for name, value in self.record["config"].items()}
-            model = self.client.create_logged_model(self.held["experiment_id"], registry.MODEL, run_id, params=params)
-        self.held["model_id"] = model.model_id
-        if model.status != LoggedModelStatus.READY:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / registry.MODEL
-                registry.export(self.run.load_tensors("model"), self.record["config"]["pool"], run_id, model, path)
-                self.client.log_model_artifacts(model.model_id, str(path))
-            outputs = self.client.get_run(run_id).outputs
-            if not outputs or model.model_id not in [output.model_id for output in outputs.model_outputs]:
-                self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
-            self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-
-    def _logged_model(self) -> mlflow.entities.LoggedModel | None:
-        query = f"source_run_id = '{self.held['run_id']}' AND name = '{registry.MODEL}'"
-        found = self.client.search_logged_models([self.held["experiment_id"]], query, max_results=1)
-        return found[0] if found else None
+        arrays = self.run.load_tensors("model")
+        if not arrays:
+            again = journal.resume_command(self.run.name)
+            raise RunError(f"{self.run.folder / 'model.safetensors'}: damaged; made again by: {again}")
+        found = self.client.get_run(self.held["run_id"])
+        self.held["model_id"] = registry.log(self.client, found, self.record["config"], arrays)
 
     def _log_scores(self) -> None:
         """The scores again, as those of the model, so that its own page shows them: the last epoch's, and test's."""
@@ -294,13 +277,12 @@ class Publication:
         about = {"model_id": self.held["model_id"], "run_id": self.held["run_id"]}
         test = next(split for split in self.record["data"]["splits"] if split["name"] == "test")
         on_test = {"dataset_name": self.record["data"]["name"], "dataset_digest": test["sha256"][:32]}
-        metrics = _metrics(records[max(records)], **about)
-        metrics += [metric for metric in _metrics(records[0], **about, **on_test) if metric.key.startswith("test_")]
+        metrics = as_metrics(records[max(records)], **about)
+        metrics += [metric for metric in as_metrics(records[0], **about, **on_test) if metric.key.startswith("test_")]
         self.client.log_batch(self.held["run_id"], metrics=metrics)
 
     def _register(self) -> None:
-        records = {record["step"]: record["metrics"] for record in self.run.metrics()}
-        config = self.record["config"]
+        records, config = self.run.by_step(), self.record["config"]
         tags = {
             "pool": config["pool"],
             "seed": str(config["seed"]),
@@ -316,57 +298,16 @@ class Publication:
         text = summary.of_run(self.run, self.held["version"])
         self.client.set_tag(self.held["run_id"], "mlflow.note.content", text)
 
-    # --- whether all of it is there ----------------------------------------------------------------------------------
-
-    def missing(self) -> list[str]:
-        """What a finished run's folder holds and the server does not, everything fetched and compared."""
-        self.client = MlflowClient(self.uri)
-        found = self._get(self.held["run_id"])
-        if not found or found.info.lifecycle_stage == "deleted":
-            return ["the run"]
-        wrong = [] if found.info.status == "FINISHED" else ["the status"]
-        for name, value in self.record["config"].items():
-            if not _agrees(found.data.params.get(name, ""), value):
-                wrong.append(f"param {name}")
-        expected = {(m.key, m.step, m.timestamp, m.value) for record in self.run.metrics() for m in _metrics(record)}
-        for name in {key for key, *_ in expected}:
-            history = self.client.get_metric_history(self.held["run_id"], name)
-            if {(m.key, m.step, m.timestamp, m.value) for m in history} != {m for m in expected if m[0] == name}:
-                wrong.append(f"metric {name}")
-        digests = {entry.dataset.digest for entry in found.inputs.dataset_inputs}
-        wrong += [f"dataset {s['name']}" for s in self.record["data"]["splits"] if s["sha256"][:32] not in digests]
-        for name in FILES:
-            wrong += [f"artifact {path.name}" for path, folder in self._files(name) if not self._same(path, folder)]
-        model = self._logged_model()
-        if not model or model.status != LoggedModelStatus.READY:
-            wrong.append("the model")
-        elif self.record["config"]["register"] and not registry.version_of(
-            self.client, found.info.run_id, model.model_id
-        ):
-            wrong.append("the model version")
-        return wrong
-
-    def _same(self, path: Path, folder: str | None) -> bool:
-        if not path.exists():  # git.diff of a clean checkout
-            return True
-        with tempfile.TemporaryDirectory() as scratch:
-            name = f"{folder}/{path.name}" if folder else path.name
-            try:
-                fetched = Path(self.client.download_artifacts(self.held["run_id"], name, scratch))
-            except (MlflowException, OSError):
-                return False
-            return filecmp.cmp(path, fetched, shallow=False)
-
 
 class Refused(InputError):
     """What the server says of a run contradicts it: nothing that could be tried again."""
 
 
-def _metrics(record: dict, **about: str) -> list[Metric]:
+def as_metrics(record: dict, **about: str) -> list[Metric]:
     return [Metric(name, value, record["t"], record["step"], **about) for name, value in record["metrics"].items()]
 
 
-def _agrees(raw: str, value: str | int | float | bool) -> bool:
+def agrees(raw: str, value: str | int | float | bool) -> bool:
     """Whether a param as `mlflow run` records it, the raw text and possibly quoted for a shell, means `value`."""
     texts = [raw]
     with contextlib.suppress(ValueError):

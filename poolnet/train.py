@@ -137,6 +137,7 @@ def run_epochs(
                     spent = time.perf_counter() - began
                     signals.check()
                 train_loss, train_acc = _totals(parts)
+                spent = time.perf_counter() - began  # on another device the batches are done only now
                 val = learner.evaluate(splits.val)
             except signals.Stop as stop:
                 stop.state = learner.state() | _position(len(history), before, parts, spent)

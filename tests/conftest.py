@@ -40,6 +40,9 @@ def own_world(tmp_path, monkeypatch):
             monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv(
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"
+    )  # as importing poolnet has done in a new process
     monkeypatch.chdir(tmp_path)
 
 

@@ -58,8 +58,7 @@ def test_a_run_whose_process_died_is_marked_and_published(capsys):
     assert f"published; go on with: poolnet train --resume {left.name}" in out
     (found,) = mlflow.MlflowClient().search_runs(["0"])
     assert (found.info.status, found.info.end_time) == ("KILLED", left.ended()["t"])
-    code, out, _ = run(capsys, "sync", left.name)
-    assert "all published" in out
+    assert [row["found"] for row in synced(left.name)] == ["nothing"]
 
 
 def test_nothing_to_publish_is_said(capsys):
@@ -237,6 +236,30 @@ def test_a_folder_that_is_gone_and_cannot_be_made_again_is_explained(capsys, sta
     shutil.rmtree(gone.folder)
     code, _, err = run(capsys, "train", "--resume", gone.name)
     assert_refused(code, err, gone.name, said, "start a new run")
+
+
+def test_a_name_on_the_server_that_leads_out_of_the_folder_is_refused(capsys, tmp_path):
+    gone = journaled()
+    run_id = publish(gone).info.run_id
+    mlflow.MlflowClient().set_tag(run_id, "poolnet.run", "../../elsewhere")
+    mlflow.MlflowClient().update_run(run_id, status="FAILED")
+    shutil.rmtree(gone.folder)
+    code, _, err = run(capsys, "train", "--resume", run_id)
+    assert_refused(code, err, run_id, "expected a run of poolnet train")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_finished_run_with_a_damaged_model_is_made_whole_by_resuming_it(capsys):
+    finished = journaled()
+    path = finished.folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    (row,) = synced(code=3)
+    assert row["did"] == f"{path}: damaged; made again by: poolnet train --resume {finished.name}"
+    code, out, err = run(capsys, "train", "--resume", finished.name)
+    assert (code, err) == (0, "")
+    assert path.read_bytes() == whole
+    assert "Model: models:/m-" in out
 
 
 def test_a_publisher_that_is_killed_is_made_up_for(letters):

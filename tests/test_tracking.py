@@ -16,7 +16,7 @@ import torch
 from conftest import make_arrays, poolnet, world
 from PIL import Image
 
-from poolnet import features, job, linear, stores
+from poolnet import features, job, linear, provenance, stores
 from poolnet.config import InputError, TrainConfig
 from poolnet.data import open_splits
 from poolnet.tracking import Publication
@@ -98,7 +98,7 @@ def test_tags_status_and_name(trained):
     assert trained.run.info.run_name == "avg-seed42"
     assert tags["poolnet.data_sha256"] == open_splits(trained.path).sha256
     assert tags["poolnet.device"] == str(resolve_device("auto"))
-    commit, dirty, _ = job.code_state()
+    commit, dirty, _ = provenance.code_state()
     assert tags["poolnet.git_dirty"] == dirty
     assert tags.get("mlflow.source.git.commit") == commit
 
@@ -297,19 +297,19 @@ def test_runs_go_to_the_experiment_that_the_environment_names(monkeypatch):
 def test_uncommitted_changes_are_kept_with_the_run(tmp_path, monkeypatch):
     package = tmp_path / "repository" / "poolnet"
     package.mkdir(parents=True)
-    monkeypatch.setattr(job, "__file__", str(package / "job.py"))
-    assert job.code_state() == (None, "unknown", b"")
+    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
+    assert provenance.code_state() == (None, "unknown", b"")
 
     def git(*args):
         who = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
         return subprocess.run(["git", *who, *args], cwd=package, check=True, capture_output=True, text=True).stdout
 
     git("init", "-q")
-    assert job.code_state() == (None, "unknown", b"")  # a repository, but of something else
+    assert provenance.code_state() == (None, "unknown", b"")  # a repository, but of something else
     (package / "__init__.py").write_text("one = 1\n")
     git("add", ".")
     git("commit", "-qm", "first")
-    assert job.code_state() == (git("rev-parse", "HEAD").strip(), "false", b"")
+    assert provenance.code_state() == (git("rev-parse", "HEAD").strip(), "false", b"")
     (package / "__init__.py").write_text("one = 2\n")
     run = publish(journaled())
     assert run.data.tags["poolnet.git_dirty"] == "true"

@@ -1,0 +1,45 @@
+"""What a run rests on besides its data: the code and the environment."""
+
+import getpass
+import importlib.metadata
+import platform
+import socket
+import subprocess
+from pathlib import Path
+
+import torch
+
+
+def environment() -> dict[str, object]:
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("numpy", "torch", "mlflow")},
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "host": socket.gethostname(),
+        "user": _user(),
+    }
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container's user without a name
+        return "unknown"
+
+
+def code_state() -> tuple[str | None, str, bytes]:
+    """The commit that runs, whether tracked files differ from it (`true`, `false`, `unknown`), and how they differ."""
+    if not _git("ls-files", "--error-unmatch", "__init__.py"):  # installed, or no git here
+        return None, "unknown", b""
+    diff = _git("diff", "HEAD", "--binary")
+    return _git("rev-parse", "HEAD").decode().strip(), "true" if diff else "false", diff
+
+
+def _git(*args: str) -> bytes:
+    """What git prints for the package's own repository; nothing where there is none."""
+    try:
+        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return b""
