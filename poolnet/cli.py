@@ -36,6 +36,15 @@ def train_options(command: Callable) -> Callable:
     return command
 
 
+DRAIN_TIMEOUT = click.option(
+    "--drain-timeout",
+    type=click.FloatRange(min=0),
+    default=30,
+    show_default=True,
+    help="Seconds to wait at the end for a tracking server that does not get on.",
+)
+
+
 @cli.command()
 @train_options
 @click.option("--resume", metavar="RUN", default="", help="Go on with a run that was interrupted, with its settings.")
@@ -48,13 +57,7 @@ def train_options(command: Callable) -> Callable:
     default=False,
     help="Also find the lowest train loss there is.",
 )
-@click.option(
-    "--drain-timeout",
-    type=click.FloatRange(min=0),
-    default=30,
-    show_default=True,
-    help="Seconds to wait at the end for a tracking server that does not get on.",
-)
+@DRAIN_TIMEOUT
 @click.pass_context
 def train(
     context: click.Context, resume: str, no_cache: bool, optimum: bool, drain_timeout: float, **options: object
@@ -134,6 +137,119 @@ def sync(
     else:
         click.echo(sync.table(rows))
     context.exit(0 if all(row.ok for row in rows) else 3)
+
+
+@cli.command()
+@click.argument("study", type=FILE)
+@click.option("--data", default="", help="Another data set than the study's own.")
+@click.option("--workers", default="", help="Processes that train.  [default: one a core; one where conv takes part]")
+@DRAIN_TIMEOUT
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@click.pass_context
+def sweep(context: click.Context, study: Path, data: str, workers: str, drain_timeout: float, as_json: bool) -> None:
+    """Train what is missing of a STUDY, each combination of its grid and seeds. Cut off, the same command goes on.
+
+    A study is a .toml file with question, data, seeds and margin (in points of accuracy); under [grid] options of
+    `poolnet train`, each a value or a list; under [arms] the two that are compared, as in: max = { pool = "max" }
+    """
+    from poolnet.study import read
+
+    found = read(study, data)
+    if workers and not (workers.isdecimal() and int(workers)):
+        raise InputError(f"--workers: found {workers!r}, expected a whole number from 1")
+    home()
+    again = f"{study} --data {data}" if data else f"{study}"
+    signals.last_words = f"stopped; go on with: poolnet sweep {again}"
+
+    from poolnet.publisher import Publisher
+
+    with Publisher(drain_timeout) as publisher:
+        from poolnet import sweep as sweeps
+
+        say = (lambda line: None) if as_json or sys.stderr.isatty() else click.echo  # there a bar shows how far it is
+        under_way = sweeps.Sweep(found, publisher, say, warn)
+        under_way.carry_out(int(workers or sweeps.default_workers(found)))
+    results = under_way.results.values()
+    if as_json:
+        click.echo(json.dumps(sweeps.as_json(under_way)))
+    else:
+        done, now = sum(result.done for result in results), sum(result.done and result.trained for result in results)
+        click.echo(f"{under_way.name}: {done} of {len(results)} runs finished, {now} of them now")
+        click.echo(sweeps.table(under_way))
+        click.echo(f"Compare: poolnet compare --study {again}")
+        if under_way.look:
+            click.echo(f"Look at it: {under_way.look}")
+    if under_way.missing:
+        _failed(f"{len(under_way.missing)} runs are missing, see above; again with: poolnet sweep {again}", 1)
+        context.exit(1)
+    if under_way.trouble:
+        _failed(
+            f"{under_way.trouble}; all is safe in {click.format_filename(home())}, and published by: poolnet sync", 3
+        )
+        context.exit(3)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, metavar="[RUN RUN]")
+@click.option("--study", default="", help="The two arms of this study, a .toml file.")
+@click.option("--data", default="", help="With --study: another data set than its own.")
+@click.option("--experiment", default="", help="All runs of this experiment.  [default: the one in the environment]")
+@click.option("--by", default="", help="With --experiment: the option that tells the arms apart, such as pool.")
+@click.option("--arms", nargs=2, help="With --by: the two values to compare, the second with the first.")
+@click.option("--margin", default="", help="Points within which arms are equivalent.  [default: the study's, or 0.5]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the bootstraps.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
+def compare(
+    runs: tuple[str, ...],
+    study: str,
+    data: str,
+    experiment: str,
+    by: str,
+    arms: tuple[str, str] | None,
+    margin: str,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Which arm is better, and how sure is that? From what the tracking server has of a study, an experiment or two
+    runs. The answer becomes a run in MLflow, with a report."""
+    from poolnet.study import MARGIN, read
+
+    names = [name for text in runs for name in text.split()]  # `mlflow run` passes one text
+    if experiment and not (names or study):
+        by = by or "pool"
+    if [bool(names), bool(study), bool(by)].count(True) != 1 or (names and len(names) != 2):
+        raise InputError("compare: expected one of --study STUDY.toml, --experiment NAME --by OPTION, or two runs")
+    found = read(Path(study), data) if study else None
+    try:
+        points = float(margin or (found.margin if found else MARGIN))
+    except ValueError:
+        points = 0
+    if not 0 < points < 100:
+        raise InputError(f"--margin: found {margin!r}, expected points of accuracy above 0")
+
+    from mlflow.tracking.client import MlflowClient
+
+    from poolnet import arms as select
+    from poolnet import compare, report, stores
+
+    uri = stores.own_uri()
+    stores.create_store(uri)
+    client = MlflowClient(uri)
+    where = stores.experiment_named(client, experiment)
+    if found:
+        selected = select.of_study(client, [where], found)
+    elif by:
+        selected = select.of_experiment(client, [where], by, arms or ())
+    else:
+        selected = select.of_runs(client, names)
+    comparison = compare.compare(client, found.question if found else "", selected, points, seed)
+    with stores.as_environment(uri):
+        run_id = report.publish(client, uri, where, comparison, os.environ.get("MLFLOW_RUN_ID", ""))
+    look = stores.page_of(uri, where, run_id)
+    if as_json:
+        click.echo(json.dumps({**report.as_json(comparison), "run_id": run_id, "look": look}, allow_nan=False))
+    else:
+        click.echo(f"{report.table(comparison)}\nLook at it: {look}")
 
 
 @cli.group()

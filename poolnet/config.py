@@ -64,10 +64,14 @@ def home() -> Path:
     return path
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def crowded() -> bool:
     """Whether a training and what runs beside it share so few cores that one slows the other down."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores < 4
+    return cores() < 4
 
 
 def progress(*args, **options):

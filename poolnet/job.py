@@ -70,12 +70,13 @@ def open_data(config: TrainConfig, cache: bool, say: Say, path: Path | None = No
     return features.open_pooled(path, config.pool, cache=cache, say=say)
 
 
-def create(config: TrainConfig, optimum: bool, splits: Splits) -> Journal:
-    """The journal of a new run."""
+def create(config: TrainConfig, optimum: bool, splits: Splits, sweep: str = "") -> Journal:
+    """The journal of a new run, which may belong to a sweep."""
     commit, dirty, diff = provenance.code_state()
     record = {
         "config": dataclasses.asdict(config),
         "optimum": optimum,
+        "sweep": sweep,
         "device": str(train.resolve_device(config.device)),
         "data": {
             "path": str(splits.path),
@@ -94,7 +95,8 @@ def create(config: TrainConfig, optimum: bool, splits: Splits) -> Journal:
             "folder": str(Path.cwd()),
             "experiment_id": os.environ.get("MLFLOW_EXPERIMENT_ID", ""),
             "experiment_name": os.environ.get("MLFLOW_EXPERIMENT_NAME", ""),
-            "run_id": os.environ.get("MLFLOW_RUN_ID", ""),  # that `mlflow run` has made for this process
+            # that `mlflow run` has made for this process: for a sweep it is the parent
+            "run_id": "" if sweep else os.environ.get("MLFLOW_RUN_ID", ""),
         },
     }
     return journal.create(f"{config.pool}-seed{config.seed}", record, diff)

@@ -23,7 +23,7 @@ class Publisher:
 
     def __init__(self, drain_timeout: float):
         self.drain_timeout = drain_timeout
-        self.journal: Journal | None = None
+        self.journals: list[Journal] = []
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the process
         detached = (
             {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.BELOW_NORMAL_PRIORITY_CLASS}
@@ -43,7 +43,7 @@ class Publisher:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Whatever happened: what is in the journal by now is published, as far as that may take."""
-        if not self.journal:
+        if not self.journals:
             self.process.kill()
         else:
             stopped = kind is not None and not issubclass(kind, Exception)
@@ -54,13 +54,17 @@ class Publisher:
         self._errors.close()
 
     def watch(self, journal: Journal, carrier: str = "") -> None:
-        """From now on this run is published. `carrier` is a run that `mlflow run` made only to get it resumed."""
-        self.journal = journal
+        """As `add`, and give it the time to begin that it takes on few cores."""
         begun = self._progress()
-        self._tell(f"{journal.name} {carrier}\n")
+        self.add(journal, carrier)
         deadline = time.monotonic() + READY_SECONDS
         while crowded() and self._progress() == begun and self.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
+
+    def add(self, journal: Journal, carrier: str = "") -> None:
+        """From now on this run is published. `carrier` is a run that `mlflow run` made only to get it resumed."""
+        self.journals.append(journal)
+        self._tell(f"{journal.name} {carrier}\n")
 
     def nudge(self) -> None:
         """The epochs are over: what publishing a model takes may now be imported, and what there is published."""
@@ -101,16 +105,17 @@ class Publisher:
 
     @property
     def held(self) -> dict:
-        """What the server holds of the run, see `tracking.Publication`."""
-        published = read_json(self.journal.folder / "published.json")
+        """What the server holds of the last run, see `tracking.Publication`."""
+        published = read_json(self.journals[-1].folder / "published.json")
         return published.get("servers", {}).get(published.get("home"), {})
 
     def _progress(self) -> int:
         """When something was last published; 0 before the publisher has begun."""
-        with contextlib.suppress(OSError):
-            if self.journal:
-                return (self.journal.folder / "published.json").stat().st_mtime_ns
-        return 0
+        newest = 0
+        for journal in self.journals:
+            with contextlib.suppress(OSError):
+                newest = max(newest, (journal.folder / "published.json").stat().st_mtime_ns)
+        return newest
 
     def _last_line(self) -> str:
         self._errors.seek(0)

@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import journal, npz
+from poolnet.config import InputError
 from poolnet.journal import Journal
 
 
@@ -69,6 +70,37 @@ def create_store(uri: str) -> None:
                     mlflow.db.commands.main(["upgrade", f"sqlite:///{part}"], standalone_mode=False)
                     gc.collect()  # of the connection: Windows does not rename a file that is open
             MlflowClient(uri).search_experiments(max_results=1)
+
+
+def own_experiment(client: MlflowClient) -> str:
+    """The id of the experiment that this process is told to use, made if it is only named."""
+    return os.environ.get("MLFLOW_EXPERIMENT_ID") or experiment(client, os.environ.get("MLFLOW_EXPERIMENT_NAME", ""))
+
+
+def experiment_named(client: MlflowClient, name: str) -> str:
+    """The id of the experiment of that name, or of that id, or by default this process's own; it must be there."""
+    if not name:
+        return own_experiment(client)
+    found = client.get_experiment_by_name(name)
+    if not found and name.isdecimal():
+        with contextlib.suppress(MlflowException):
+            found = client.get_experiment(name)
+    if not found:
+        names = ", ".join(each.name for each in client.search_experiments())
+        raise InputError(f"--experiment: found none called {name!r}, expected one of {names}")
+    return found.experiment_id
+
+
+def experiment(client: MlflowClient, name: str) -> str:
+    """The id of the experiment of that name, made if it is not there; MLflow's own is `Default`."""
+    name = name or "Default"
+    found = client.get_experiment_by_name(name)
+    try:
+        return found.experiment_id if found else client.create_experiment(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # made by another process just now
+            raise
+        return client.get_experiment_by_name(name).experiment_id
 
 
 def look_up(client: MlflowClient, name: str) -> mlflow.entities.Run | None:

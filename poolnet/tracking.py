@@ -28,7 +28,7 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import journal, registry, stores
+from poolnet import journal, parent, registry, stores
 from poolnet.config import InputError, RunError
 from poolnet.journal import Journal
 
@@ -190,14 +190,7 @@ class Publication:
         tracking = self.record["tracking"]
         if tracking["experiment_id"] and self.key == stores.recorded_home(self.record):
             return tracking["experiment_id"]
-        name = tracking["experiment_name"] or "Default"
-        found = self.client.get_experiment_by_name(name)
-        try:
-            return found.experiment_id if found else self.client.create_experiment(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # made by another process just now
-                raise
-            return self.client.get_experiment_by_name(name).experiment_id
+        return stores.experiment(self.client, tracking["experiment_name"])
 
     def _log_start(self) -> None:
         """Params and tags. An adopted run keeps the params it has, in the words they were typed in."""
@@ -211,6 +204,9 @@ class Publication:
             "poolnet.device": self.record["device"],
             "poolnet.git_dirty": self.record["code"]["dirty"],
         }
+        if sweep := self.record.get("sweep"):
+            tags["poolnet.sweep"] = sweep
+            tags["mlflow.parentRunId"] = parent.find_or_create(self.client, self.held["experiment_id"], sweep)
         if self.record["code"]["commit"]:
             tags["mlflow.source.git.commit"] = self.record["code"]["commit"]
         if RANDOM_NAME.fullmatch(name):

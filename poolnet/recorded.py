@@ -1,0 +1,90 @@
+"""Runs as a tracking server has them: what was set, on which data, how it ended, and what came of it."""
+
+import contextlib
+import dataclasses
+import shlex
+from collections.abc import Iterator
+
+import click
+from mlflow.entities import Run
+from mlflow.tracking.client import MlflowClient
+
+from poolnet.config import InputError, TrainConfig
+
+# With data and device, all that the figures depend on; the seed is last.
+SAME_RUN = ("pool", "epochs", "batch_size", "lr", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """A run of `poolnet train`. `metrics` are the last values."""
+
+    run_id: str
+    experiment_id: str
+    name: str  # of its journal
+    status: str
+    started: int  # ms since 1970
+    config: TrainConfig
+    device: str
+    data_name: str
+    data_sha256: str
+    commit: str  # empty where it is unknown
+    metrics: dict[str, float]
+
+    @property
+    def key(self) -> tuple:
+        return key(self.config, self.device)
+
+
+def key(config: TrainConfig, device: str) -> tuple:
+    """What two runs on the same data share if they must give the same figures."""
+    return (*(getattr(config, name) for name in SAME_RUN), device)
+
+
+def search(client: MlflowClient, experiment_ids: list[str], query: str = "") -> Iterator[Recorded]:
+    """The runs of poolnet in these experiments that fit an MLflow filter, the newest first."""
+    token = None
+    while token is None or token:
+        page = client.search_runs(experiment_ids, query, max_results=1000, page_token=token)
+        yield from (of(run) for run in page if is_training_run(run))
+        token = page.token or ""
+
+
+def is_training_run(run: Run) -> bool:
+    """Whether `poolnet train` or a sweep made it, and not MLflow or somebody else."""
+    return "poolnet.run" in run.data.tags
+
+
+def of(run: Run) -> Recorded:
+    tags = run.data.tags
+    datasets = [entry.dataset.name for entry in run.inputs.dataset_inputs]
+    return Recorded(
+        run.info.run_id,
+        run.info.experiment_id,
+        tags["poolnet.run"],
+        run.info.status,
+        run.info.start_time,
+        config(run),
+        tags.get("poolnet.device", ""),
+        datasets[0] if datasets else "",
+        tags.get("poolnet.data_sha256", ""),
+        tags.get("mlflow.source.git.commit", ""),
+        run.data.metrics,
+    )
+
+
+def config(run: Run) -> TrainConfig:
+    """The settings in a run's params, which `mlflow run` records as they were typed. Raises `InputError`."""
+    params = run.data.params
+    fields = [field for field in dataclasses.fields(TrainConfig) if field.name in params]
+    try:
+        return TrainConfig(**{field.name: _parsed(params[field.name], field.type) for field in fields})
+    except (InputError, click.BadParameter) as error:
+        raise InputError(f"run {run.info.run_id}: found params that no training has: {error}") from None
+
+
+def _parsed(raw: str, kind: type) -> object:
+    with contextlib.suppress(ValueError):
+        if raw[:1] in ("'", '"'):  # quoted for a shell
+            raw = shlex.split(raw)[0]
+    return click.types.convert_type(kind)(raw)

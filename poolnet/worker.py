@@ -1,0 +1,94 @@
+"""A process that trains one run of a sweep after the other, and pays for its imports and features once."""
+
+import contextlib
+import multiprocessing
+import signal
+import threading
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+from poolnet import signals
+from poolnet.config import TrainConfig
+
+
+class Worker:
+    """Such a process, from outside, and what it has in hand: a trial, its settings and, once begun, its journal."""
+
+    def __init__(self, path: Path, sweep: str):
+        context = multiprocessing.get_context("spawn")  # the same on every system
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, path, sweep), daemon=True)
+        self.process.start()
+        theirs.close()  # so that its death is the end of the connection
+        self.trial, self.config, self.run, self.epoch = None, None, "", 0
+
+    def take(self, trial: object, config: TrainConfig, begun: str) -> None:
+        """Train this, or go on with the run of that name."""
+        self.trial, self.config, self.run, self.epoch = trial, config, "", 0
+        with contextlib.suppress(OSError):  # it is dead, and will be heard of
+            self.connection.send((config, begun))
+
+    def hear(self) -> tuple[str, str | int]:
+        """What it says, see `_work`; ("died", why) when it has."""
+        try:
+            kind, value = self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            return "died", f"its process died, exit code {self.process.exitcode}"
+        if kind == "begun":
+            self.run = value
+        return kind, value
+
+    def stop(self) -> None:
+        """See that it ends, which it was asked to."""
+        self.process.join(10)
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def _work(connection: Connection, path: Path, sweep: str) -> None:
+    """Takes (settings, name of the journal to go on with or ""), answers ("begun", name), ("epoch", number) for each,
+    and ("ended", "" or what went wrong)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to answer
+    signals.install()
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    from poolnet import features
+    from poolnet.data import open_splits
+
+    opened = {}
+    try:
+        while True:
+            config, name = connection.recv()
+            if config.pool not in opened:
+                pooled = config.pool != "conv"
+                opened[config.pool] = features.open_pooled(path, config.pool) if pooled else (open_splits(path), None)
+            splits, pooled = opened[config.pool]
+            connection.send(("ended", _train(connection, config, name, splits, pooled, sweep)))
+    except (EOFError, OSError, signals.Stop):  # the sweep is over
+        pass
+
+
+def _train(connection, config: TrainConfig, name: str, splits, pooled, sweep: str) -> str:
+    """What went wrong, if anything."""
+    from poolnet import job, journal
+    from poolnet.train import EpochRecord
+
+    def say(line: object) -> None:
+        if isinstance(line, EpochRecord):
+            connection.send(("epoch", line.epoch))
+
+    try:
+        run = journal.find(name) if name else job.create(config, False, splits, sweep)
+        connection.send(("begun", run.name))
+        with run.training():
+            job.carry_out(run, splits, pooled, say=say, warn=lambda line: None)
+    except Exception as error:  # whatever it was: the sweep reports it, and goes on with the others
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
+
+
+def _stop_with_parent() -> None:
+    """A sweep that is killed takes its workers along: what they have is in the journal."""
+    wait([multiprocessing.parent_process().sentinel])
+    signal.raise_signal(signal.SIGTERM)

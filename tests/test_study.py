@@ -1,0 +1,95 @@
+"""Studies: what a file may hold, and what is said of one that holds something else."""
+
+import pytest
+from conftest import ROOT
+
+from poolnet import study
+from poolnet.config import InputError, TrainConfig
+
+WHOLE = """question = "Which?"
+data = "letters.npz"
+seeds = [3, 1]
+[grid]
+pool = ["max", "avg"]
+lr = [0.01, 1]
+epochs = 2
+[arms]
+slow = { pool = "max", lr = 0.01 }
+"fast, avg" = { pool = "avg", lr = 1 }
+"""
+
+
+def read(tmp_path, text):
+    path = tmp_path / "trial.toml"
+    path.write_text(text, encoding="utf-8")
+    return study.read(path)
+
+
+def test_every_combination_comes_once_seed_by_seed(tmp_path):
+    found = read(tmp_path, WHOLE)
+    assert (found.name, found.question, found.margin) == ("trial", "Which?", 0.5)
+    configs = found.configs()
+    assert [config.seed for config in configs] == [3] * 4 + [1] * 4
+    expected = [("max", 0.01), ("max", 1.0), ("avg", 0.01), ("avg", 1.0)]
+    assert [(config.pool, config.lr) for config in configs[:4]] == expected
+    fixed = {"data": "letters.npz", "epochs": 2}
+    assert found.arm("fast, avg") == [TrainConfig(pool="avg", lr=1.0, seed=seed, **fixed) for seed in (3, 1)]
+    assert set(found.arm("slow")) < set(configs)
+
+
+def test_another_data_set_takes_the_place_of_the_studys_own(tmp_path):
+    path = tmp_path / "trial.toml"
+    path.write_text(WHOLE, encoding="utf-8")
+    assert {config.data for config in study.read(path, "other.npz").configs()} == {"other.npz"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_shipped_studies_have_ten_seeds_and_two_arms(path):
+    found = study.read(path)
+    assert len(found.seeds) == 10
+    assert found.data == "glyphs"
+    assert len(found.arms) == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('question = "Which?"', "question =", ["no valid TOML", "line 1"]),
+        ('question = "Which?"', "", ["question: missing"]),
+        ('question = "Which?"', "question = 1", ["question: found 1, expected text in quotes"]),
+        ("seeds = [3, 1]", "seeds = []", ["seeds: found an empty list"]),
+        ("seeds = [3, 1]", "seeds = [3, 3]", ["seeds: found 3 twice"]),
+        ("seeds = [3, 1]", "seeds = [-3]", ["seed: found -3"]),
+        ("seeds = [3, 1]", "seeds = [true]", ["seeds: found True, expected a whole number"]),
+        ("seeds = [3, 1]", "seeds = [1]\nmargin = 0", ["margin: found 0.0"]),
+        ("seeds = [3, 1]", "seeds = [1]\nmargin = nan", ["margin: found nan"]),
+        ("seeds = [3, 1]", "seeds = [1]\nmargins = 1", ["margins: unknown; did you mean margin?"]),
+        ("lr = [0.01, 1]", 'lr = ["0.01"]', ["grid.lr: found '0.01', expected a number"]),
+        ("lr = [0.01, 1]", "lr = [-1]", ["lr: found -1.0"]),
+        ("lr = [0.01, 1]", "learning_rate = 1", ["grid.learning_rate: unknown", "batch_size"]),
+        ("epochs = 2", "epochs = 2.5", ["grid.epochs: found 2.5, expected a whole number"]),
+        ("epochs = 2", "seed = 2", ["grid.seed: unknown"]),
+        ('pool = ["max", "avg"]', 'pool = ["max", "min"]', ["pool: found 'min'", "max, avg, conv"]),
+        ('slow = { pool = "max", lr = 0.01 }', "", ["arms: found 1, expected two"]),
+        ('slow = { pool = "max", lr = 0.01 }', "slow = 1", ["arms.slow: found 1"]),
+        ('slow = { pool = "max", lr = 0.01 }', 'slow = { pool = "max" }', ["arms.slow: leaves lr open", "0.01, 1"]),
+        ("lr = 0.01 }", "lr = 0.1 }", ["arms.slow.lr: found 0.1", "grid.lr"]),
+        ("lr = 0.01 }", "lr = 0.01, size = 1 }", ["arms.slow.size: unknown"]),
+        ('{ pool = "max", lr = 0.01 }', '{ pool = "avg", lr = 1 }', ["arms.fast, avg: the same as arms.slow"]),
+        ("[grid]", "[gird]", ["gird: unknown; did you mean grid?"]),
+    ],
+)
+def test_a_bad_file_is_refused_with_file_key_and_cure(tmp_path, old, new, said):
+    assert old in WHOLE
+    with pytest.raises(InputError) as refused:
+        read(tmp_path, WHOLE.replace(old, new))
+    line = str(refused.value)
+    assert line.startswith(str(tmp_path / "trial.toml"))
+    assert "\n" not in line
+    for part in said:
+        assert part in line
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"no\.toml: cannot be read"):
+        study.read(tmp_path / "no.toml")

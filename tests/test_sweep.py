@@ -1,0 +1,186 @@
+"""Sweeps as a user types them: what is missing is trained once, whatever happens meanwhile."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import mlflow
+import pytest
+from conftest import poolnet
+
+from poolnet import journal
+from poolnet.journal import Journal
+
+pytestmark = pytest.mark.usefixtures("letters")
+posix = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals to process groups")
+DEAD = "http://127.0.0.1:9"  # where nobody listens
+SAME = ("train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc", "best_val_acc", "plateau_epoch")
+STUDY = """question = "Which pooling loses less?"
+data = "letters.npz"
+seeds = [1, 2]
+[grid]
+pool = ["max", "avg"]
+epochs = {epochs}
+lr = {lr}
+[arms]
+max = {{ pool = "max", lr = 0.001 }}
+avg = {{ pool = "avg", lr = 0.001 }}
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    def write(epochs=3, lr="0.001"):
+        path = tmp_path / "pools.toml"
+        path.write_text(STUDY.format(epochs=epochs, lr=lr), encoding="utf-8")
+        return path
+
+    return write
+
+
+def swept(path, *options, code=0, **environment):
+    finished = poolnet("sweep", path, "--workers", 2, "--json", *options, env={**os.environ, **environment})
+    assert finished.returncode == code, finished.stderr
+    return json.loads(finished.stdout), finished.stderr
+
+
+def runs():
+    """Children by pool and seed, none of which may be there twice, and the parents."""
+    found = mlflow.MlflowClient().search_runs(["0"])
+    children = [run for run in found if "poolnet.run" in run.data.tags]
+    by_key = {(run.data.params["pool"], int(run.data.params["seed"])): run for run in children}
+    assert len(by_key) == len(children)
+    return by_key, [run for run in found if "poolnet.study" in run.data.tags]
+
+
+def histories(run):
+    client = mlflow.MlflowClient()
+    return {name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] for name in SAME}
+
+
+def test_a_sweep_trains_what_is_missing_and_each_child_equals_the_run_on_its_own(study):
+    alone = poolnet("train", "--data", "letters.npz", "--pool", "avg", "--seed", 2, "--epochs", 3)
+    assert alone.returncode == 0, alone.stderr
+    (own,) = mlflow.MlflowClient().search_runs(["0"])
+    result, err = swept(study())
+    assert err == ""
+    assert [(run["run"] == own.info.run_name, run["trained"]) for run in result["runs"]].count((False, True)) == 3
+    children, (parent,) = runs()
+    assert set(children) == {(pool, seed) for pool in ("max", "avg") for seed in (1, 2)}
+    assert children["avg", 2].info.run_id == own.info.run_id  # the store held it: not trained again
+    new = [run for key, run in children.items() if key != ("avg", 2)]
+    assert {run.data.tags["mlflow.parentRunId"] for run in new} == {parent.info.run_id}
+    assert {run.info.status for run in [*new, parent]} == {"FINISHED"}
+    assert parent.data.metrics["runs_finished"] == 4
+    mean = sum(children["max", seed].data.metrics["test_acc"] for seed in (1, 2)) / 2
+    assert parent.data.metrics["a_test_acc_mean"] == pytest.approx(mean, abs=1e-12)
+    for run in children.values():
+        assert run.info.run_id in parent.data.tags["mlflow.note.content"]
+    again, _ = swept(study())
+    assert not any(run["trained"] for run in again["runs"])
+    assert [run["run_id"] for run in again["runs"]] == [run.info.run_id for run in _in_order(children)]
+    # one of the children once more, by itself
+    other = poolnet(
+        "train", "--data", "letters.npz", "--seed", 1, "--epochs", 3, env={**os.environ, "MLFLOW_EXPERIMENT_NAME": "x"}
+    )
+    assert other.returncode == 0, other.stderr
+    experiment = mlflow.MlflowClient().get_experiment_by_name("x")
+    (single,) = mlflow.MlflowClient().search_runs([experiment.experiment_id])
+    assert histories(single) == histories(children["max", 1])
+    assert single.data.params == children["max", 1].data.params
+
+
+def _in_order(children):
+    return [children[pool, seed] for seed in (1, 2) for pool in ("max", "avg")]
+
+
+@posix
+def test_a_sweep_that_is_killed_goes_on_with_the_same_command(study):
+    path = study(epochs=500)
+    command = [sys.executable, "-m", "poolnet", "sweep", str(path), "--workers", "2"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        _until(lambda: len(journal.names()) >= 2)
+        time.sleep(0.3)
+        process.kill()
+    begun = set(journal.names())
+    swept(path)
+    assert begun <= set(journal.names())
+    children, (parent,) = runs()
+    assert len(children) == len(journal.names()) == 4
+    assert {run.info.status for run in [*children.values(), parent]} == {"FINISHED"}
+    for run in children.values():
+        assert [step for step, _ in histories(run)["val_loss"]] == list(range(1, 501))
+
+
+@posix
+def test_ctrl_c_ends_a_sweep_and_its_workers_and_says_how_to_go_on(study):
+    path = study(epochs=5000)
+    command = [sys.executable, "-m", "poolnet", "sweep", str(path), "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    _until(lambda: len(journal.names()) == 2)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to everybody
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == f"poolnet: error: stopped; go on with: poolnet sweep {path}\n"
+    ended = [Journal(journal.folder() / name).ended()["status"] for name in journal.names()]
+    assert ended == ["KILLED", "KILLED"]
+    _, (parent,) = runs()
+    assert parent.info.status == "KILLED"
+
+
+def _until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_child_that_fails_is_reported_and_never_counted(study):
+    path = study(lr="[0.001, 1e300]")
+    result, err = swept(path, code=1)
+    failed = [run for run in result["runs"] if run["config"]["lr"] == 1e300]
+    assert [run["status"] for run in failed] == ["FAILED"] * 4
+    assert all("lr=1e+300 may be too high" in run["error"] for run in failed)
+    assert err.count("may be too high") == 4
+    assert err.splitlines()[-1] == f"poolnet: error: 4 runs are missing, see above; again with: poolnet sweep {path}"
+    assert [run["status"] for run in result["runs"] if run not in failed] == ["FINISHED"] * 4
+    (parent,) = mlflow.MlflowClient().search_runs(["0"], "tags.`poolnet.study` LIKE '%'")
+    assert (parent.info.status, parent.data.metrics["runs_finished"]) == ("FAILED", 4)
+
+
+def test_without_a_server_the_children_are_on_disk_and_published_later(study, monkeypatch):
+    path, uri = study(), os.environ["MLFLOW_TRACKING_URI"]
+    result, err = swept(path, "--drain-timeout", 1, code=3, MLFLOW_TRACKING_URI=DEAD)
+    assert [run["status"] for run in result["runs"]] == ["FINISHED"] * 4
+    assert "published by: poolnet sync" in err.splitlines()[-1]
+    again, _ = swept(path, "--drain-timeout", 1, code=3, MLFLOW_TRACKING_URI=DEAD)
+    assert not any(run["trained"] for run in again["runs"])
+    assert poolnet("sync", "--to", uri).returncode == 0
+    children, (parent,) = runs()
+    assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parent.info.run_id}
+    found, _ = swept(path)
+    assert not any(run["trained"] for run in found["runs"])
+    assert {run["run_id"] for run in found["runs"]} == {run.info.run_id for run in children.values()}
+    assert mlflow.get_run(parent.info.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["no.toml"], ["no.toml: cannot be read"]),
+        (["pools.toml", "--data", "no.npz"], ["no.npz"]),
+        (["pools.toml", "--workers", "0"], ["--workers: found '0', expected a whole number from 1"]),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(study, arguments, said):
+    study()
+    refused = poolnet("sweep", *arguments)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    for part in said:
+        assert part in refused.stderr
+    assert not journal.names()
