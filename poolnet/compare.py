@@ -4,6 +4,7 @@ import dataclasses
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from mlflow.exceptions import MlflowException
@@ -155,8 +156,8 @@ def _arm(client: MlflowClient, name: str, runs: Sequence[Recorded]) -> tuple[Arm
 def _predictions(client: MlflowClient, run: Recorded) -> tuple[np.ndarray, np.ndarray]:
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            path = client.download_artifacts(run.run_id, "predictions/test.npz", scratch)
-            with np.load(path, allow_pickle=False) as saved:
+            path = Path(client.download_artifacts(run.run_id, "predictions/test.npz", scratch))
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:  # closed even if it is no archive
                 logits, y = saved["logits"], saved["y"]
             stats.per_example(logits, y)  # which refuses what does not fit
             return logits, y

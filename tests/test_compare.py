@@ -1,0 +1,260 @@
+"""Comparisons: what is found in planted runs, and what is refused. The runs are made as a server records them."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from conftest import poolnet
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from test_cli import assert_refused, run
+from test_project import mlflow_run
+
+from poolnet import arms, compare, stores, study
+
+N, SHA = 800, "5" * 64
+STUDY = """question = "Which pooling loses less?"
+data = "letters.npz"
+seeds = [{seeds}]
+[grid]
+pool = ["max", "avg"]
+epochs = 2
+[arms]
+max = {{ pool = "max" }}
+avg = {{ pool = "avg" }}
+"""
+
+
+@pytest.fixture
+def client():
+    stores.create_store(os.environ["MLFLOW_TRACKING_URI"])
+    return mlflow.MlflowClient()
+
+
+def predictions(seeds, accuracy, seed=0, n=N):
+    """Logits (n, 10) of as many trainings: each example has a difficulty of its own, each training some luck."""
+    rng = np.random.default_rng(seed)
+    y, hard = np.arange(n) % 10, rng.random(n)
+    for _ in range(seeds):
+        right = hard + rng.normal(0, 0.02, n) < accuracy + rng.normal(0, 0.002)
+        logits = rng.normal(0, 0.3, (n, 10)).astype(np.float32)
+        logits[np.arange(n), np.where(right, y, (y + 1) % 10)] += 4
+        yield logits
+
+
+def plant(client, logits, experiment="0", status="FINISHED", **options):
+    """A run on the server, with what the record of a run has of it."""
+    config = {"data": "letters.npz", "pool": "max", "epochs": 2, "batch_size": 128, "lr": 0.001, "seed": 1}
+    config |= {"device": "auto", "register": True}
+    sha256 = options.pop("sha256", SHA)
+    config |= options
+    name = f"{config['pool']}-seed{config['seed']}-{abs(hash((str(config), sha256, status, experiment))) % 16**8:08x}"
+    run_id = client.create_run(experiment, run_name=name).info.run_id
+    tags = {"poolnet.run": name, "poolnet.data_sha256": sha256, "poolnet.device": "cpu"}
+    metrics = [Metric(key, 0.5, 1, step) for key in compare.HISTORIES for step in (1, 2)]
+    metrics += [Metric("test_acc", 0.5, 1, 0), Metric("test_loss", 0.5, 1, 0)]
+    params = [Param(key, str(value)) for key, value in config.items()]
+    client.log_batch(run_id, metrics, params, [RunTag(*tag) for tag in tags.items()])
+    dataset = Dataset("letters", sha256[:32], "local", json.dumps({"uri": "letters.npz"}))
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "test")])])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "test.npz"
+        np.savez(path, logits=logits, y=np.arange(len(logits)) % 10)
+        client.log_artifact(run_id, str(path), "predictions")
+    client.set_terminated(run_id, status)
+    return name
+
+
+def plant_arms(client, seeds=6, lead=0.0, **options):
+    """So many seeds of max, and of avg that is better by `lead` on the same examples."""
+    for pool, accuracy in (("max", 0.85), ("avg", 0.85 + lead)):
+        for index, logits in enumerate(predictions(seeds, accuracy), 1):
+            plant(client, logits, pool=pool, seed=index, **options)
+
+
+def write_study(seeds=6):
+    path = Path("pools.toml")
+    path.write_text(STUDY.format(seeds=", ".join(map(str, range(1, seeds + 1)))), encoding="utf-8")
+    return path
+
+
+def compared(*arguments):
+    finished = poolnet("compare", *arguments, "--json")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    return json.loads(finished.stdout)
+
+
+# --- what is found ---------------------------------------------------------------------------------------------------
+
+
+def test_a_planted_effect_of_two_points_is_found_and_its_interval_holds_it(client):
+    plant_arms(client, lead=0.02)
+    path = write_study()
+    found = compared("--study", path)
+    assert (found["verdict"], found["winner"]) == ("better", "avg")
+    acc = found["effects"]["acc"]
+    assert 0 < acc["low"] < 2 < acc["high"]
+    assert acc["low"] < acc["estimate"] < acc["high"]
+    assert (found["n_seeds"], found["n_examples"], found["varied"]) == (6, N, "seeds and examples")
+    assert found["sentence"].startswith("avg is better than max on letters")
+    # the run in MLflow says the same
+    comparison = mlflow.get_run(found["run_id"])
+    assert comparison.info.status == "FINISHED"
+    assert comparison.data.metrics["effect_points"] == acc["estimate"]
+    assert found["sentence"] in comparison.data.tags["mlflow.note.content"]
+    names = {file.path for file in client.list_artifacts(found["run_id"])}
+    assert {"report.html", "comparison.json", "figures"} <= names
+    # and once more, to the byte
+    again = compared("--study", path)
+    pages = [Path(client.download_artifacts(each["run_id"], "report.html")).read_bytes() for each in (found, again)]
+    assert pages[0] == pages[1]
+    volatile = {"run_id", "look"}
+    assert {k: v for k, v in found.items() if k not in volatile} == {
+        k: v for k, v in again.items() if k not in volatile
+    }
+    # the same runs as an experiment, the other way round
+    turned = compared("--experiment", "Default", "--by", "pool", "--arms", "avg", "max")
+    assert turned["winner"] == "avg"
+    assert turned["effects"]["acc"]["estimate"] == -acc["estimate"]
+
+
+def test_equal_arms_are_never_better(client):
+    plant_arms(client, lead=0.0)
+    found = compared("--by", "pool", "--experiment", "0")
+    assert found["verdict"] in ("equivalent", "inconclusive")
+    assert found["winner"] is None
+    # and identical ones are equivalent, whatever the margin
+    same = compared("--study", write_study(), "--margin", "0.01")
+    if found["effects"]["acc"]["estimate"] == 0:
+        assert same["verdict"] == "equivalent"
+
+
+def test_runs_that_predict_the_same_are_equivalent(client):
+    for pool in ("max", "avg"):
+        for index, logits in enumerate(predictions(3, 0.85), 1):
+            plant(client, logits, pool=pool, seed=index)
+    found = compared("--study", write_study(3), "--margin", "0.01")
+    assert (found["verdict"], found["effects"]["acc"]["estimate"]) == ("equivalent", 0)
+    assert any("six are the least" in caveat for caveat in found["caveats"])
+
+
+def test_two_runs_are_compared_over_examples_and_the_verdict_says_so(client):
+    (one,), (other,) = predictions(1, 0.80), predictions(1, 0.86)
+    names = [plant(client, one), plant(client, other, pool="avg")]
+    found = compared(*names)
+    assert (found["verdict"], found["winner"], found["varied"]) == ("better", "avg", "examples")
+    assert "1 seed," in found["sentence"]
+    assert any("another seed" in caveat for caveat in found["caveats"])
+
+
+def test_mlflow_run_compares_in_the_run_that_it_made(client):
+    plant_arms(client, seeds=2, lead=0.05)
+    path = write_study(2)
+    finished = mlflow_run("-e", "compare", "-P", f"study={path.absolute()}")
+    assert finished.returncode == 0, finished.stderr
+    found = [run for run in client.search_runs(["0"]) if "effect_points" in run.data.metrics]
+    assert len(found) == 1
+    assert found[0].data.tags["mlflow.source.type"] == "PROJECT"
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def refused(capsys, *arguments):
+    code, out, err = run(capsys, "compare", *arguments)
+    assert out == ""
+    assert_refused(code, err)
+    assert not [run for run in mlflow.MlflowClient().search_runs(["0"]) if "effect_points" in run.data.metrics]
+    return err
+
+
+(SOME,) = predictions(1, 0.8)
+BY_POOL = ("--experiment", "Default", "--by", "pool")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sha256": "6" * 64}, "SHA-256 of the data: found 555"),
+        ({"lr": 0.01}, "lr: found 0.001 in"),
+        ({"epochs": 3}, "epochs: found 2 in"),
+        ({"status": "KILLED"}, "found it KILLED, expected finished runs; finish it with: poolnet train --resume avg-"),
+        ({"status": "RUNNING"}, "found it RUNNING"),
+        ({"seed": 7}, "found its seed 1 in one arm only"),
+    ],
+)
+def test_what_must_not_be_mixed_is_refused_naming_the_runs(client, capsys, options, said):
+    plant(client, SOME)
+    other = plant(client, SOME, **{"pool": "avg"} | options)
+    err = refused(capsys, *BY_POOL)
+    assert said in err
+    assert other in err or "max-seed1-" in err
+
+
+def test_a_study_whose_runs_are_not_all_there_is_refused(client, capsys):
+    plant_arms(client, seeds=2)
+    err = refused(capsys, "--study", str(write_study(3)))
+    assert "found no finished run of max with seed 3 and 1 more on letters" in err
+    assert "train what is missing with: poolnet sweep pools.toml" in err
+    killed = plant(client, SOME, seed=3, status="KILLED")
+    assert f"{killed} is KILLED" in refused(capsys, "--study", str(write_study(3)))
+    plant(client, SOME, sha256="6" * 64)
+    assert "found two data sets called letters" in refused(capsys, "--study", str(write_study(2)))
+
+
+def test_a_run_without_readable_predictions_is_refused_by_name(client, capsys):
+    plant(client, SOME)
+    broken = plant(client, SOME, pool="avg")
+    (found,) = client.search_runs(["0"], f"tags.`poolnet.run` = '{broken}'")
+    path = Path(found.info.artifact_uri.removeprefix("file://")) / "predictions" / "test.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    assert f"{broken}: found no readable predictions/test.npz" in refused(capsys, *BY_POOL)
+    path.unlink()
+    assert f"{broken}: found no readable predictions/test.npz" in refused(capsys, *BY_POOL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "expected one of --study"),
+        (("max-seed1-00000000",), "expected one of --study"),
+        (("max-seed1-00000000", "avg-seed1-00000000"), "max-seed1-00000000: no such run"),
+        (("--experiment", "nowhere"), "--experiment: found none called 'nowhere', expected one of Default"),
+        (BY_POOL, "found 0 values, none, expected two"),
+        (("--experiment", "Default", "--by", "colour"), "--by: found 'colour', expected one of pool"),
+        ((*BY_POOL, "--margin", "-1"), "--margin: found '-1'"),
+        ((*BY_POOL, "--arms", "max", "min"), "--arms: found no run whose pool is max"),
+        (("--study", "no.toml"), "no.toml: cannot be read"),
+    ],
+)
+def test_bad_usage_is_refused(client, capsys, arguments, said):
+    assert said in refused(capsys, *arguments)
+
+
+def test_two_runs_that_differ_in_two_things_or_none_are_refused(client, capsys):
+    one, other = plant(client, SOME), plant(client, SOME, pool="avg", lr=0.01)
+    assert "differ in pool, lr, expected exactly one" in refused(capsys, one, other)
+    assert "differ in nothing" in refused(capsys, one, one)
+    foreign = client.create_run("0").info.run_id
+    assert f"{foreign}: found a run that is none of poolnet train" in refused(capsys, one, foreign)
+
+
+def test_of_runs_that_repeat_a_seed_the_newest_counts(client):
+    plant_arms(client, seeds=2)
+    (changed,) = predictions(1, 0.5, seed=9)
+    newest = plant(client, changed, device="cpu")  # max, seed 1, once more
+    selected = arms.of_experiment(client, ["0"], "pool", ["max", "avg"])
+    groups, notes = arms.checked(selected)
+    assert groups["max"][0].name == newest
+    assert notes == ["max: 3 runs of 2 seeds; the newest of each seed counts."]
+
+
+def test_a_study_is_selected_from_servers_params_as_mlflow_run_types_them(client):
+    plant_arms(client, seeds=2, lr="1e-3", data="'letters.npz'")
+    selected, free = arms.of_study(client, ["0"], study.read(write_study(2)))
+    assert [len(group) for group in selected.values()] == [2, 2]
+    assert free == {"pool"}
