@@ -152,13 +152,17 @@ def process(command: list[str], folder: Path) -> tuple[float, float, float | Non
     return time.perf_counter() - start, float(line.split()[1]), first
 
 
+def notebook_command(path: Path, epochs: int) -> list[str]:
+    return [sys.executable, __file__, "--notebook", str(path), "--epochs", str(epochs)]
+
+
 def measure_jobs(paths: dict[str, Path], rounds: int) -> dict[str, list[tuple]]:
     jobs = {name: [] for name in ("notebook, 2 epochs", "notebook, 1 epoch", "cold", "warm", "cold, float32")}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             for epochs in (1, 2):
-                script = [sys.executable, __file__, "--notebook", str(paths["uint8"]), "--epochs", str(epochs)]
+                script = notebook_command(paths["uint8"], epochs)
                 jobs[f"notebook, {epochs} epoch{'s' * (epochs > 1)}"].append(process(script, folder))
             train = [sys.executable, "-m", "poolnet", "train", "--data"]
             jobs["cold"].append(process([*train, str(paths["uint8"])], folder))

@@ -8,7 +8,7 @@ from filelock import FileLock
 from mlflow.entities import Metric, RunTag
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import journal
+from poolnet import journal, provenance
 from poolnet.config import home
 
 TAG = "poolnet.study"  # of the parent; that of a child is poolnet.sweep
@@ -22,6 +22,7 @@ def find_or_create(client: MlflowClient, experiment_id: str, sweep: str, adopted
             _explain(client, adopted, found[0].info.run_id, sweep)
             return found[0].info.run_id
         tags = {TAG: sweep, "mlflow.source.name": "poolnet sweep", "mlflow.source.type": "LOCAL"}
+        tags["mlflow.user"] = provenance.user()
         if adopted:
             tags = {TAG: sweep, "mlflow.runName": sweep}
             client.log_batch(adopted, tags=[RunTag(*tag) for tag in tags.items()])

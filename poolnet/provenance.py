@@ -7,10 +7,10 @@ import socket
 import subprocess
 from pathlib import Path
 
-import torch
-
 
 def environment() -> dict[str, object]:
+    import torch  # not for those who only ask for the user
+
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("numpy", "torch", "mlflow")},
@@ -18,11 +18,11 @@ def environment() -> dict[str, object]:
         "system": platform.system(),
         "machine": platform.machine(),
         "host": socket.gethostname(),
-        "user": _user(),
+        "user": user(),
     }
 
 
-def _user() -> str:
+def user() -> str:
     try:
         return getpass.getuser()
     except (OSError, KeyError, ImportError):  # a container's user without a name

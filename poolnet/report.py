@@ -15,7 +15,7 @@ import numpy as np
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import comparison_figures, data, journal, stores
+from poolnet import comparison_figures, data, journal, provenance, stores
 from poolnet.compare import Arm, Comparison
 from poolnet.config import InputError
 from poolnet.data import LETTERS
@@ -285,7 +285,11 @@ def publish(client: MlflowClient, uri: str, experiment_id: str, c: Comparison, a
     if adopted:
         run_id, tags["mlflow.runName"] = adopted, name
     else:
-        source = {"mlflow.source.name": "poolnet compare", "mlflow.source.type": "LOCAL"}
+        source = {
+            "mlflow.source.name": "poolnet compare",
+            "mlflow.source.type": "LOCAL",
+            "mlflow.user": provenance.user(),
+        }
         run_id = client.create_run(experiment_id, journal.now(), source, name).info.run_id
     metrics = [Metric(key, value, journal.now(), 0) for key, value in _metrics(c).items()]
     params = [Param("arm_a", c.a.name), Param("arm_b", c.b.name), Param("verdict", c.verdict)]

@@ -1,0 +1,150 @@
+"""The report of a comparison: what it says in each form, with few seeds and many, and with names that bite."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from poolnet import compare, comparison_figures, report, stats
+from poolnet.compare import Arm, Comparison
+from poolnet.config import TrainConfig
+from poolnet.recorded import Recorded
+
+N = 300
+
+
+def arm(name, seeds, accuracy, rng, y):
+    runs = tuple(
+        Recorded(f"{name}{seed}", "7", f"max-seed{seed}-0000000{seed % 10}", "FINISHED", seed,
+                 TrainConfig(data="nowhere.npz", epochs=2, seed=seed), "cpu", "letters", "5" * 64, "c0ffee", {})
+        for seed in range(1, seeds + 1)
+    )  # fmt: skip
+    logits = rng.normal(0, 1, (seeds, N, 10)).astype(np.float32)
+    right = rng.random((seeds, N)) < accuracy
+    logits[np.arange(seeds)[:, None], np.arange(N), np.where(right, y, (y + 1) % 10)] += 5
+    seen = [stats.per_example(each, y) for each in logits]
+    histories = {metric: np.sort(rng.random((seeds, 2)), 1) for metric in compare.HISTORIES}
+    calibration = tuple(stats.calibration(each, y) for each in logits)
+    return Arm(
+        name, runs, logits, np.array([r for r, _ in seen]), np.array([n for _, n in seen]), histories, calibration
+    )
+
+
+def made(seeds=10, names=("max", "avg"), lead=0.1, classes=10):
+    rng = np.random.default_rng(0)
+    y = np.arange(N) % classes
+    a, b = arm(names[0], seeds, 0.8, rng, y), arm(names[1], seeds, 0.8 + lead, rng, y)
+    right, nll = 100.0 * (b.right.astype(float) - a.right), b.nll - a.nll
+    examples = [stats.over_examples(d.mean(0), rng, 200) for d in (right, nll)]
+    both = [stats.two_way(d, rng, 200) for d in (right, nll)] if seeds > 1 else examples
+    single = [stats.over_seeds(d.mean(1)) if seeds > 1 else None for d in (right, nll)]
+    return Comparison(
+        "Which <loses> less?", a, b, y, 0.5, *both, *single, stats.sign_flip(right.mean(1), rng) if seeds > 1 else None,
+        *examples, tuple(stats.mcnemar(*pair) for pair in zip(a.right, b.right, strict=True)),
+        stats.per_class(right, y, rng, resamples=200), stats.equivalence(both[0], 0.5),
+        stats.smallest_effect(both[0].se, both[0].df), ("A caveat.",),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[1, 2, 10])
+def c(request):
+    return made(request.param)
+
+
+def pngs(c):
+    return report._drawn(c)
+
+
+def test_the_page_needs_nothing_else_and_says_it_all(c):
+    links = {run.run_id: f"https://mlflow.example.org/#/{run.run_id}" for each in (c.a, c.b) for run in each.runs}
+    page = report.html(c, {"seeds": b"png", "per_class": b"png"}, links)
+    assert c.sentence in page
+    assert "Which &lt;loses&gt; less?" in page
+    for letter in "ABCDEFGHIJ":
+        assert f"<td>{letter}</td>" in page
+    for link in links.values():
+        assert f'href="{link}"' in page
+        page = page.replace(link, "")
+    assert "http" not in page
+    assert "None" not in page
+    assert "<script" not in page
+    assert c.a.runs[0].data_sha256 in page
+    assert "A caveat." in page
+
+
+def test_the_same_comparison_gives_the_same_bytes(c):
+    links = {run.run_id: "" for each in (c.a, c.b) for run in each.runs}
+    first, second = pngs(c), pngs(c)
+    assert first == second
+    assert set(first) == set(report.HOW) - {"disagreements"}  # the data set of these runs is nowhere
+    assert all(png.startswith(b"\x89PNG") for png in first.values())
+    assert report.html(c, first, links) == report.html(c, second, links)
+
+
+def test_names_are_shown_as_they_are_and_do_nothing():
+    hostile = made(2, names=("<b>|x", "a & b"))
+    links = {run.run_id: "" for each in (hostile.a, hostile.b) for run in each.runs}
+    page = report.html(hostile, {}, links)
+    assert "<b>|x" not in page
+    assert "&lt;b&gt;|x" in page
+    assert "| <b>\\|x |" in report.markdown(hostile)
+    assert pngs(hostile)
+
+
+def test_markdown_tables_have_as_many_cells_in_each_row(c):
+    lines = report.markdown(c).splitlines()
+    assert lines[0] == f"**{c.sentence}**"
+    tables = [line for line in lines if line.startswith("|")]
+    assert {line.count("|") for line in tables} == {7, 5}
+    for run in (*c.a.runs, *c.b.runs):
+        assert f"[{run.name}](#/experiments/7/runs/{run.run_id})" in lines[-1]
+
+
+def test_the_terminal_gets_lines_that_fit_and_the_verdict_last(c):
+    lines = report.table(c).splitlines()
+    assert max(map(len, lines)) <= report.WIDTH
+    assert " ".join(report.table(c).split()).endswith(c.sentence)
+
+
+@pytest.mark.parametrize("classes", [10, 9])
+def test_json_and_metrics_hold_plain_numbers(c, classes):
+    found = made(len(c.seeds), classes=classes)  # with 9, no test image is a J
+    text = json.dumps(report.as_json(found), allow_nan=False)
+    back = json.loads(text)
+    assert back["effects"]["acc"]["estimate"] == found.acc.estimate
+    assert (back["per_class"][9]["estimate"] is None) == (classes == 9)
+    assert all(math.isfinite(value) for value in report._metrics(found).values())
+    assert pngs(found)
+
+
+def test_the_example_that_the_arms_see_most_differently_comes_first(c):
+    a, b = (dataclasses.replace(each, logits=np.zeros_like(each.logits)) for each in (c.a, c.b))
+    b.logits[:, 17, c.y[17]] = 20  # sure and right, where a has no idea
+    b.logits[:, 5, c.y[5]] = 1
+    changed = dataclasses.replace(c, a=a, b=b)
+    assert comparison_figures.disagreements(changed)[:3].tolist() == [17, 5, 0]
+    letter, p = comparison_figures.said(b, 17)
+    assert (letter, p) == ("ABCDEFGHIJ"[c.y[17]], pytest.approx(1, abs=1e-6))
+    images = np.zeros((3, 28, 28), np.uint8)
+    assert comparison_figures.disagreement_images(changed, images).axes
+
+
+@pytest.mark.parametrize(
+    ("estimate", "low", "high", "verdict", "winner"),
+    [
+        (2.0, 1.0, 3.0, "better", "avg"),
+        (-2.0, -3.0, -1.0, "better", "max"),
+        (0.1, -1.0, 1.2, "inconclusive", None),
+        (0.1, 0.0, 0.2, "equivalent", None),
+        (0.2, 0.1, 0.3, "equivalent", None),  # real, and too small to matter
+    ],
+)
+def test_verdicts(c, estimate, low, high, verdict, winner):
+    se = (high - low) / 4
+    effect = stats.Effect(estimate, low, high, se, 100, 0.5)
+    found = dataclasses.replace(c, acc=effect, equivalence_p=stats.equivalence(effect, c.margin))
+    assert (found.verdict, found.winner) == (verdict, winner)
+    says = {"better": f"{winner} is better than", "equivalent": "max and avg are equivalent within 0.5 points"}
+    assert found.sentence.startswith(says.get(verdict, "Inconclusive whether avg is better than max"))
