@@ -44,13 +44,17 @@ def of_study(client: MlflowClient, experiment_ids: list[str], study: Study) -> S
     return {arm: [newest[options] for options in wanted[arm]] for arm in wanted}, set().union(*study.arms.values())
 
 
-def of_experiment(client: MlflowClient, experiment_ids: list[str], by: str, names: Sequence[str]) -> Selected:
-    """The runs of an experiment, by the value of one option: the two values that there are, or those named."""
+def of_experiment(
+    client: MlflowClient, experiment_ids: list[str], by: str, names: Sequence[str], data: str = ""
+) -> Selected:
+    """The runs of an experiment, or those of them on `data`, by the value of one option: the two values that there are,
+    or those named."""
     if by not in SAME_RUN[:-1]:
         raise InputError(f"--by: found {by!r}, expected one of {', '.join(SAME_RUN[:-1])}")
     arms: Arms = {}
     for run in recorded.search(client, experiment_ids):
-        arms.setdefault(str(getattr(run.config, by)), []).append(run)
+        if not data or Path(run.config.data).stem == Path(data).stem:
+            arms.setdefault(str(getattr(run.config, by)), []).append(run)
     for name in names:
         if name not in arms:
             raise InputError(f"--arms: found no run whose {by} is {name}, expected two of {', '.join(sorted(arms))}")

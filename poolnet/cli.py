@@ -192,7 +192,7 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, drain_ti
 @cli.command()
 @click.argument("runs", nargs=-1, metavar="[RUN RUN]")
 @click.option("--study", default="", help="The two arms of this study, a .toml file.")
-@click.option("--data", default="", help="With --study: another data set than its own.")
+@click.option("--data", default="", help="Runs on this data set; of a study, instead of its own.")
 @click.option("--experiment", default="", help="All runs of this experiment.  [default: the one in the environment]")
 @click.option("--by", default="", help="With --experiment: the option that tells the arms apart, such as pool.")
 @click.option("--arms", nargs=2, help="With --by: the two values to compare, the second with the first.")
@@ -239,7 +239,7 @@ def compare(
     if found:
         selected = select.of_study(client, [where], found)
     elif by:
-        selected = select.of_experiment(client, [where], by, arms or ())
+        selected = select.of_experiment(client, [where], by, arms or (), data)
     else:
         selected = select.of_runs(client, names)
     comparison = compare.compare(client, found.question if found else "", selected, points, seed)

@@ -235,6 +235,14 @@ def test_bad_usage_is_refused(client, capsys, arguments, said):
     assert said in refused(capsys, *arguments)
 
 
+def test_runs_on_other_data_are_left_out_where_one_is_named(client, capsys):
+    plant_arms(client, seeds=2)
+    plant(client, SOME, data="glyphs", sha256="6" * 64)
+    assert "SHA-256 of the data" in refused(capsys, *BY_POOL)
+    selected, _ = arms.of_experiment(client, ["0"], "pool", ["max", "avg"], data="elsewhere/letters.npz")
+    assert [len(group) for group in selected.values()] == [2, 2]
+
+
 def test_two_runs_that_differ_in_two_things_or_none_are_refused(client, capsys):
     one, other = plant(client, SOME), plant(client, SOME, pool="avg", lr=0.01)
     assert "differ in pool, lr, expected exactly one" in refused(capsys, one, other)

@@ -136,7 +136,8 @@ def test_the_readmes_commands_are_such_that_can_be_typed():
                 named.add(" ".join(path))
                 group.make_context(line, words).close()
             case ["mlflow", "run", ".", *words]:
-                declared = MLPROJECT["entry_points"]["main"]["parameters"]
+                entry = words[words.index("-e") + 1] if "-e" in words else "main"
+                declared = MLPROJECT["entry_points"][entry]["parameters"]
                 given = [word.partition("=")[0] for flag, word in pairwise(words) if flag == "-P"]
                 assert given
                 assert set(given) <= set(declared)

@@ -17,7 +17,7 @@ N = 300
 
 def arm(name, seeds, accuracy, rng, y):
     runs = tuple(
-        Recorded(f"{name}{seed}", "7", f"max-seed{seed}-0000000{seed % 10}", "FINISHED", seed,
+        Recorded(f"{name}-{seed:02d}", "7", f"max-seed{seed}-0000000{seed % 10}", "FINISHED", seed,
                  TrainConfig(data="nowhere.npz", epochs=2, seed=seed), "cpu", "letters", "5" * 64, "c0ffee", {})
         for seed in range(1, seeds + 1)
     )  # fmt: skip
