@@ -1,5 +1,7 @@
 """The figures of a comparison: two arms, the same colours throughout, and what the second has over the first."""
 
+import textwrap
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,6 +26,15 @@ def of_comparison(c: Comparison, images: np.ndarray | None = None) -> dict[str, 
     return drawn if images is None else {**drawn, "disagreements": disagreement_images(c, images)}
 
 
+def _name(arm: Arm) -> str:
+    """As text: two dollar signs would make a formula of it."""
+    return arm.name.replace("$", r"\$")
+
+
+def _difference(c: Comparison) -> str:
+    return f"{_name(c.b)} minus {_name(c.a)}"
+
+
 def seeds(c: Comparison) -> Figure:
     """Accuracy and loss, a dot for each training, those of one seed joined; and the difference with its interval."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -36,8 +47,9 @@ def seeds(c: Comparison) -> Figure:
     difference.plot(_spread_out(len(by_seed)), by_seed, "o", color="#999999", markersize=4, label="a seed")
     reach = [[c.acc.estimate - c.acc.low], [c.acc.high - c.acc.estimate]]
     difference.errorbar([0.5], [c.acc.estimate], reach, fmt="D", color=BOTH, capsize=6, label="mean, 95 % interval")
-    difference.set(xlim=(-0.6, 1), xticks=[], ylabel=f"{c.b.name} minus {c.a.name} (points of accuracy)")
-    difference.legend(fontsize=8)
+    difference.set(xlim=(-0.6, 1), xticks=[], ylabel="difference (points of accuracy)")
+    difference.set_title(textwrap.fill(_difference(c), 30), fontsize=10)
+    difference.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.02))  # beside the interval, not on it
     difference.grid(alpha=0.3)
     return figure
 
@@ -53,7 +65,7 @@ def _paired(axes: Axes, c: Comparison, values: list[np.ndarray], label: str) -> 
         axes.scatter(np.full(len(found), place), found, color=colour, s=22, zorder=2)
         axes.plot([place - 0.16, place + 0.16], [found.mean()] * 2, color=colour, linewidth=2.5)
     axes.set(xlim=(-0.5, 1.5), ylabel=label)
-    axes.set_xticks([0, 1], [c.a.name, c.b.name])
+    axes.set_xticks([0, 1], [textwrap.fill(_name(arm), 12) for arm in (c.a, c.b)])
     axes.grid(axis="y", alpha=0.3)
 
 
@@ -71,8 +83,8 @@ def per_class(c: Comparison) -> Figure:
         axes.errorbar([place], [effect.estimate], reach, fmt="o", color=colour, capsize=5)
     names = [f"{LETTERS[found.label]}\nn={found.n:,}" for found in c.per_class]
     axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel(f"{c.b.name} minus {c.a.name} (points)")
-    axes.set_title(f"in colour where Holm's p < 0.05: better in {c.b.name} above, in {c.a.name} below", fontsize=10)
+    axes.set_ylabel("difference (points)")
+    axes.set_title(f"{_difference(c)}; in colour where Holm's p < 0.05", fontsize=10)
     axes.grid(axis="y", alpha=0.3)
     return figure
 
@@ -85,7 +97,7 @@ def learning_curves(c: Comparison) -> Figure:
             for split, style in (("val", "-"), ("train", "--")):
                 values = arm.histories[f"{split}_{kind}"]
                 epochs = np.arange(1, values.shape[1] + 1)
-                axes.plot(epochs, values.mean(0), style, color=colour, label=f"{arm.name}, {split}", linewidth=1.4)
+                axes.plot(epochs, values.mean(0), style, color=colour, label=f"{split}, {_name(arm)}", linewidth=1.4)
                 axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -106,7 +118,7 @@ def confusion_difference(c: Comparison) -> Figure:
         if round(value, 1):
             colour = "white" if abs(value) > 0.6 * limit else "black"
             axes.text(column, row, f"{value:+.1f}", ha="center", va="center", color=colour, fontsize=8)
-    axes.set(xlabel="predicted", ylabel="true", title=f"{c.b.name} minus {c.a.name}, test images a run")
+    axes.set(xlabel="predicted", ylabel="true", title=f"{_difference(c)}, test images a run")
     axes.set_xticks(range(len(LETTERS)), LETTERS)
     axes.set_yticks(range(len(LETTERS)), LETTERS)
     figure.colorbar(image, label="images", shrink=0.8)
@@ -135,10 +147,10 @@ def calibration(c: Comparison) -> Figure:
             for name in ("confidence", "accuracy")
         )
         ece = np.mean([each.ece for each in arm.calibration])
-        upper.plot(sure, right, "o-", color=colour, label=f"{arm.name}: ECE {ece:.4f}", markersize=4)
+        upper.plot(sure, right, "o-", color=colour, label=f"ECE {ece:.4f}: {_name(arm)}", markersize=4)
         places = (np.arange(bins) + 0.5 + shift) / bins
         lower.bar(places, total / total.sum(), 0.4 / bins, color=colour)
-    upper.set(ylabel="share that is right", ylim=(0, 1.02), title="below the dotted line: surer than right")
+    upper.set(ylabel="share that is right", ylim=(-0.03, 1.03), title="below the dotted line: surer than right")
     lower.set(xlabel="probability of the letter that is said", ylabel="share of images")
     upper.legend()
     upper.grid(alpha=0.3)
@@ -171,5 +183,5 @@ def disagreement_images(c: Comparison, images: np.ndarray, columns: int = 8) -> 
         axes.set_title(f"{LETTERS[c.y[row]]}\n{one} {p:.2f} | {other} {q:.2f}", fontsize=8)
     for axes in figure.axes:
         axes.set_axis_off()
-    figure.suptitle(f"true letter; what {c.a.name} | {c.b.name} say", fontsize=10)
+    figure.suptitle(f"true letter; what {_name(c.a)} | {_name(c.b)} say", fontsize=10)
     return figure

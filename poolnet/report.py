@@ -140,17 +140,19 @@ def _classes(c: Comparison) -> list[list[str]]:
 
 
 def _design(c: Comparison) -> list[str]:
-    config, run = c.a.runs[0].config, c.a.runs[0]
-    equal = [name for name in SAME_RUN[:-1] if getattr(config, name) == getattr(c.b.runs[0].config, name)]
+    runs = (*c.a.runs, *c.b.runs)
+    values = {name: [str(getattr(arm.runs[0].config, name)) for arm in (c.a, c.b)] for name in SAME_RUN}
+    if len(runs) > 2 or values["seed"][0] == values["seed"][1]:
+        del values["seed"]
     arms = [
-        f"{arm.name}: " + ", ".join(f"{n} {getattr(arm.runs[0].config, n)}" for n in SAME_RUN[:-1] if n not in equal)
-        for arm in (c.a, c.b)
+        f"{name} {one} in {c.a.name}, {other} in {c.b.name}" for name, (one, other) in values.items() if one != other
     ]
-    commits = sorted({run.commit[:10] or "unknown" for run in (*c.a.runs, *c.b.runs)})
+    equal = [f"{name} {one}" for name, (one, other) in values.items() if one == other]
+    pairs = f"seeds {', '.join(map(str, c.seeds))}, each of which gives both arms the same order of images"
+    commits = sorted({run.commit[:10] or "unknown" for run in runs})
     return [
-        *(arms if len(equal) < len(SAME_RUN) - 1 else []),
-        f"Equal in both arms: {', '.join(f'{name} {getattr(config, name)}' for name in equal)}, device {run.device}; "
-        f"seeds {', '.join(map(str, c.seeds))}, each of which gives both arms the same order of batches.",
+        f"The arms differ in: {'; '.join(arms)}.",
+        f"Equal in both: {', '.join(equal)}, device {runs[0].device}{'' if 'seed' in values else f'; {pairs}'}.",
         f"Data: {c.data}, SHA-256 {c.data_sha256}, {len(c.y):,} test examples, the same for all runs.",
         f"Code: commit {', '.join(commits)}.",
         "Nothing was chosen by the test split here: both arms are scored with their final weights.",
@@ -232,6 +234,7 @@ def as_json(c: Comparison) -> dict:
         {
             "name": arm.name,
             "options": {name: getattr(arm.runs[0].config, name) for name in SAME_RUN[:-1]},
+            "seeds": [run.config.seed for run in arm.runs],
             "runs": [run.run_id for run in arm.runs],
             **_scores(arm),
         }
@@ -282,30 +285,31 @@ def publish(client: MlflowClient, uri: str, experiment_id: str, c: Comparison, a
     """A run that holds the comparison: the one that `mlflow run` has made, or a new one. Returns its id."""
     name = f"{c.b.name} vs {c.a.name}"
     tags = {TAG: c.verdict, "poolnet.data_sha256": c.data_sha256, "mlflow.note.content": markdown(c)}
-    if adopted:
-        run_id, tags["mlflow.runName"] = adopted, name
-    else:
-        source = {
-            "mlflow.source.name": "poolnet compare",
-            "mlflow.source.type": "LOCAL",
-            "mlflow.user": provenance.user(),
-        }
-        run_id = client.create_run(experiment_id, journal.now(), source, name).info.run_id
     metrics = [Metric(key, value, journal.now(), 0) for key, value in _metrics(c).items()]
     params = [Param("arm_a", c.a.name), Param("arm_b", c.b.name), Param("verdict", c.verdict)]
-    client.log_batch(run_id, metrics, params, [RunTag(*tag) for tag in tags.items()])
-    links = {run.run_id: stores.page_of(uri, run.experiment_id, run.run_id) for arm in (c.a, c.b) for run in arm.runs}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        pngs = _drawn(c)
-        (folder / "figures").mkdir()
-        for figure, png in pngs.items():
-            (folder / "figures" / f"{figure}.png").write_bytes(png)
-        (folder / "report.html").write_text(html(c, pngs, links), encoding="utf-8")
-        (folder / "comparison.json").write_text(json.dumps(as_json(c), allow_nan=False, indent=1), encoding="utf-8")
-        client.log_artifacts(run_id, str(folder))
+        _write(c, Path(scratch), uri)
+        if adopted:
+            run_id, tags["mlflow.runName"] = adopted, name
+        else:
+            source = {"mlflow.source.name": "poolnet compare", "mlflow.source.type": "LOCAL"}
+            source["mlflow.user"] = provenance.user()
+            run_id = client.create_run(experiment_id, journal.now(), source, name).info.run_id
+        client.log_batch(run_id, metrics, params, [RunTag(*tag) for tag in tags.items()])
+        client.log_artifacts(run_id, scratch)
     client.set_terminated(run_id)
     return run_id
+
+
+def _write(c: Comparison, folder: Path, uri: str) -> None:
+    """The artifacts: page, numbers, figures."""
+    links = {run.run_id: stores.page_of(uri, run.experiment_id, run.run_id) for arm in (c.a, c.b) for run in arm.runs}
+    pngs = _drawn(c)
+    (folder / "figures").mkdir()
+    for figure, png in pngs.items():
+        (folder / "figures" / f"{figure}.png").write_bytes(png)
+    (folder / "report.html").write_text(html(c, pngs, links), encoding="utf-8")
+    (folder / "comparison.json").write_text(json.dumps(as_json(c), allow_nan=False, indent=1), encoding="utf-8")
 
 
 def _metrics(c: Comparison) -> dict[str, float]:

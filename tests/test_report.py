@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from poolnet import compare, comparison_figures, report, stats
 from poolnet.compare import Arm, Comparison
@@ -66,7 +67,7 @@ def test_the_page_needs_nothing_else_and_says_it_all(c):
         assert f"<td>{letter}</td>" in page
     for link in links.values():
         assert f'href="{link}"' in page
-        page = page.replace(link, "")
+        page = page.replace(f'href="{link}"', "")  # whole: max1 begins max10
     assert "http" not in page
     assert "None" not in page
     assert "<script" not in page
@@ -148,3 +149,25 @@ def test_verdicts(c, estimate, low, high, verdict, winner):
     assert (found.verdict, found.winner) == (verdict, winner)
     says = {"better": f"{winner} is better than", "equivalent": "max and avg are equivalent within 0.5 points"}
     assert found.sentence.startswith(says.get(verdict, "Inconclusive whether avg is better than max"))
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_figures_show_long_names_whole_and_odd_ones_as_they_are(seeds):
+    c = made(seeds, ("_of a long name, $\\frac$", "as long: $x_1$, 20%, a|b"))
+    for figure in comparison_figures.of_comparison(c).values():
+        figure.draw_without_rendering()  # "$\\frac$" is no formula, and would raise as one
+        bounds = figure.bbox
+        for axes in figure.axes:
+            for text in filter(Text.get_text, (axes.title, axes.xaxis.label, axes.yaxis.label)):
+                box = text.get_window_extent()
+                assert bounds.x0 <= box.x0 <= box.x1 <= bounds.x1, text.get_text()
+                assert bounds.y0 <= box.y0 <= box.y1 <= bounds.y1, text.get_text()
+    legend = comparison_figures.learning_curves(c).axes[0].get_legend()
+    assert len(legend.get_texts()) == 4  # matplotlib hides what begins with _
+    left, right = (label.get_window_extent() for label in _labels(comparison_figures.seeds(c)))
+    assert left.x1 < right.x0
+
+
+def _labels(figure):
+    figure.draw_without_rendering()
+    return figure.axes[0].get_xticklabels()
