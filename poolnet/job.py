@@ -142,7 +142,8 @@ def carry_out(
     try:
         result, best = _train(run, splits, pooled, publisher, say, warn)
     except Stop as stop:
-        run.save_checkpoint(stop.state)
+        if stop.state:  # none before the first batch and after the last
+            run.save_checkpoint(stop.state)
         raise
     if publisher:
         publisher.nudge()

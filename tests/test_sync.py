@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from test_cli import assert_refused, run
 from test_project import mlflow_run
 from test_tracking import CONFIG, journaled, publish
 
-from poolnet import job, journal, stores, sync
+from poolnet import job, journal, linear, signals, stores, sync
 from poolnet.journal import Journal
 from poolnet.tracking import Publication
 
@@ -164,6 +165,20 @@ def test_resume_goes_on_in_the_same_run_and_ends_as_if_nothing_had_happened(caps
     code, out, _ = run(capsys, "train", "--resume", left.name)
     assert code == 0
     assert f"{left.name} is finished" in out
+
+
+def test_a_stop_before_the_first_batch_is_recorded(monkeypatch):
+    splits, pooled = job.open_data(CONFIG, cache=False, say=lambda line: None)
+    left = job.create(CONFIG, False, splits)
+
+    def stopped(*args, **hooks):
+        raise signals.Stop(signal.SIGINT)
+
+    monkeypatch.setattr(linear, "fit", stopped)
+    with pytest.raises(signals.Stop), left.training():
+        job.carry_out(left, splits, pooled)
+    assert left.ended()["status"] == "KILLED"
+    assert left.checkpoint() is None
 
 
 def test_options_that_contradict_the_record_are_refused_naming_both(capsys):
