@@ -233,17 +233,17 @@ def compare(
     from poolnet import compare, report, stores
 
     uri = stores.own_uri()
-    stores.create_store(uri)
-    client = MlflowClient(uri)
-    where = stores.experiment_named(client, experiment)
-    if found:
-        selected = select.of_study(client, [where], found)
-    elif by:
-        selected = select.of_experiment(client, [where], by, arms or (), data)
-    else:
-        selected = select.of_runs(client, names)
-    comparison = compare.compare(client, found.question if found else "", selected, points, seed)
-    with stores.as_environment(uri):
+    with stores.asked(uri), stores.as_environment(uri):
+        stores.create_store(uri)
+        client = MlflowClient(uri)
+        where = stores.experiment_named(client, experiment)
+        if found:
+            selected = select.of_study(client, [where], found)
+        elif by:
+            selected = select.of_experiment(client, [where], by, arms or (), data)
+        else:
+            selected = select.of_runs(client, names)
+        comparison = compare.compare(client, found.question if found else "", selected, points, seed)
         run_id = report.publish(client, uri, where, comparison, os.environ.get("MLFLOW_RUN_ID", ""))
     look = stores.page_of(uri, where, run_id)
     if as_json:

@@ -66,7 +66,7 @@ def follow(lines: Iterable[str], drain_timeout: float, say: Callable[[str], None
                 return 2
             except Exception as error:  # whatever a server, or the way to it, may raise: it is said, and tried again
                 failed = True
-                say(f"{publication.key}: {sync.reason(error)}")
+                say(f"{publication.key}: {stores.reason(error)}")
                 if closed and sync.is_final(error):
                     return 3
             if held != [json.dumps(publication.held) for publication in followed]:

@@ -101,7 +101,7 @@ def _effects(c: Comparison) -> list[list[str]]:
 
 
 def _p(p: float) -> str:
-    return "-" if math.isnan(p) else "< 0.0001" if p < 0.0001 else f"{p:.4f}"
+    return "-" if math.isnan(p) else "<\u00a00.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 def _tests(c: Comparison) -> list[str]:

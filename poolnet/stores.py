@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import journal, npz
-from poolnet.config import InputError
+from poolnet.config import InputError, RunError
 from poolnet.journal import Journal
 
 
@@ -112,6 +112,26 @@ def look_up(client: MlflowClient, name: str) -> mlflow.entities.Run | None:
     quoted = name.replace("'", "")
     found = client.search_runs(experiments, f"tags.`poolnet.run` = '{quoted}'", max_results=1)
     return found[0] if found else None
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in one line that fits a screen."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    for sign in ("Connection refused", "Read timed out", "Name or service not known", "Connection reset", "timed out"):
+        if sign in text:
+            return sign.lower()
+    if status := re.search(r"too many (\d{3}) error responses|error code (\d{3})", text):
+        return f"the server answers {status[1] or status[2]}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+@contextlib.contextmanager
+def asked(uri: str) -> Iterator[None]:
+    """What goes wrong with a server meanwhile is one line."""
+    try:
+        yield
+    except MlflowException as error:
+        raise RunError(f"{journal.without_password(uri)}: {reason(error)}") from None
 
 
 def page_of(uri: str, experiment_id: str, run_id: str) -> str:

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import data, journal, parent, recorded, stores, sync, train
+from poolnet import data, journal, parent, recorded, stores, train
 from poolnet.config import InputError, TrainConfig, cores, progress
 from poolnet.journal import Journal
 from poolnet.publisher import Publisher
@@ -96,12 +96,14 @@ class Sweep:
             query = f"attributes.status = 'FINISHED' AND tags.`poolnet.data_sha256` = '{self.data_sha256}'"
             for run in recorded.search(client, [stores.own_experiment(client)], query):
                 result = self.results.get(run.key)
-                if result and not result.run_id and result.run in ("", run.name):
+                if result and not result.run_id and result.run in ("", run.name) and set(SCORES) <= set(run.metrics):
                     result.status, result.run, result.run_id = run.status, run.name, run.run_id
                     result.scores = {name: run.metrics[name] for name in SCORES}
         except MlflowException as error:
             where = journal.without_password(self.uri)
-            self.warn(f"{where} cannot be asked which runs it has ({sync.reason(error)}); going by the journals alone")
+            self.warn(
+                f"{where} cannot be asked which runs it has ({stores.reason(error)}); going by the journals alone"
+            )
 
     def _look_at_journals(self) -> None:
         """Runs that the server does not have yet, and those of this sweep that were cut off."""
@@ -109,8 +111,7 @@ class Sweep:
             with contextlib.suppress(InputError):  # of a newer poolnet
                 run = Journal(journal.folder() / name)
                 key = recorded.key(TrainConfig(**run.record["config"]), run.record["device"])
-                same = run.record["data"]["sha256"] == self.data_sha256 and stores.home_of(run) == self.uri
-                if not same or key not in self.results or self.results[key].done:
+                if key not in self.results or self.results[key].done or not self._belongs_here(run):
                     continue
                 mine = run.record.get("sweep") == self.name
                 if mine:
@@ -120,6 +121,16 @@ class Sweep:
                     self.publisher.add(run)
                 elif mine and not run.is_training():
                     self.begun[key] = run
+
+    def _belongs_here(self, run: Journal) -> bool:
+        """Whether a run is on this sweep's data, and for its server and experiment."""
+        told = run.record["tracking"]
+        names = [
+            (os.environ.get("MLFLOW_EXPERIMENT_ID", ""), os.environ.get("MLFLOW_EXPERIMENT_NAME", "")),
+            (told["experiment_id"], told["experiment_name"]),
+        ]
+        mine, its = ({"": "0", "Default": "0"}.get(number or name, number or name) for number, name in names)
+        return run.record["data"]["sha256"] == self.data_sha256 and stores.home_of(run) == self.uri and mine == its
 
     def _take(self, result: Result, run: Journal) -> None:
         """The result as the journal has it."""
@@ -219,7 +230,7 @@ class Sweep:
         except MlflowException as error:
             where = journal.without_password(self.uri)
             self.warn(
-                f"{where}: the sweep's own run is not up to date ({sync.reason(error)}); sweep again to mend that"
+                f"{where}: the sweep's own run is not up to date ({stores.reason(error)}); sweep again to mend that"
             )
 
     def arms(self) -> dict[str, dict[str, list[float]]]:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import filecmp
 import json
-import re
 import shutil
 import tempfile
 import time
@@ -33,17 +32,6 @@ def mark_if_dead(run: Journal) -> None:
     with contextlib.suppress(Timeout), FileLock(run.folder / "lock", timeout=0):
         if not run.ended():
             run.end("KILLED", "its process died")
-
-
-def reason(error: Exception) -> str:
-    """What went wrong, in one line that fits a screen."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    for sign in ("Connection refused", "Read timed out", "Name or service not known", "Connection reset", "timed out"):
-        if sign in text:
-            return sign.lower()
-    if status := re.search(r"too many (\d{3}) error responses|error code (\d{3})", text):
-        return f"the server answers {status[1] or status[2]}"
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 # --- poolnet sync ----------------------------------------------------------------------------------------------------
@@ -146,7 +134,7 @@ def _synced(run: Journal, to: str | None, prune: bool, on_bytes: Callable[[int],
         try:
             left = missing(publication)
         except Exception as error:  # as above
-            left = [reason(error)]
+            left = [stores.reason(error)]
     if left:
         return Row(run.name, state, publication.key, found, f"kept: {'; '.join(left)}", ok=False)
     shutil.rmtree(run.folder)
@@ -161,7 +149,7 @@ def _publish(publication: Publication, attempts: int = 2) -> str:
             publication.advance()
             return ""
         except Exception as error:  # whatever a server, or the way to it, may raise: it is said
-            problem = reason(error)
+            problem = stores.reason(error)
             if is_final(error) or "refused" in problem:
                 break
             if attempt + 1 < attempts:
@@ -251,7 +239,7 @@ def restore(name: str) -> Journal:
             record = Path(client.download_artifacts(info.run_id, "record.json", scratch)).read_bytes()
     except MlflowException as error:
         raise InputError(
-            f"{name}: its folder is not in {journal.folder()}, and {where} cannot give it back: {reason(error)}"
+            f"{name}: its folder is not in {journal.folder()}, and {where} cannot give it back: {stores.reason(error)}"
         ) from None
     folder = journal.folder() / tags["poolnet.run"]
     folder.mkdir(parents=True, exist_ok=True)
