@@ -53,25 +53,19 @@ def _work(connection: Connection, path: Path, sweep: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to answer
     signals.install()
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    from poolnet import features
-    from poolnet.data import open_splits
-
     opened = {}
-    try:
+    with contextlib.suppress(EOFError, OSError, signals.Stop):  # the sweep is over
         while True:
             config, name = connection.recv()
-            if config.pool not in opened:
-                pooled = config.pool != "conv"
-                opened[config.pool] = features.open_pooled(path, config.pool) if pooled else (open_splits(path), None)
-            splits, pooled = opened[config.pool]
-            connection.send(("ended", _train(connection, config, name, splits, pooled, sweep)))
-    except (EOFError, OSError, signals.Stop):  # the sweep is over
-        pass
+            connection.send(("ended", _train(connection, opened, path, config, name, sweep)))
 
 
-def _train(connection, config: TrainConfig, name: str, splits, pooled, sweep: str) -> str:
-    """What went wrong, if anything."""
-    from poolnet import job, journal
+def _train(
+    connection: Connection, opened: dict[str, tuple], path: Path, config: TrainConfig, name: str, sweep: str
+) -> str:
+    """What went wrong, if anything. `opened` keeps data and features by pooling."""
+    from poolnet import features, job, journal
+    from poolnet.data import open_splits
     from poolnet.train import EpochRecord
 
     def say(line: object) -> None:
@@ -79,6 +73,10 @@ def _train(connection, config: TrainConfig, name: str, splits, pooled, sweep: st
             connection.send(("epoch", line.epoch))
 
     try:
+        if config.pool not in opened:
+            learns = config.pool == "conv"  # from the images
+            opened[config.pool] = (open_splits(path), None) if learns else features.open_pooled(path, config.pool)
+        splits, pooled = opened[config.pool]
         run = journal.find(name) if name else job.create(config, False, splits, sweep)
         connection.send(("begun", run.name))
         with run.training():
