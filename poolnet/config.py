@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,3 +78,9 @@ def crowded() -> bool:
 def progress(*args, **options):
     """A progress bar on stderr (see `click.progressbar`), shown where somebody watches."""
     return click.progressbar(*args, file=sys.stderr, hidden=not sys.stderr.isatty(), **options)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

@@ -17,7 +17,7 @@ from mlflow.tracking.client import MlflowClient
 
 from poolnet import comparison_figures, data, journal, provenance, stores
 from poolnet.compare import Arm, Comparison
-from poolnet.config import InputError
+from poolnet.config import InputError, aligned
 from poolnet.data import LETTERS
 from poolnet.recorded import SAME_RUN
 from poolnet.stats import Effect
@@ -166,9 +166,9 @@ def table(c: Comparison) -> str:
     """For a terminal."""
     return "\n".join(
         [
-            *_aligned(_arms(c)),
+            *aligned(_arms(c)),
             "",
-            *_aligned(_effects(c)),
+            *aligned(_effects(c)),
             "",
             *(line for test in _tests(c) for line in textwrap.wrap(test, WIDTH, subsequent_indent="  ")),
             *(line for note in c.caveats for line in textwrap.wrap(f"Note: {note}", WIDTH, subsequent_indent="  ")),
@@ -176,11 +176,6 @@ def table(c: Comparison) -> str:
             *textwrap.wrap(c.sentence, WIDTH),
         ]
     )
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def markdown(c: Comparison) -> str:

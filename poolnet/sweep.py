@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import data, journal, parent, recorded, stores, train
-from poolnet.config import InputError, TrainConfig, cores, progress
+from poolnet.config import InputError, TrainConfig, aligned, cores, progress
 from poolnet.journal import Journal
 from poolnet.publisher import Publisher
 from poolnet.study import Study
@@ -301,8 +301,7 @@ def table(sweep: Sweep) -> str:
     for arm, scores in sweep.arms().items():
         spreads = (spread(scores[name]) for name in ("val_acc", "test_acc", "test_loss"))
         lines.append((arm, str(len(scores["val_acc"])), *spreads))
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return "\n".join(aligned(lines))
 
 
 def default_workers(study: Study) -> int:

@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import journal, npz, registry, stores
-from poolnet.config import InputError, RunError
+from poolnet.config import InputError, RunError, aligned
 from poolnet.journal import Journal
 from poolnet.tracking import FILES, Publication, Refused, agrees, as_metrics
 
@@ -97,8 +97,7 @@ def table(rows: list[Row]) -> str:
         return f"No runs in {journal.folder()}"
     heads = ("run", "state", "outstanding", "done", "server")
     lines = [heads, *((row.run, row.state, row.found, row.did, row.server) for row in rows)]
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return "\n".join(aligned(lines))
 
 
 def _outstanding(publication: Publication) -> str:
