@@ -7,14 +7,13 @@ the same command again, which has nothing left to train. The script of the noteb
 one and for two epochs, which gives the time of its 30, and that times the number of runs.
 """
 
-import json
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
 import click
-from train_speed import EPOCHS, notebook_command, process, random_letters
+from train_speed import EPOCHS, notebook_command, process, random_letters, show
 
 STUDY = """question = "How long does it take?"
 seeds = {seeds}
@@ -55,10 +54,7 @@ def main(seeds: int, workers: int, scale: float, rounds: int, as_json: bool) -> 
         "ratio": 2 * seeds * notebook / sweep,
         "seconds_again": again,
     }
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        click.echo("\n".join(f"{name:28}{value:10.2f}" for name, value in result.items()))
+    show(result, as_json)
 
 
 if __name__ == "__main__":

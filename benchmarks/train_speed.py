@@ -175,6 +175,13 @@ def median(values) -> float:
     return statistics.median(values)
 
 
+def show(result: dict[str, float], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        click.echo("\n".join(f"{name:28}{value:10.2f}" for name, value in result.items()))
+
+
 @click.command()
 @click.option("--rounds", default=3, show_default=True, help="Measurements of each; medians are reported.")
 @click.option("--scale", default=1.0, show_default=True, help="Share of the full size that is called full.")
@@ -213,10 +220,7 @@ def main(rounds: int, scale: float, as_json: bool, notebook: Path | None, epochs
         "growth_tenth": median(growth[0.1]) / median(growth[1]),
         "growth_ten_times": median(growth[10]) / median(growth[1]),
     }
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        click.echo("\n".join(f"{name:28}{value:10.2f}" for name, value in result.items()))
+    show(result, as_json)
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, drain_ti
         if under_way.look:
             click.echo(f"Look at it: {under_way.look}")
     if under_way.missing:
-        _failed(f"{len(under_way.missing)} runs are missing, see above; again with: poolnet sweep {again}", 1)
+        _failed(f"missing runs: {len(under_way.missing)}, see above; again with: poolnet sweep {again}", 1)
         context.exit(1)
     if under_way.trouble:
         _failed(

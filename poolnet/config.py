@@ -6,6 +6,7 @@ Apart from `train.py` because the command line needs the defaults before it may 
 import dataclasses
 import math
 import os
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,3 +85,10 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table for a terminal."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation in words, as far as there are values."""
+    if not values:
+        return "none"
+    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")

@@ -1,6 +1,7 @@
 """A comparison told: to the terminal, in Markdown, as a page by itself, as JSON, and as a run in MLflow."""
 
 import base64
+import contextlib
 import dataclasses
 import io
 import json
@@ -13,11 +14,12 @@ from pathlib import Path
 import jinja2
 import numpy as np
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import comparison_figures, data, journal, provenance, stores
 from poolnet.compare import Arm, Comparison
-from poolnet.config import InputError, aligned
+from poolnet.config import InputError, aligned, spread
 from poolnet.data import LETTERS
 from poolnet.recorded import SAME_RUN
 from poolnet.stats import Effect
@@ -58,7 +60,7 @@ HOW = {  # the figures' titles, and how to read them
 
 def _arms(c: Comparison) -> list[list[str]]:
     heads = ["arm", "n", "test accuracy", "test loss", "val accuracy", "ECE"]
-    return [heads, *([arm.name, str(len(arm.runs)), *map(_spread, _scores(arm).values())] for arm in (c.a, c.b))]
+    return [heads, *([arm.name, str(len(arm.runs)), *map(spread, _scores(arm).values())] for arm in (c.a, c.b))]
 
 
 def _scores(arm: Arm) -> dict[str, list[float]]:
@@ -69,10 +71,6 @@ def _scores(arm: Arm) -> dict[str, list[float]]:
         "val_acc": arm.histories["val_acc"][:, -1].tolist(),
         "ece": [each.ece for each in arm.calibration],
     }
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def _named_effects(c: Comparison) -> dict[str, tuple[str, Effect]]:
@@ -290,8 +288,13 @@ def publish(client: MlflowClient, uri: str, experiment_id: str, c: Comparison, a
             source = {"mlflow.source.name": "poolnet compare", "mlflow.source.type": "LOCAL"}
             source["mlflow.user"] = provenance.user()
             run_id = client.create_run(experiment_id, journal.now(), source, name).info.run_id
-        client.log_batch(run_id, metrics, params, [RunTag(*tag) for tag in tags.items()])
-        client.log_artifacts(run_id, scratch)
+        try:
+            client.log_batch(run_id, metrics, params, [RunTag(*tag) for tag in tags.items()])
+            client.log_artifacts(run_id, scratch)
+        except BaseException:  # or it would be RUNNING for good
+            with contextlib.suppress(MlflowException):
+                client.set_terminated(run_id, "FAILED")
+            raise
     client.set_terminated(run_id)
     return run_id
 

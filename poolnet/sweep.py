@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import data, journal, parent, recorded, stores, train
-from poolnet.config import InputError, TrainConfig, aligned, cores, progress
+from poolnet.config import InputError, TrainConfig, aligned, cores, progress, spread
 from poolnet.journal import Journal
 from poolnet.publisher import Publisher
 from poolnet.study import Study
@@ -285,13 +285,6 @@ def _wait_for_orphan(run: Journal) -> None:
     deadline = time.monotonic() + ORPHAN_SECONDS
     while run.is_training() and time.monotonic() < deadline:
         time.sleep(0.1)
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation, as far as there are values."""
-    if not values:
-        return "none"
-    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def table(sweep: Sweep) -> str:

@@ -64,8 +64,7 @@ def _train(
     connection: Connection, opened: dict[str, tuple], path: Path, config: TrainConfig, name: str, sweep: str
 ) -> str:
     """What went wrong, if anything. `opened` keeps data and features by pooling."""
-    from poolnet import features, job, journal
-    from poolnet.data import open_splits
+    from poolnet import job, journal
     from poolnet.train import EpochRecord
 
     def say(line: object) -> None:
@@ -74,8 +73,7 @@ def _train(
 
     try:
         if config.pool not in opened:
-            learns = config.pool == "conv"  # from the images
-            opened[config.pool] = (open_splits(path), None) if learns else features.open_pooled(path, config.pool)
+            opened[config.pool] = job.open_data(config, True, say, path)
         splits, pooled = opened[config.pool]
         run = journal.find(name) if name else job.create(config, False, splits, sweep)
         connection.send(("begun", run.name))

@@ -146,7 +146,7 @@ def test_a_child_that_fails_is_reported_and_never_counted(study):
     assert [run["status"] for run in failed] == ["FAILED"] * 4
     assert all("lr=1e+300 may be too high" in run["error"] for run in failed)
     assert err.count("may be too high") == 4
-    assert err.splitlines()[-1] == f"poolnet: error: 4 runs are missing, see above; again with: poolnet sweep {path}"
+    assert err.splitlines()[-1] == f"poolnet: error: missing runs: 4, see above; again with: poolnet sweep {path}"
     assert [run["status"] for run in result["runs"] if run not in failed] == ["FINISHED"] * 4
     (parent,) = mlflow.MlflowClient().search_runs(["0"], "tags.`poolnet.study` LIKE '%'")
     assert (parent.info.status, parent.data.metrics["runs_finished"]) == ("FAILED", 4)
