@@ -11,8 +11,9 @@ from matplotlib.ticker import MaxNLocator
 
 from poolnet.config import TrainConfig
 from poolnet.data import LETTERS, Split, Splits
+from poolnet.evaluate import Evaluation
 from poolnet.linear import Optimum
-from poolnet.train import EpochRecord, Evaluation, FitResult
+from poolnet.train import EpochRecord, FitResult
 
 TRAIN, VAL, TEST = "#0072b2", "#d55e00", "#333333"  # told apart by the colour-blind too (Okabe & Ito)
 

@@ -17,10 +17,10 @@ from torch import nn
 
 from poolnet.config import TrainConfig
 from poolnet.data import LETTERS, Split, Splits
+from poolnet.evaluate import Evaluation, score_logits
 from poolnet.features import WIDTH
 from poolnet.model import build_model
 from poolnet.train import (
-    Evaluation,
     FitResult,
     OnEpoch,
     OnState,
@@ -31,7 +31,6 @@ from poolnet.train import (
     module_state,
     resolve_device,
     run_epochs,
-    score_logits,
     train_one_epoch,
 )
 

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from poolnet import npz, signals
+from poolnet import signals
 from poolnet.config import InputError, RunError, TrainConfig
-from poolnet.data import Split, Splits, windows
+from poolnet.data import Split, Splits
+from poolnet.evaluate import Evaluation, evaluate, fetcher
 from poolnet.model import build_model
 
-EVAL_BATCH = 4096  # images; bounds memory, changes no figure
 PLATEAU_MARGIN = 0.002  # of accuracy: what 30 epochs gain once the published run has flattened
 
 
@@ -41,16 +41,6 @@ class EpochRecord:
             f"Epoch {self.epoch:02d}: train loss={self.train_loss:.4f}, acc={self.train_acc:.4f} | "
             f"val loss={self.val_loss:.4f}, acc={self.val_acc:.4f}"
         )
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A split seen by a model: mean loss in nats, accuracy, and `logits` (N, 10) float32 beside `y` (N,) int64."""
-
-    loss: float
-    acc: float
-    logits: np.ndarray
-    y: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -213,7 +203,7 @@ class WholeNet:
         return train_one_epoch(self.model, batches, self.optimizer)
 
     def evaluate(self, split: Split) -> Evaluation:
-        return evaluate(self.model, split, self.fetch[split.name])
+        return evaluate(self.model.eval(), split, self.fetch[split.name])
 
     def state(self) -> State:
         return module_state(self.model, self.optimizer)
@@ -240,49 +230,6 @@ def load_module_state(state: State, model: nn.Module, optimizer: torch.optim.Ada
             moments.setdefault(int(index), {})[key] = tensor
     model.load_state_dict(weights)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-
-
-Fetch = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-
-def fetcher(split: Split, device: torch.device) -> Fetch:
-    """`fetch(rows)` gives those images (n, 1, 28, 28) float32 and labels (n,) on `device`.
-
-    On the CPU they are read from the split as it is mapped; to another device the split is copied once, and stays.
-    """
-    if device.type == "cpu":
-        return lambda rows: (torch.from_numpy(split.images(rows.numpy())), torch.from_numpy(split.y[rows.numpy()]))
-    stored = torch.uint8 if split.X.dtype == np.uint8 else torch.float32
-    X = torch.empty((len(split), *split.X.shape[1:]), dtype=stored, device=device)
-    for start, window in zip(range(0, len(split), npz.ROWS), windows(split.X), strict=True):
-        X[start : start + len(window)] = torch.tensor(window).to(stored)
-    y = torch.tensor(split.y, device=device)
-
-    def fetch(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = X[rows][:, None].float()
-        return x.div_(255) if stored == torch.uint8 else x, y[rows]
-
-    return fetch
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, split: Split, fetch: Fetch | None = None) -> Evaluation:
-    """Loss and accuracy over the whole split, on the device that the model is on."""
-    model.eval()
-    device = next(model.parameters()).device
-    fetch = fetch or fetcher(split, device)
-    rows = torch.arange(len(split), device=device)
-    logits = []
-    for part in rows.split(EVAL_BATCH):
-        logits.append(model(fetch(part)[0]).cpu())
-        signals.check()
-    return score_logits(torch.cat(logits).numpy(), split.y)
-
-
-def score_logits(logits: np.ndarray, y: np.ndarray) -> Evaluation:
-    """What (N, 10) logits say about labels (N,): summed in double precision, whatever the logits are in."""
-    loss = F.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(y)).item()
-    return Evaluation(loss, float((logits.argmax(1) == y).mean()), logits, y)
 
 
 def score(history: tuple[EpochRecord, ...]) -> dict[str, float]:

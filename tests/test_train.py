@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from poolnet.config import InputError, RunError, TrainConfig
 from poolnet.data import Split, Splits, open_splits
+from poolnet.evaluate import evaluate
 from poolnet.model import SimpleConvNet, SimplePoolNet
-from poolnet.train import EpochRecord, _totals, evaluate, fit, resolve_device, score, threads, train_one_epoch
+from poolnet.train import EpochRecord, _totals, fit, resolve_device, score, threads, train_one_epoch
 
 
 def figures(history):
@@ -118,7 +119,7 @@ def test_evaluate_covers_every_image_once(monkeypatch, letters):
     split = open_splits(letters).test
     model = SimplePoolNet("avg")
     whole = evaluate(model, split)
-    monkeypatch.setattr("poolnet.train.EVAL_BATCH", 7)
+    monkeypatch.setattr("poolnet.evaluate.EVAL_BATCH", 7)
     parts = evaluate(model, split)
     assert whole.logits.shape == (110, 10)
     assert whole.logits.dtype == np.float32

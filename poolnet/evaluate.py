@@ -1,0 +1,66 @@
+"""A model on a split: loss, accuracy and logits, in a stream of batches. No files, no MLflow."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from poolnet import npz, signals
+from poolnet.data import Split, windows
+
+EVAL_BATCH = 4096  # images; bounds memory, changes no figure
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A split seen by a model: mean loss in nats, accuracy, and `logits` (N, 10) float32 beside `y` (N,) int64."""
+
+    loss: float
+    acc: float
+    logits: np.ndarray
+    y: np.ndarray
+
+
+Fetch = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def fetcher(split: Split, device: torch.device) -> Fetch:
+    """`fetch(rows)` gives those images (n, 1, 28, 28) float32 and labels (n,) on `device`.
+
+    On the CPU they are read from the split as it is mapped; to another device the split is copied once, and stays.
+    """
+    if device.type == "cpu":
+        return lambda rows: (torch.from_numpy(split.images(rows.numpy())), torch.from_numpy(split.y[rows.numpy()]))
+    stored = torch.uint8 if split.X.dtype == np.uint8 else torch.float32
+    X = torch.empty((len(split), *split.X.shape[1:]), dtype=stored, device=device)
+    for start, window in zip(range(0, len(split), npz.ROWS), windows(split.X), strict=True):
+        X[start : start + len(window)] = torch.tensor(window).to(stored)
+    y = torch.tensor(split.y, device=device)
+
+    def fetch(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = X[rows][:, None].float()
+        return x.div_(255) if stored == torch.uint8 else x, y[rows]
+
+    return fetch
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, split: Split, fetch: Fetch | None = None) -> Evaluation:
+    """Loss and accuracy over the whole split, by a module or an exported program as it stands, on its own device."""
+    device = next(model.parameters()).device
+    fetch = fetch or fetcher(split, device)
+    rows = torch.arange(len(split), device=device)
+    logits = []
+    for part in rows.split(EVAL_BATCH):
+        logits.append(model(fetch(part)[0]).cpu())
+        signals.check()
+    return score_logits(torch.cat(logits).numpy(), split.y)
+
+
+def score_logits(logits: np.ndarray, y: np.ndarray) -> Evaluation:
+    """What (N, 10) logits say about labels (N,): summed in double precision, whatever the logits are in."""
+    loss = F.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(y)).item()
+    return Evaluation(loss, float((logits.argmax(1) == y).mean()), logits, y)
