@@ -9,6 +9,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from poolnet import scores
 from poolnet.config import TrainConfig
 from poolnet.data import LETTERS, Split, Splits
 from poolnet.evaluate import Evaluation
@@ -63,8 +64,7 @@ def learning_curves(history: Iterable[EpochRecord], test: Evaluation, optimum: O
 def confusion_matrix(evaluation: Evaluation, title: str) -> Figure:
     """Rows are the true letters; shades are shares of a row, numbers are images."""
     size = len(LETTERS)
-    counts = np.zeros((size, size), int)
-    np.add.at(counts, (evaluation.y, evaluation.logits.argmax(1)), 1)
+    counts = scores.confusion(evaluation.logits, evaluation.y)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     figure = Figure(figsize=(7, 6.4), layout="constrained")
     axes = figure.subplots()

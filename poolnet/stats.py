@@ -224,14 +224,44 @@ def calibration(logits: ArrayLike, y: ArrayLike, bins: int = 15) -> Calibration:
     logits, y = _logits(logits, y)
     if bins < 1:
         raise ValueError(f"expected 1 or more bins, found {bins}")
-    top = softmax(logits, axis=1).max(1)
-    index = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], top, side="left")
+    top, index = _binned(logits, bins)
     sums = [np.bincount(index, weights, bins) for weights in (None, top, logits.argmax(1) == y)]
     counts = sums[0].astype(int)
     filled = counts > 0
     confidence, accuracy = (np.divide(x, counts, out=np.full(bins, np.nan), where=filled) for x in sums[1:])
     gaps = np.abs(accuracy - confidence)[filled]
     return Calibration(float(np.average(gaps, weights=counts[filled])), counts, confidence, accuracy)
+
+
+def ece_if_calibrated(logits: ArrayLike, rng: np.random.Generator, bins: int = 15, draws: int = 2000) -> float:
+    """The 95 % quantile of the ECE of logits (N, K) whose top probabilities are the chances of being right.
+
+    Even then it is above 0 (Broecker & Smith 2007), so only an ECE beyond this is a finding. The right answers of a bin
+    are drawn as normal, with the variance that they have as a sum of Bernoulli variables.
+    """
+    top, index = _binned(np.asarray(logits, np.float64), bins)
+    sd = np.sqrt(np.bincount(index, top * (1 - top), bins))
+    return float(np.quantile(np.abs(rng.standard_normal((draws, bins))) @ sd / len(top), LEVEL))
+
+
+def _binned(logits: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """The top probability of each example, and its bin."""
+    top = softmax(logits, axis=1).max(1)
+    return top, np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], top, side="left")
+
+
+def non_inferiority(test: McNemar, n: int, margin: float) -> float:
+    """One-sided p that arm B is worse than A by `margin` (a share, not points) or more on n paired examples: the score
+    test of Tango (1998), which keeps its level where few examples or none are discordant.
+
+    With the share of examples only A has right estimated under p_B - p_A = -margin.
+    """
+    if not 0 < margin < 1:
+        raise ValueError(f"expected a margin between 0 and 1, found {margin}")
+    b, c, lam = test.only_b, test.only_a, -margin
+    A, B, C = 2 * n, -b - c + (2 * n - b + c) * lam, -c * lam * (1 - lam)
+    q = (np.sqrt(B**2 - 4 * A * C) - B) / (2 * A)
+    return float(stats.norm.sf((b - c - n * lam) / np.sqrt(n * (2 * q + lam * (1 - lam)))))
 
 
 def equivalence(effect: Effect, margin: float) -> float:

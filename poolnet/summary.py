@@ -2,9 +2,7 @@
 
 import shlex
 
-from scipy.stats import binomtest
-
-from poolnet import registry
+from poolnet import registry, scores
 from poolnet.journal import Journal
 from poolnet.train import PLATEAU_MARGIN
 
@@ -15,11 +13,11 @@ def of_run(run: Journal, version: int | None) -> str:
     once, last = records[0], records[max(records)]
     data, environment = record["data"], record["environment"]
     sizes = {split["name"]: split["shape"][0] for split in data["splits"]}
-    low, high = accuracy_interval(once["test_acc"], sizes["test"])
+    acc = scores.wilson(round(once["test_acc"] * sizes["test"]), sizes["test"])
     options = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in record["config"].items())
     lines = [
         f"**Test accuracy {once['test_acc']:.4f}**, 95 % interval over the {sizes['test']:,} test letters "
-        f"{low:.4f} to {high:.4f} (Wilson; other seeds vary as well). Test loss {once['test_loss']:.4f}.",
+        f"{acc.low:.4f} to {acc.high:.4f} (Wilson; other seeds vary as well). Test loss {once['test_loss']:.4f}.",
         "",
         "| final weights | train, last epoch | val | test |",
         "|---|---|---|---|",
@@ -44,8 +42,3 @@ def of_run(run: Journal, version: int | None) -> str:
     if version:
         lines.append(f'- Use: `mlflow.pytorch.load_model("models:/{registry.NAME}/{version}")`')
     return "\n".join(lines)
-
-
-def accuracy_interval(acc: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval for an accuracy over `n` examples (Wilson 1927)."""
-    return tuple(binomtest(round(acc * n), n).proportion_ci(method="wilson"))
