@@ -3,18 +3,27 @@
 import contextlib
 import importlib.metadata
 import json
+import re
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlflow
 import numpy as np
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Run
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.tracking.client import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
+from poolnet import stores
+from poolnet.config import InputError
 from poolnet.data import SIDE
+
+if TYPE_CHECKING:  # torch only where a network is made
+    from poolnet.model import SimpleConvNet, SimplePoolNet
 
 NAME = "poolnet"  # the registered model
 MODEL = "model"  # the logged model of a run
@@ -99,3 +108,103 @@ def version_of(client: MlflowClient, run_id: str, model_id: str) -> int | None:
     found = client.search_model_versions(f"run_id = '{run_id}'")
     numbers = [int(found.version) for found in found if (found.name, found.source) == (NAME, f"models:/{model_id}")]
     return min(numbers, default=None)
+
+
+# --- models in use ----------------------------------------------------------------------------------------------------
+
+MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's codes for an address of nothing
+CURE = (
+    "expected an exported program, as poolnet train logs it, or mlflow.pytorch.log_model(..., "
+    'serialization_format="pt2"); weights in a file: poolnet register FILE --pool POOL'
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model from MLflow. `net` is on the CPU, takes (N, 1, 28, 28) float32 and gives logits (N, 10)."""
+
+    uri: str  # as it was asked for
+    pool: str
+    net: "SimplePoolNet | SimpleConvNet"
+    run_id: str  # of the run that it says it is from
+    model_id: str  # of the logged model on this server; empty for a folder
+    version: ModelVersion | None  # of the registered model that it is, if it is one
+
+
+def load(uri: str) -> Loaded:
+    """The model at any address that MLflow resolves: `models:/poolnet@champion`, `models:/poolnet/3`, `models:/m-...`,
+    `runs:/RUN/model`, a folder. Nothing is unpickled or executed, see `exported.read`; `InputError` where that would be
+    needed, or nothing is found."""
+    client = own_client()
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            model_id, version = _identify(client, uri)
+            # by its number, since an alias may have moved on
+            exact = f"models:/{version.name}/{version.version}" if uri.startswith("models:/") and version else uri
+            folder = Path(uri)
+            if not folder.is_dir():
+                folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=exact, dst_path=scratch))
+        except MlflowException as error:
+            if error.error_code not in MISSING:
+                raise
+            why = stores.reason(error).rstrip(".")
+            raise InputError(f"{uri}: {why}; expected a model, as in models:/{NAME}/1") from None
+        pool, net, run_id = _read(folder, uri)
+    return Loaded(uri, pool, net, version.run_id if version else run_id, model_id, version)
+
+
+def own_client() -> MlflowClient:
+    """A client of the server that this process is told to use."""
+    uri = stores.own_uri()
+    stores.create_store(uri)
+    return MlflowClient(uri)
+
+
+def _identify(client: MlflowClient, uri: str) -> tuple[str, ModelVersion | None]:
+    """The id of the logged model that an address means, and the version that it is, as far as there are such."""
+    version = None
+    if match := re.fullmatch(r"models:/(m-[0-9a-f]+)/?", uri):
+        model_id = match[1]
+        run_id = client.get_logged_model(model_id).source_run_id
+    elif match := re.fullmatch(r"models:/([^/@]+)(?:@(.+)|/(.+))", uri):
+        name, alias, number = match.groups()
+        if alias:
+            version = client.get_model_version_by_alias(name, alias)
+        elif number == "latest":
+            version = newest(client, name)
+        else:
+            version = client.get_model_version(name, number)
+        return version.source.removeprefix("models:/") if version.source.startswith("models:/m-") else "", version
+    elif match := re.fullmatch(r"runs:/([0-9a-f]{32})/.+", uri):
+        run_id = match[1]
+        found = logged(client, client.get_run(run_id))
+        model_id = found.model_id if found else ""
+    else:
+        return "", None
+    number = version_of(client, run_id, model_id)
+    return model_id, client.get_model_version(NAME, str(number)) if number else None
+
+
+def newest(client: MlflowClient, name: str = NAME) -> ModelVersion:
+    """The version that was registered last."""
+    found = client.search_model_versions(f"name = '{name}'", max_results=1, order_by=["version_number DESC"])
+    if not found:
+        raise InputError(f"models:/{name}: found no version on the tracking server; train one with: poolnet train")
+    return found[0]
+
+
+def _read(folder: Path, uri: str) -> tuple[str, "SimplePoolNet | SimpleConvNet", str]:
+    """Pool, network and run id of a model in its folder."""
+    from poolnet import exported
+
+    try:
+        model = Model.load(str(folder))
+        data = folder / model.flavors["pytorch"]["model_data"]
+    except Exception as error:  # whatever a parser may raise of a file that anybody may have written
+        raise InputError(f"{uri}: found no pytorch model of MLflow's ({stores.reason(error)}); {CURE}") from None
+    if not (data / "model.pt2").is_file():
+        raise InputError(f"{uri}: found a pickled model, which runs what its maker put in when it is loaded; {CURE}")
+    try:
+        return *exported.read(data / "model.pt2"), model.run_id or ""
+    except ValueError as error:
+        raise InputError(f"{uri}: {error}; {CURE}") from None

@@ -1,0 +1,109 @@
+"""An exported network (`.pt2`) read as data: which of poolnet's networks it is, and its weights.
+
+Nothing of the file is run. Torch's own loader unpickles the example inputs, and executes Python that the archive holds
+as text (its shape guards), which no check for pickles sees. Here operations are compared with the known ones, and
+weights are bytes. The layout is that of PyTorch's PT2 archives, version 0.
+"""
+
+import json
+import math
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from poolnet.model import SimpleConvNet, SimplePoolNet, build_model
+
+GRAPH_LIMIT = 1 << 20  # bytes; those of poolnet's networks have 10 kB
+FLOAT32 = 7  # in the archive's numbering of types
+TAIL = ("relu(%)", "flatten(%, 1)", "linear(%, fc.weight, fc.bias)")
+# Each network as its operations in order; % is what the operation before gave, at first the images.
+OPERATIONS = {
+    **{
+        pool: (f"{pool}_pool2d(%, [2, 2], [2, 2])", "relu(%)", f"{pool}_pool2d(%, [2, 2], [2, 2])", *TAIL)
+        for pool in ("max", "avg")
+    },
+    "conv": (
+        "conv2d(%, layer1.weight, layer1.bias, [2, 2], [1, 1])",
+        "relu(%)",
+        "conv2d(%, layer2.weight, layer2.bias, [2, 2], [1, 1])",
+        *TAIL,
+    ),
+}
+
+
+def read(path: Path) -> tuple[str, SimplePoolNet | SimpleConvNet]:
+    """The name of the network as in `--pool`, and the network itself, on the CPU. `ValueError` says what is wrong."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read(archive)
+    except (OSError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"found no whole archive ({error})") from None
+    except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"found a program of another form ({type(error).__name__} {error})") from None
+
+
+def _read(archive: zipfile.ZipFile) -> tuple[str, SimplePoolNet | SimpleConvNet]:
+    (graph_name,) = [name for name in archive.namelist() if re.fullmatch(r"\w+/models/model\.json", name)] or [""]
+    root = graph_name.partition("/")[0]
+    program = _json(archive, graph_name)
+    operations = tuple(_operations(program["graph_module"]))
+    pool = next((pool for pool, known in OPERATIONS.items() if known == operations), None)
+    if not pool:
+        raise ValueError(f"found a network that is none of {', '.join(OPERATIONS)}: {'; '.join(operations)[:200]}")
+    config = _json(archive, f"{root}/data/weights/model_weights_config.json")["config"]
+    net = build_model(pool, seed=0)
+    weights = {}
+    for name, tensor in net.state_dict().items():
+        weights[name] = torch.from_numpy(_weight(archive, root, name, config[name], tuple(tensor.shape)))
+    net.load_state_dict(weights)
+    return pool, net.eval()
+
+
+def _json(archive: zipfile.ZipFile, name: str) -> dict:
+    return json.loads(_bytes(archive, name, GRAPH_LIMIT))
+
+
+def _bytes(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    """A member, unless unpacking it would give more than it may have."""
+    if archive.getinfo(name).file_size > limit:
+        raise ValueError(f"found {archive.getinfo(name).file_size:,} bytes in {name}, expected at most {limit:,}")
+    return archive.read(name)
+
+
+def _operations(module: dict) -> Iterator[str]:
+    """Each node of the graph as text: the operation with its arguments."""
+    graph, names = module["graph"], {}
+    for spec in module["signature"]["input_specs"]:
+        if parameter := spec.get("parameter"):
+            names[parameter["arg"]["name"]] = parameter["parameter_name"]
+        else:
+            names[spec["user_input"]["arg"]["as_tensor"]["name"]] = "%"
+    for node in graph["nodes"]:
+        arguments = ", ".join(_argument(item["arg"], names) for item in node["inputs"])
+        yield f"{node['target'].removeprefix('torch.ops.aten.').partition('.')[0]}({arguments})"
+        names = {name: known for name, known in names.items() if known != "%"}
+        names |= {output["as_tensor"]["name"]: "%" for output in node["outputs"]}
+    if [names.get(output["as_tensor"]["name"]) for output in graph["outputs"]] != ["%"]:
+        raise ValueError("found a program that gives something else than its last operation")
+
+
+def _argument(argument: dict, names: dict[str, str]) -> str:
+    ((kind, value),) = argument.items()
+    return str(names.get(value["name"])) if kind == "as_tensor" else str(value)
+
+
+def _weight(archive: zipfile.ZipFile, root: str, name: str, entry: dict, shape: tuple[int, ...]) -> np.ndarray:
+    """One tensor, (shape) float32, from its bytes."""
+    meta, strides = entry["tensor_meta"], [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    found = [[size["as_int"] for size in meta[key]] for key in ("sizes", "strides")]
+    if entry["use_pickle"] or meta["dtype"] != FLOAT32 or found != [list(shape), strides]:
+        raise ValueError(f"found {name} of another type or shape than {shape} float32, stored plainly")
+    size = 4 * math.prod(shape)
+    data = _bytes(archive, f"{root}/data/weights/{entry['path_name']}", size)
+    if len(data) != size or meta["storage_offset"]["as_int"]:
+        raise ValueError(f"found {len(data):,} bytes of {name}, expected {size:,}")
+    return np.frombuffer(data, "<f4").reshape(shape).astype(np.float32)
