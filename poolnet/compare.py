@@ -1,16 +1,12 @@
 """Two arms compared, from what the tracking server has of their runs: params, datasets, histories and predictions."""
 
 import dataclasses
-import tempfile
-import zipfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import arms, stats
+from poolnet import arms, recorded, stats
 from poolnet.arms import Selected
 from poolnet.config import InputError
 from poolnet.recorded import Recorded
@@ -142,7 +138,7 @@ def compare(client: MlflowClient, question: str, selected: Selected, margin: flo
 
 def _arm(client: MlflowClient, name: str, runs: Sequence[Recorded]) -> tuple[Arm, np.ndarray]:
     """An arm's results, and the labels that all its runs were tested on."""
-    logits, labels = zip(*(_predictions(client, run) for run in runs), strict=True)
+    logits, labels = zip(*(recorded.predictions(client, run.run_id, run.name, "test") for run in runs), strict=True)
     for run, y in zip(runs, labels, strict=True):
         if not np.array_equal(y, labels[0]):
             raise InputError(f"{run.name}: found other labels in its predictions than in {runs[0].name}")
@@ -151,19 +147,6 @@ def _arm(client: MlflowClient, name: str, runs: Sequence[Recorded]) -> tuple[Arm
     calibration = tuple(stats.calibration(each, labels[0]) for each in logits)
     right, nll = (np.array(column) for column in zip(*seen, strict=True))
     return Arm(name, tuple(runs), np.array(logits), right, nll, histories, calibration), labels[0]
-
-
-def _predictions(client: MlflowClient, run: Recorded) -> tuple[np.ndarray, np.ndarray]:
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            path = Path(client.download_artifacts(run.run_id, "predictions/test.npz", scratch))
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:  # closed even if it is no archive
-                logits, y = saved["logits"], saved["y"]
-            stats.per_example(logits, y)  # which refuses what does not fit
-            return logits, y
-        except (MlflowException, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            text = " ".join(str(error).split())[:200]
-            raise InputError(f"{run.name}: found no readable predictions/test.npz on the server ({text})") from None
 
 
 def _history(client: MlflowClient, run: Recorded, metric: str) -> list[float]:

@@ -60,6 +60,19 @@ class Splits:
         """One digest for the three."""
         return hashlib.sha256("".join(split.sha256 for split in self).encode()).hexdigest()
 
+    def described(self) -> dict:
+        """What the record of a run says of the data."""
+        return {
+            "path": str(self.path),
+            "name": self.name,
+            "sha256": self.sha256,
+            "overlap": self.overlap,
+            "splits": [
+                {"name": split.name, "sha256": split.sha256, "shape": list(split.X.shape), "dtype": str(split.X.dtype)}
+                for split in self
+            ],
+        }
+
     def __iter__(self) -> Iterator[Split]:
         return iter((self.train, self.val, self.test))
 

@@ -3,12 +3,18 @@
 import contextlib
 import dataclasses
 import shlex
+import tempfile
+import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
+import numpy as np
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
+from poolnet import stats
 from poolnet.config import InputError, TrainConfig
 
 # With data and device, all that the figures depend on; the seed is last.
@@ -42,11 +48,12 @@ def key(config: TrainConfig, device: str) -> tuple:
 
 
 def search(client: MlflowClient, experiment_ids: list[str], query: str = "") -> Iterator[Recorded]:
-    """The runs of poolnet in these experiments that fit an MLflow filter, the newest first."""
+    """The runs of poolnet in these experiments that fit an MLflow filter, the newest first; not those that only
+    reproduce another, which would count twice."""
     token = None
     while token is None or token:
         page = client.search_runs(experiment_ids, query, max_results=1000, page_token=token)
-        yield from (of(run) for run in page if is_training_run(run))
+        yield from (of(run) for run in page if is_training_run(run) and "poolnet.reproduces" not in run.data.tags)
         token = page.token or ""
 
 
@@ -81,6 +88,21 @@ def config(run: Run) -> TrainConfig:
         return TrainConfig(**{field.name: _parsed(params[field.name], field.type) for field in fields})
     except (InputError, click.BadParameter) as error:
         raise InputError(f"run {run.info.run_id}: found params that no training has: {error}") from None
+
+
+def predictions(client: MlflowClient, run_id: str, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The logits (N, 10) and labels (N,) that a run logged of `split`, val or test; `name` is for the refusal."""
+    file = f"predictions/{split}.npz"
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            path = Path(client.download_artifacts(run_id, file, scratch))
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as saved:  # closed even if no archive
+                logits, y = saved["logits"], saved["y"]
+            stats.per_example(logits, y)  # which refuses what does not fit
+            return logits, y
+        except (MlflowException, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            text = " ".join(str(error).split())[:200]
+            raise InputError(f"{name}: found no readable {file} on the server ({text})") from None
 
 
 def _parsed(raw: str, kind: type) -> object:

@@ -1,7 +1,6 @@
 """A comparison told: to the terminal, in Markdown, as a page by itself, as JSON, and as a run in MLflow."""
 
 import base64
-import contextlib
 import dataclasses
 import io
 import json
@@ -13,13 +12,11 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import comparison_figures, data, journal, provenance, stores
+from poolnet import answer, comparison_figures, data, stores
 from poolnet.compare import Arm, Comparison
-from poolnet.config import InputError, aligned, spread
+from poolnet.config import InputError, aligned, piped, spread
 from poolnet.data import LETTERS
 from poolnet.recorded import SAME_RUN
 from poolnet.stats import Effect
@@ -181,14 +178,9 @@ def markdown(c: Comparison) -> str:
     runs = [
         f"[{run.name}](#/experiments/{run.experiment_id}/runs/{run.run_id})" for arm in (c.a, c.b) for run in arm.runs
     ]
-    lines = [f"**{c.sentence}**", "", c.question, "", *_piped(_arms(c)), "", *_piped(_effects(c)), ""]
+    lines = [f"**{c.sentence}**", "", c.question, "", *piped(_arms(c)), "", *piped(_effects(c)), ""]
     lines += [f"- {line}" for line in (*_tests(c), *_design(c), *c.caveats)]
     return "\n".join([*lines, "", "The whole of it, with figures, is the artifact `report.html`.", "", ", ".join(runs)])
-
-
-def _piped(rows: list[list[str]]) -> list[str]:
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
-    return [lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]]
 
 
 def html(c: Comparison, pngs: dict[str, bytes], links: dict[str, str]) -> str:
@@ -274,28 +266,15 @@ def _number(value: float) -> float | None:
 # --- the run in MLflow ------------------------------------------------------------------------------------------------
 
 
-def publish(client: MlflowClient, uri: str, experiment_id: str, c: Comparison, adopted: str = "") -> str:
-    """A run that holds the comparison: the one that `mlflow run` has made, or a new one. Returns its id."""
-    name = f"{c.b.name} vs {c.a.name}"
+def publish(client: MlflowClient, uri: str, experiment_id: str, c: Comparison) -> str:
+    """A run that holds the comparison. Returns its id."""
     tags = {TAG: c.verdict, "poolnet.data_sha256": c.data_sha256, "mlflow.note.content": markdown(c)}
-    metrics = [Metric(key, value, journal.now(), 0) for key, value in _metrics(c).items()]
-    params = [Param("arm_a", c.a.name), Param("arm_b", c.b.name), Param("verdict", c.verdict)]
+    params = {"arm_a": c.a.name, "arm_b": c.b.name, "verdict": c.verdict}
     with tempfile.TemporaryDirectory() as scratch:
-        _write(c, Path(scratch), uri)
-        if adopted:
-            run_id, tags["mlflow.runName"] = adopted, name
-        else:
-            source = {"mlflow.source.name": "poolnet compare", "mlflow.source.type": "LOCAL"}
-            source["mlflow.user"] = provenance.user()
-            run_id = client.create_run(experiment_id, journal.now(), source, name).info.run_id
-        try:
-            client.log_batch(run_id, metrics, params, [RunTag(*tag) for tag in tags.items()])
-            client.log_artifacts(run_id, scratch)
-        except BaseException:  # or it would be RUNNING for good
-            with contextlib.suppress(MlflowException):
-                client.set_terminated(run_id, "FAILED")
-            raise
-    client.set_terminated(run_id)
+        folder = Path(scratch)
+        _write(c, folder, uri)
+        with answer.run(client, experiment_id, "compare", f"{c.b.name} vs {c.a.name}") as run_id:
+            answer.log(client, run_id, metrics=_metrics(c), params=params, tags=tags, folder=folder)
     return run_id
 
 

@@ -207,6 +207,8 @@ class Publication:
         if sweep := self.record.get("sweep"):
             tags["poolnet.sweep"] = sweep
             tags["mlflow.parentRunId"] = parent.find_or_create(self.client, self.held["experiment_id"], sweep)
+        if original := self.record.get("reproduces"):
+            tags["poolnet.reproduces"] = original
         if self.record["code"]["commit"]:
             tags["mlflow.source.git.commit"] = self.record["code"]["commit"]
         if RANDOM_NAME.fullmatch(name):
@@ -214,19 +216,7 @@ class Publication:
         self.client.log_batch(run_id, params=params, tags=[RunTag(*tag) for tag in tags.items()])
 
     def _log_inputs(self) -> None:
-        inputs = []
-        for split in self.record["data"]["splits"]:
-            inputs.append(DatasetInput(self._dataset(split), [InputTag("mlflow.data.context", split["name"])]))
-        self.client.log_inputs(self.held["run_id"], inputs)
-
-    def _dataset(self, split: dict) -> mlflow.entities.Dataset:
-        """The split as MLflow describes it, without its data. MLflow's own digest would read 10,000 numbers only."""
-        # By its type, since MLflow resolves a bare path to two sources and warns.
-        source = get_dataset_source_from_json(json.dumps({"uri": self.record["data"]["path"]}), "local")
-        X = np.broadcast_to(np.zeros((), split["dtype"]), split["shape"])
-        y = np.broadcast_to(np.zeros((), np.int64), split["shape"][:1])
-        name, digest = self.record["data"]["name"], split["sha256"][:32]
-        return mlflow.data.from_numpy(X, source, y, name=name, digest=digest)._to_mlflow_entity()
+        self.client.log_inputs(self.held["run_id"], list(datasets(self.record["data"]).values()))
 
     # --- what grows --------------------------------------------------------------------------------------------------
 
@@ -293,6 +283,21 @@ class Publication:
 
         text = summary.of_run(self.run, self.held["version"])
         self.client.set_tag(self.held["run_id"], "mlflow.note.content", text)
+
+
+def datasets(data: dict) -> dict[str, DatasetInput]:
+    """The splits of a data set as MLflow describes them, without their data; `data` as in `Splits.described`."""
+    # By its type, since MLflow resolves a bare path to two sources and warns.
+    source = get_dataset_source_from_json(json.dumps({"uri": data["path"]}), "local")
+    inputs = {}
+    for split in data["splits"]:
+        X = np.broadcast_to(np.zeros((), split["dtype"]), split["shape"])
+        y = np.broadcast_to(np.zeros((), np.int64), split["shape"][:1])
+        # MLflow's own digest would read 10,000 numbers only
+        dataset = mlflow.data.from_numpy(X, source, y, name=data["name"], digest=split["sha256"][:32])
+        context = InputTag("mlflow.data.context", split["name"])
+        inputs[split["name"]] = DatasetInput(dataset._to_mlflow_entity(), [context])
+    return inputs
 
 
 class Refused(InputError):
