@@ -1,0 +1,261 @@
+"""Which version of `poolnet` becomes champion: decided by a paired test on the same validation examples."""
+
+import contextlib
+import dataclasses
+import os
+import re
+import time
+
+import numpy as np
+from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.client import MlflowClient
+
+from poolnet import answer, ledger, recorded, registry, stats
+from poolnet.config import POOLS, InputError
+from poolnet.registry import NAME
+from poolnet.stats import Effect, McNemar
+
+ALPHA = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """Two models on the same `n` examples: what the challenger has over the champion, in points and in nats."""
+
+    n: int
+    points: Effect
+    nats: Effect
+    mcnemar: McNemar  # only_a: the champion alone is right
+    p_inferior: float | None  # that the challenger is worse by the margin or more, where one was given
+
+    @property
+    def better(self) -> bool:
+        return self.mcnemar.p < ALPHA and self.mcnemar.only_b > self.mcnemar.only_a
+
+    def __str__(self) -> str:
+        points, nats, test = self.points, self.nats, self.mcnemar
+        return (
+            f"{points.estimate:+.2f} points, 95 % interval {points.low:+.2f} to {points.high:+.2f} ({test.only_b} "
+            f"right by it alone, {test.only_a} by the champion alone, exact McNemar p {_p(test.p)}), and "
+            f"{nats.estimate:+.4f} nats, {nats.low:+.4f} to {nats.high:+.4f}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """`kind` is first, better, not worse, forced, rollback, or, where nothing changes, refused or unchanged."""
+
+    alias: str
+    kind: str
+    version: int  # the challenger, or for a rollback the champion that comes back
+    over: int | None  # the champion when it was decided
+    margin: float | None
+    val: Paired | None
+    test: Paired | None
+    after: int = 0  # the entry of the ledger that this rests on
+
+    @property
+    def promoted(self) -> bool:
+        return self.kind not in ("refused", "unchanged")
+
+    @property
+    def sentence(self) -> str:
+        within = f"not worse by {self.margin or 0:g} points"
+        over = f" instead of version {self.over}" if self.over else ""
+        says = {
+            "first": f"is the first {self.alias}",
+            "better": f"is {self.alias}{over}, being better",
+            "not worse": f"is {self.alias}{over}, being {within}",
+            "forced": f"is {self.alias}{over}, by force and not by evidence",
+            "rollback": f"is {self.alias} again{over}: rolled back",
+            "unchanged": f"is {self.alias} already",
+            "refused": f"is not {self.alias}: it is not shown to be better than version {self.over}"
+            + (f", nor to be {within}" if self.margin else ""),
+        }
+        text = f"Version {self.version} {says[self.kind]}."
+        if self.val:
+            text += f" On the same {self.val.n:,} validation letters: {self.val}"
+            text += f"; p of being worse by the margin {_p(self.val.p_inferior)}." if self.margin else "."
+        if self.test:
+            text += f" On test, which decides nothing: {self.test.points.estimate:+.2f} points."
+        return text
+
+
+def _p(p: float) -> str:
+    return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
+
+
+# --- deciding ---------------------------------------------------------------------------------------------------------
+
+
+def decide(client: MlflowClient, uri: str, alias: str, margin: float | None, force: bool) -> Decision:
+    """Whether the model at `uri`, or the newest version, becomes the alias's champion; nothing is changed yet.
+
+    Refused are models that are no version of `poolnet` or cannot be loaded without pickle, other pools than the alias
+    names, and other data than the champion's.
+    """
+    _check_alias(alias)
+    challenger, pool = _challenger(client, uri, alias)
+    wanted = alias.removeprefix("champion-")
+    if wanted in POOLS and wanted != alias and pool != wanted:
+        raise InputError(f"--alias {alias}: found a {pool} model in version {challenger.version}, expected {wanted}")
+    ledger.settle(client, alias)
+    entries = ledger.entries(client, alias)
+    after = entries[-1].number if entries else 0
+    champion = ledger.holder(client, alias)
+    found = Decision(alias, "first", int(challenger.version), None, margin, None, None, after)
+    if champion is None:
+        return found
+    found = dataclasses.replace(found, over=int(champion.version))
+    if champion.version == challenger.version:
+        return dataclasses.replace(found, kind="unchanged")
+    try:
+        val = _paired(client, champion, challenger, "val", margin)
+    except InputError:
+        if force:
+            return dataclasses.replace(found, kind="forced")
+        raise
+    with contextlib.suppress(InputError):  # it decides nothing
+        found = dataclasses.replace(found, test=_paired(client, champion, challenger, "test", margin))
+    kind = "better" if val.better else "refused"
+    if margin and not val.better and val.p_inferior < ALPHA:
+        kind = "not worse"
+    return dataclasses.replace(found, kind="forced" if force and kind == "refused" else kind, val=val)
+
+
+def _check_alias(alias: str) -> None:
+    """MLflow's own rules, before anything is written down."""
+    if not re.fullmatch(r"[\w-]+", alias) or re.fullmatch(r"v\d+|latest", alias.lower()):
+        raise InputError(f"--alias: found {alias!r}, expected letters, digits, - and _, as in champion-max")
+
+
+def _challenger(client: MlflowClient, uri: str, alias: str) -> tuple[ModelVersion, str]:
+    """The version that is to be promoted, and its pool, as the model itself has it."""
+    pool = alias.removeprefix("champion-")
+    loaded = registry.load(uri or _newest(client, pool if pool in POOLS else ""))
+    if not loaded.version or loaded.version.name != NAME:
+        raise InputError(f"{loaded.uri}: found no version of {NAME}, expected a registered one, as in models:/{NAME}/1")
+    return loaded.version, loaded.pool
+
+
+def _newest(client: MlflowClient, pool: str) -> str:
+    """The version that was registered last, of one pool if there is one."""
+    query = f"name = '{NAME}'" + (f" AND tags.pool = '{pool}'" if pool else "")
+    found = client.search_model_versions(query, max_results=1, order_by=["version_number DESC"])
+    if not found:
+        what = f"{pool} version of {NAME}" if pool else f"version of {NAME}"
+        raise InputError(f"found no {what} on the tracking server; train one with: poolnet train")
+    return f"models:/{NAME}/{found[0].version}"
+
+
+def _paired(
+    client: MlflowClient, champion: ModelVersion, challenger: ModelVersion, split: str, margin: float | None
+) -> Paired:
+    """Both models' own predictions, compared example by example."""
+    runs = [_run(client, version) for version in (champion, challenger)]
+    digests = [run.data.tags.get("poolnet.data_sha256", "") for run in runs]
+    if not all(digests) or digests[0] != digests[1]:
+        raise InputError(
+            f"version {challenger.version}: found data SHA-256 {digests[1][:16] or 'unknown'}, but that of the "
+            f"champion, version {champion.version}, is {digests[0][:16] or 'unknown'}; train both on the same data, or "
+            "decide without a test: --force"
+        )
+    names = [f"{NAME} version {version.version}" for version in (champion, challenger)]
+    (a, y), (b, other_y) = (
+        recorded.predictions(client, run.info.run_id, name, split) for run, name in zip(runs, names, strict=True)
+    )
+    if not np.array_equal(y, other_y):
+        raise InputError(f"{names[1]}: found other labels in its predictions of {split} than in those of {names[0]}")
+    (right_a, nll_a), (right_b, nll_b) = (stats.per_example(logits, y) for logits in (a, b))
+    for name, run, nll in zip(names, runs, (nll_a, nll_b), strict=True):
+        loss, logged = nll.mean(), run.data.metrics.get(f"{split}_loss", np.nan)
+        if not abs(loss - logged) < 1e-5:
+            raise InputError(f"{name}: found predictions of {split} with loss {loss:.6f}, but {logged:.6f} logged")
+    rng = np.random.default_rng(0)
+    test = stats.mcnemar(right_a, right_b)
+    return Paired(
+        n=len(y),
+        points=stats.over_examples(100.0 * (right_b.astype(float) - right_a), rng),
+        nats=stats.over_examples(nll_b - nll_a, rng),
+        mcnemar=test,
+        p_inferior=stats.non_inferiority(test, len(y), margin / 100) if margin else None,
+    )
+
+
+def _run(client: MlflowClient, version: ModelVersion) -> Run:
+    try:
+        return client.get_run(version.run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise InputError(f"{NAME} version {version.version}: its run {version.run_id} is not on the server") from None
+
+
+def rollback(client: MlflowClient, alias: str) -> Decision:
+    """The return of the champion before the present one; again, of the one before that."""
+    _check_alias(alias)
+    ledger.settle(client, alias)
+    entries, before, present = (
+        read(client, alias) for read in (ledger.entries, ledger.champions_before, ledger.holder)
+    )
+    if not before:
+        raise InputError(f"--rollback: found no champion before the present one of {alias}")
+    over = int(present.version) if present else None
+    return Decision(alias, "rollback", before[-1], over, None, None, None, entries[-1].number)
+
+
+# --- writing down -----------------------------------------------------------------------------------------------------
+
+
+def enact(client: MlflowClient, decision: Decision) -> None:
+    """Write the decision down, and carry it out; `RunError` if another one has come first."""
+    if decision.kind == "unchanged":
+        return
+    text = f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}: {decision.sentence}"
+    tags = _tags(decision)
+    if decision.kind == "refused":
+        ledger.describe(client, decision.alias, decision.version, tags, text)
+    else:
+        ledger.append(client, decision.alias, decision.version, decision.kind, decision.after, tags, text)
+
+
+def _tags(decision: Decision) -> dict[str, str]:
+    """The decision's numbers, as tags of the version."""
+    tags: dict[str, object] = {"decision": decision.kind, "over": decision.over or "none"}
+    if decision.margin:
+        tags["margin_points"] = decision.margin
+    for split in ("val", "test"):
+        if paired := getattr(decision, split):
+            tags |= {f"{split}_n": paired.n, f"{split}_points": paired.points.estimate}
+            tags |= {f"{split}_points_low": paired.points.low, f"{split}_points_high": paired.points.high}
+            tags |= {f"{split}_nats": paired.nats.estimate, f"{split}_p_mcnemar": paired.mcnemar.p}
+            if paired.p_inferior is not None:
+                tags[f"{split}_p_inferior"] = paired.p_inferior
+    return {f"{decision.alias}.{key}": str(value) for key, value in tags.items()}
+
+
+def as_json(decision: Decision) -> dict:
+    """Plain numbers; None where there is none."""
+    plain = dataclasses.asdict(decision)
+    del plain["after"]
+    for split in ("val", "test"):
+        for effect in ("points", "nats") if plain[split] else ():
+            del plain[split][effect]["df"]
+    return {**plain, "promoted": decision.promoted, "sentence": decision.sentence}
+
+
+def publish(client: MlflowClient, decision: Decision) -> None:
+    """Under `mlflow run`, say in the run that it has made what was decided; else version and ledger say it."""
+    if not os.environ.get("MLFLOW_RUN_ID"):
+        return
+    tags = {"poolnet.promotion": decision.kind, "mlflow.note.content": decision.sentence}
+    prefix = f"{decision.alias}."
+    metrics = {
+        key.removeprefix(prefix): float(value)
+        for key, value in _tags(decision).items()
+        if key.startswith((f"{prefix}val_", f"{prefix}test_"))
+    }
+    with answer.run(client, "", "promote", f"{decision.alias}: version {decision.version}") as run_id:
+        answer.log(client, run_id, metrics=metrics, params={"version": str(decision.version)}, tags=tags)
