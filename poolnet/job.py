@@ -70,24 +70,16 @@ def open_data(config: TrainConfig, cache: bool, say: Say, path: Path | None = No
     return features.open_pooled(path, config.pool, cache=cache, say=say)
 
 
-def create(config: TrainConfig, optimum: bool, splits: Splits, sweep: str = "") -> Journal:
-    """The journal of a new run, which may belong to a sweep."""
+def create(config: TrainConfig, optimum: bool, splits: Splits, sweep: str = "", reproduces: str = "") -> Journal:
+    """The journal of a new run, which may belong to a sweep, or reproduce the run of an id."""
     commit, dirty, diff = provenance.code_state()
     record = {
         "config": dataclasses.asdict(config),
         "optimum": optimum,
         "sweep": sweep,
+        "reproduces": reproduces,
         "device": str(train.resolve_device(config.device)),
-        "data": {
-            "path": str(splits.path),
-            "name": splits.name,
-            "sha256": splits.sha256,
-            "overlap": splits.overlap,
-            "splits": [
-                {"name": split.name, "sha256": split.sha256, "shape": list(split.X.shape), "dtype": str(split.X.dtype)}
-                for split in splits
-            ],
-        },
+        "data": splits.described(),
         "code": {"commit": commit, "dirty": dirty},
         "environment": provenance.environment(),
         "tracking": {  # as MLflow reads it from the environment; its default lies in the working folder
@@ -200,10 +192,9 @@ def _start(run: Journal, warn: Say) -> Start | None:
 
 def _differences(run: Journal) -> str:
     """In what the environment and the code differ from those that a run was begun with."""
-    begun = run.record["environment"] | {"commit": run.record["code"]["commit"]}
-    here = provenance.environment() | {"commit": provenance.code_state()[0]}
-    names = ("commit", "python", "numpy", "torch", "machine")
-    return ", ".join(f"{name} {begun[name]} (here {here[name]})" for name in names if begun[name] != here[name])
+    begun, here = run.record["code"]["commit"], provenance.code_state()[0]
+    commit = [f"commit {begun} (here {here})"] if begun != here else []
+    return ", ".join([*commit, *provenance.differences(run.record)])
 
 
 def _write_result(run: Journal, splits: Splits, result: FitResult, best: linear.Optimum | None) -> None:

@@ -7,6 +7,14 @@ import socket
 import subprocess
 from pathlib import Path
 
+DECIDE = ("python", "numpy", "torch", "machine")  # what of the environment the last digits depend on
+
+
+def differences(record: dict) -> list[str]:
+    """In what this environment differs from the recorded one, as far as figures depend on it."""
+    begun, here = record["environment"], environment()
+    return [f"{name} {begun[name]} (here {here[name]})" for name in DECIDE if begun[name] != here[name]]
+
 
 def environment() -> dict[str, object]:
     import torch  # not for those who only ask for the user
