@@ -1,0 +1,114 @@
+"""Weights that were trained elsewhere, such as by the notebook, made a registered model."""
+
+import dataclasses
+import hashlib
+import pickle
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from mlflow.tracking.client import MlflowClient
+
+from poolnet import answer, data, registry, stores, tracking
+from poolnet.config import InputError
+from poolnet.data import Splits
+from poolnet.evaluate import Evaluation, evaluate
+from poolnet.model import SimpleConvNet, SimplePoolNet, build_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Registered:
+    version: int
+    run_id: str
+    experiment_id: str
+    scores: dict[str, Evaluation]  # of val and test, where there were data to score on
+
+
+def read(path: Path, pool: str) -> SimplePoolNet | SimpleConvNet:
+    """The network of this pool with the `state_dict` in a file that `torch.save` wrote, unpickled as tensors only."""
+    cure = "expected what torch.save(model.state_dict(), FILE) writes"
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, {cure}") from None
+    except pickle.UnpicklingError:  # whose text explains how to run what is in the file after all
+        raise InputError(f"{path}: found other things than tensors, which are not loaded; {cure}") from None
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError) as error:
+        raise InputError(f"{path}: cannot be read ({stores.reason(error)}), {cure}") from None
+    net = build_model(pool, seed=0)
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    if not isinstance(found, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        raise InputError(f"{path}: found no state_dict, {cure}")
+    other = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if other != shapes:
+        raise InputError(f"{path}: found {_listed(other)}, expected for --pool {pool}: {_listed(shapes)}")
+    if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in found.values()):
+        raise InputError(f"{path}: found weights that are not finite numbers")
+    net.load_state_dict(found)
+    return net.eval()
+
+
+def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "nothing"
+
+
+def register(client: MlflowClient, path: Path, pool: str, source: str) -> Registered:
+    """A run that holds the weights as an exported model, and the version of `poolnet` that this becomes; with `source`,
+    a data set, also its predictions, without which it cannot be promoted."""
+    net = read(path, pool)
+    splits = data.open_splits(data.locate(source)) if source else None
+    scores = {split.name: evaluate(net, split) for split in (splits.val, splits.test)} if splits else {}
+    example = splits.test.images(np.arange(2) % len(splits.test)) if splits else np.zeros((2, 1, 28, 28), np.float32)
+    arrays = {name: tensor.numpy() for name, tensor in net.state_dict().items()} | {"example": example}
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    params = {"pool": pool, "file": path.name, "sha256": digest} | ({"data": source} if source else {})
+    experiment_id = stores.own_experiment(client)
+    with answer.run(client, experiment_id, "register", f"{pool} from {path.name}") as run_id:
+        run = client.get_run(run_id)
+        model_id = registry.log(client, run, {**params, "epochs": 0}, arrays)
+        _log(client, run_id, model_id, params, splits, scores)
+        tags = {"pool": pool, "source": path.name}
+        if splits:
+            tags |= {f"{name}_acc": repr(found.acc) for name, found in scores.items()}
+            tags["data_sha256"] = splits.sha256
+        version = registry.register(client, run_id, model_id, tags)
+    return Registered(version, run_id, run.info.experiment_id, scores)
+
+
+def _log(
+    client: MlflowClient,
+    run_id: str,
+    model_id: str,
+    params: dict[str, str],
+    splits: Splits | None,
+    scores: dict[str, Evaluation],
+) -> None:
+    """What the run says of the weights, in the names that a training run uses."""
+    note = f"Weights from `{params['file']}`, SHA-256 `{params['sha256']}`, trained elsewhere"
+    if not splits:
+        note += "; not scored on any data, so that `poolnet promote` has nothing to decide on."
+        answer.log(client, run_id, metrics={}, params=params, tags={"mlflow.note.content": note})
+        return
+    note += f"; scored on `{splits.name}`. Whether its test images took part in the training is not known here."
+    tags = {"poolnet.data_sha256": splits.sha256, "mlflow.note.content": note}
+    inputs = tracking.datasets(splits.described())
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "predictions"
+        folder.mkdir()
+        for name, found in scores.items():
+            np.savez(folder / f"{name}.npz", logits=found.logits, y=found.y)
+        client.log_inputs(run_id, [inputs[name] for name in scores])
+        for name, found in scores.items():
+            metrics = {f"{name}_loss": found.loss, f"{name}_acc": found.acc}
+            answer.log(
+                client,
+                run_id,
+                metrics=metrics,
+                params=params,
+                tags=tags,
+                folder=Path(scratch) if name == "test" else None,
+                dataset=inputs[name],
+                model_id=model_id,
+            )
