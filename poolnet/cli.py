@@ -13,15 +13,14 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from poolnet import signals
-from poolnet.config import POOLS, InputError, RunError, TrainConfig, home, progress
-
-FILE = click.Path(path_type=Path)
+from poolnet import cli_models, signals
+from poolnet.cli_models import DRAIN_TIMEOUT, FILE, SWITCH
+from poolnet.config import POOLS, InputError, RunError, TrainConfig, failed, home, progress, warn
 
 
 @click.group()
 def cli() -> None:
-    """Which pooling layer loses less? Train, record and compare networks of two poolings and one linear layer."""
+    """Which pooling layer loses less? Train, record, compare and use networks of two poolings and one linear layer."""
 
 
 def train_options(command: Callable) -> Callable:
@@ -36,27 +35,11 @@ def train_options(command: Callable) -> Callable:
     return command
 
 
-DRAIN_TIMEOUT = click.option(
-    "--drain-timeout",
-    type=click.FloatRange(min=0),
-    default=30,
-    show_default=True,
-    help="Seconds to wait at the end for a tracking server that does not get on.",
-)
-
-
 @cli.command()
 @train_options
 @click.option("--resume", metavar="RUN", default="", help="Go on with a run that was interrupted, with its settings.")
 @click.option("--no-cache", is_flag=True, help="Pool the images anew, and keep no features on disk.")
-@click.option(
-    "--optimum",
-    type=bool,
-    is_flag=False,
-    flag_value=True,
-    default=False,
-    help="Also find the lowest train loss there is.",
-)
+@click.option("--optimum", **SWITCH, help="Also find the lowest train loss there is.")
 @DRAIN_TIMEOUT
 @click.pass_context
 def train(
@@ -93,7 +76,7 @@ def train(
         click.echo(f"Look at it: {held['look']}")
     if trouble:
         where = click.format_filename(run.folder)
-        _failed(f"{trouble}; all is safe in {where}, and published by: poolnet sync {run.name}", 3)
+        failed(f"{trouble}; all is safe in {where}, and published by: poolnet sync {run.name}", 3)
         context.exit(3)
 
 
@@ -128,7 +111,7 @@ def sync(
     if follow_stdin:
         if hasattr(os, "nice"):
             os.nice(10)  # the training comes first
-        context.exit(follow.follow(sys.stdin, drain_timeout, say=lambda line: _failed(line, 0)))
+        context.exit(follow.follow(sys.stdin, drain_timeout, say=lambda line: failed(line, 0)))
     sync.check_input(runs, to)
     with progress(length=sync.outstanding_bytes(runs, to), label="Publishing") as bar:
         rows = list(sync.sync(runs, to, dry_run, prune, bar.update))
@@ -180,10 +163,10 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, drain_ti
         if under_way.look:
             click.echo(f"Look at it: {under_way.look}")
     if under_way.missing:
-        _failed(f"missing runs: {len(under_way.missing)}, see above; again with: poolnet sweep {again}", 1)
+        failed(f"missing runs: {len(under_way.missing)}, see above; again with: poolnet sweep {again}", 1)
         context.exit(1)
     if under_way.trouble:
-        _failed(
+        failed(
             f"{under_way.trouble}; all is safe in {click.format_filename(home())}, and published by: poolnet sync", 3
         )
         context.exit(3)
@@ -244,7 +227,7 @@ def compare(
         else:
             selected = select.of_runs(client, names)
         comparison = compare.compare(client, found.question if found else "", selected, points, seed)
-        run_id = report.publish(client, uri, where, comparison, os.environ.get("MLFLOW_RUN_ID", ""))
+        run_id = report.publish(client, uri, where, comparison)
     look = stores.page_of(uri, where, run_id)
     if as_json:
         click.echo(json.dumps({**report.as_json(comparison), "run_id": run_id, "look": look}, allow_nan=False))
@@ -289,8 +272,8 @@ def glyphs(out: Path, seed: int, **sizes: int) -> None:
     click.echo(f"Wrote {out}")
 
 
-def warn(message: str) -> None:
-    click.echo(f"poolnet: warning: {message}", err=True)
+for command in cli_models.COMMANDS:
+    cli.add_command(command)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -306,17 +289,12 @@ def _run(args: list[str] | None) -> int:
         click.echo(error.format_message())
         return 2
     except click.ClickException as error:
-        return _failed(error.format_message(), error.exit_code)
+        return failed(error.format_message(), error.exit_code)
     except InputError as error:
-        return _failed(error, 2)
+        return failed(error, 2)
     except (RunError, OSError) as error:
-        return _failed(error, 1)
+        return failed(error, 1)
     except signals.Stop as stop:
-        return _failed(stop, stop.code)
+        return failed(stop, stop.code)
     except click.Abort:
-        return _failed("interrupted", 130)
-
-
-def _failed(error: object, code: int) -> int:
-    click.echo(f"poolnet: error: {' '.join(str(error).split())}", err=True)
-    return code
+        return failed("interrupted", 130)

@@ -81,10 +81,26 @@ def progress(*args, **options):
     return click.progressbar(*args, file=sys.stderr, hidden=not sys.stderr.isatty(), **options)
 
 
+def warn(message: str) -> None:
+    click.echo(f"poolnet: warning: {message}", err=True)
+
+
+def failed(error: object, code: int) -> int:
+    """Say what went wrong, in one line. Returns the exit code."""
+    click.echo(f"poolnet: error: {' '.join(str(error).split())}", err=True)
+    return code
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table for a terminal."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def piped(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return [lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]]
 
 
 def spread(values: Sequence[float]) -> str:

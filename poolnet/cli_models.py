@@ -1,0 +1,206 @@
+"""The commands that use registered models, or make and check them: parse, call, print, as in `cli.py`."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from poolnet.config import POOLS, InputError, failed, home, warn
+
+FILE = click.Path(path_type=Path)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the bootstraps.")
+SWITCH = {"type": bool, "is_flag": False, "flag_value": True, "default": False}  # `mlflow run` gives it a value
+DRAIN_TIMEOUT = click.option(
+    "--drain-timeout",
+    type=click.FloatRange(min=0),
+    default=30,
+    show_default=True,
+    help="Seconds to wait at the end for a tracking server that does not get on.",
+)
+
+
+@contextlib.contextmanager
+def asked() -> Iterator[None]:
+    """With what MLflow says of its server as one line."""
+    from poolnet import stores
+
+    uri = stores.own_uri()
+    with stores.asked(uri), stores.as_environment(uri):
+        yield
+
+
+@click.command()
+@click.argument("model")
+@click.option("--data", default="", help="The data set.  [default: what the model was trained on]")
+@click.option(
+    "--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True, help="Part of the data."
+)
+@SEED
+@AS_JSON
+def evaluate(model: str, data: str, split: str, seed: int, as_json: bool) -> None:
+    """Score a MODEL: models:/poolnet@champion, models:/poolnet/3, models:/m-..., runs:/RUN/model, or a folder.
+
+    Loss, accuracy, precision, recall, F1, calibration and confusions, with intervals, also as a run in MLflow; and
+    whether they are what its training recorded. Nothing of the model's file is unpickled or executed.
+    """
+    with asked():
+        from poolnet import registry, scorecard, stores
+
+        client = registry.own_client()
+        card = scorecard.score(client, registry.load(model), data, split, seed)
+        run_id = scorecard.publish(client, card)
+        look = stores.page_of(stores.own_uri(), client.get_run(run_id).info.experiment_id, run_id)
+    if as_json:
+        click.echo(json.dumps({**scorecard.as_json(card), "run_id": run_id, "look": look}, allow_nan=False))
+    else:
+        click.echo(f"{scorecard.table(card)}\nLook at it: {look}")
+    if card.agrees is False:
+        warn(card.agreement)
+
+
+@click.command()
+@click.argument("model", default="")
+@click.option("--alias", default="champion", show_default=True, help="Of what: champion, champion-max, champion-avg.")
+@click.option("--non-inferior", default="", metavar="M", help="Also if it is not worse by M points of accuracy.")
+@click.option("--force", **SWITCH, help="Whatever the test says; recorded as such.")
+@click.option("--rollback", **SWITCH, help="Give the alias back to the champion before.")
+@AS_JSON
+@click.pass_context
+def promote(
+    context: click.Context, model: str, alias: str, non_inferior: str, force: bool, rollback: bool, as_json: bool
+) -> None:
+    """Make MODEL, or the newest version, the champion, if it is better on the same validation letters.
+
+    An exact McNemar test at 5 % decides, on what both models' runs predicted. The decision, with its numbers, is
+    written on the model version. Exit code 1 if the champion stays.
+    """
+    margin = _margin(non_inferior)
+    if rollback and (model or non_inferior or force):
+        raise InputError("--rollback: found it with other options, expected --alias alone")
+    with asked():
+        from poolnet import promote, registry
+
+        client = registry.own_client()
+        back = promote.rollback(client, alias) if rollback else None
+        decision = back or promote.decide(client, model, alias, margin, force)
+        promote.enact(client, decision)
+        promote.publish(client, decision)
+    refused = decision.kind == "refused"
+    if as_json:
+        click.echo(json.dumps(promote.as_json(decision), allow_nan=False))
+    elif not refused:
+        click.echo(decision.sentence)
+    if refused:
+        context.exit(failed(decision.sentence, 1))
+
+
+def _margin(text: str) -> float | None:
+    try:
+        points = float(text) if text else None
+    except ValueError:
+        points = 0
+    if points is not None and not 0 < points < 100:
+        raise InputError(f"--non-inferior: found {text!r}, expected points of accuracy above 0")
+    return points
+
+
+@click.command()
+@click.argument("model")
+@click.argument("images", nargs=-1, required=True, type=FILE, metavar="IMAGE...")
+@click.option("--invert/--no-invert", default=None, help="Dark letters on bright ground.  [default: recognised]")
+@click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values instead of the table.")
+@AS_JSON
+@click.pass_context
+def predict(
+    context: click.Context, model: str, images: tuple[Path, ...], invert: bool | None, as_csv: bool, as_json: bool
+) -> None:
+    """Say which letter, A to J, is on each IMAGE: PNG, JPEG and the like, or folders of them, of any size and colour.
+
+    An image that cannot be read is named, and the others are predicted all the same; exit code 2 then.
+    """
+    if as_csv and as_json:
+        raise InputError("--csv: found it with --json, expected one of the two")
+    from poolnet import predict
+
+    paths = predict.find(images)
+    with asked():
+        from poolnet import registry
+
+        net = registry.load(model).net
+    unreadable: list[InputError] = []
+    found = list(predict.predict(net, paths, invert, unreadable.append))
+    if as_json:
+        click.echo(json.dumps({"predictions": [predict.as_json(each) for each in found]}))
+    elif found:
+        click.echo("\n".join(predict.csv_lines(found)) if as_csv else predict.table(found))
+    for error in unreadable:
+        failed(error, 2)
+    context.exit(2 if unreadable else 0)
+
+
+@click.command()
+@click.argument("run")
+@click.option("--data", default="", help="Where its data set is.  [default: where it was]")
+@DRAIN_TIMEOUT
+@AS_JSON
+@click.pass_context
+def reproduce(context: click.Context, run: str, data: str, drain_timeout: float, as_json: bool) -> None:
+    """Train a recorded RUN again, by its name or MLflow id, and say whether it comes to the same.
+
+    Data must be the same; other code, packages or machines are named. Every metric of every step, the predictions and
+    the weights are compared: bit-identical, within tolerance, or different, and then exit code 1.
+    """
+    home()
+
+    from poolnet.publisher import Publisher
+
+    with Publisher(drain_timeout) as publisher, asked():
+        from poolnet import registry, reproduce
+
+        client = registry.own_client()
+        original = reproduce.find(client, run)
+        say = (lambda line: None) if as_json else click.echo
+        found = reproduce.reproduce(original, data, publisher, say, warn)
+        trouble = publisher.close()
+        held = publisher.held
+        if not trouble:
+            reproduce.publish(client, found, held["run_id"])
+    if as_json:
+        more = {"run_id": held.get("run_id") or None, "look": held.get("look")}
+        click.echo(json.dumps({**reproduce.as_json(found), **more}))
+    else:
+        click.echo(found.sentence)
+        if held.get("look"):
+            click.echo(f"Look at it: {held['look']}")
+    if trouble:
+        where = click.format_filename(found.again.folder)
+        failed(f"{trouble}; all is safe in {where}, and published by: poolnet sync {found.again.name}", 3)
+    context.exit(1 if found.verdict == "different" else 3 if trouble else 0)
+
+
+@click.command()
+@click.argument("file", type=FILE)
+@click.option("--pool", type=click.Choice(POOLS), required=True, help="The pooling that they were trained with.")
+@click.option("--data", default="", help="Score them on this data set too; without, they cannot be promoted.")
+@AS_JSON
+def register(file: Path, pool: str, data: str, as_json: bool) -> None:
+    """Register weights that were trained elsewhere: a FILE of torch.save(model.state_dict(), FILE), as the notebook
+    writes it. It is read as tensors only."""
+    with asked():
+        from poolnet import imported, registry, stores
+
+        found = imported.register(registry.own_client(), file, pool, data)
+        look = stores.page_of(stores.own_uri(), found.experiment_id, found.run_id)
+    scores = {name: {"loss": each.loss, "acc": each.acc} for name, each in found.scores.items()}
+    if as_json:
+        click.echo(json.dumps({"version": found.version, "run_id": found.run_id, "look": look, "scores": scores}))
+        return
+    for name, score in scores.items():
+        click.echo(f"{name}: loss={score['loss']:.4f}, acc={score['acc']:.4f}")
+    click.echo(f"Model: models:/poolnet/{found.version}\nLook at it: {look}")
+
+
+COMMANDS = (evaluate, promote, predict, reproduce, register)
