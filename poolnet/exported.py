@@ -1,13 +1,18 @@
 """An exported network (`.pt2`) read as data: which of poolnet's networks it is, and its weights.
 
-Nothing of the file is run. Torch's own loader unpickles the example inputs, and executes Python that the archive holds
-as text (its shape guards), which no check for pickles sees. Here operations are compared with the known ones, and
-weights are bytes. The layout is that of PyTorch's PT2 archives, version 0.
+Nothing of the file is run: operations are compared with the known ones, and weights are bytes. Torch's own loader, by
+which models are served, unpickles the example inputs, and evaluates text of the archive as Python (shape guards and
+expressions), which MLflow's check for pickles does not see. An archive that holds more of either than an export of
+these networks does is refused, so that what is promoted is safe to serve. The layout is that of PyTorch's PT2 archives,
+version 0.
 """
 
+import io
 import json
 import math
+import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +23,13 @@ import torch
 from poolnet.model import SimpleConvNet, SimplePoolNet, build_model
 
 GRAPH_LIMIT = 1 << 20  # bytes; those of poolnet's networks have 10 kB
+MEMBERS = re.compile(  # of an archive, below its root
+    r"data/weights/(weight_\d+|model_weights_config\.json)|data/constants/model_constants_config\.json|"
+    r"models/model\.json|data/sample_inputs/model\.pt|archive_format|archive_version|byteorder|"
+    r"\.data/(version|serialization_id)"
+)
+TEXT = re.compile(r'[\w.+:,"\[\]{} ]*|Symbol\(\'s\d+\', positive=True, integer=True\)')  # nothing that calls
+METADATA = {"stack_trace", "nn_module_stack", "torch_fn"}  # of a node; what torch only keeps
 FLOAT32 = 7  # in the archive's numbering of types
 TAIL = ("relu(%)", "flatten(%, 1)", "linear(%, fc.weight, fc.bias)")
 # Each network as its operations in order; % is what the operation before gave, at first the images.
@@ -50,6 +62,7 @@ def _read(archive: zipfile.ZipFile) -> tuple[str, SimplePoolNet | SimpleConvNet]
     (graph_name,) = [name for name in archive.namelist() if re.fullmatch(r"\w+/models/model\.json", name)] or [""]
     root = graph_name.partition("/")[0]
     program = _json(archive, graph_name)
+    _check_inert(archive, root, program)
     operations = tuple(_operations(program["graph_module"]))
     pool = next((pool for pool, known in OPERATIONS.items() if known == operations), None)
     if not pool:
@@ -61,6 +74,39 @@ def _read(archive: zipfile.ZipFile) -> tuple[str, SimplePoolNet | SimpleConvNet]
         weights[name] = torch.from_numpy(_weight(archive, root, name, config[name], tuple(tensor.shape)))
     net.load_state_dict(weights)
     return pool, net.eval()
+
+
+def _check_inert(archive: zipfile.ZipFile, root: str, program: dict) -> None:
+    """Refuse what torch's own loader would execute."""
+    for name in archive.namelist():
+        if not MEMBERS.fullmatch(name.removeprefix(f"{root}/")):
+            raise ValueError(f"found {name} in the archive, which no export of these networks holds")
+    if program.get("guards_code") or _json(archive, f"{root}/data/constants/model_constants_config.json")["config"]:
+        raise ValueError("found shape guards or constants, which no export of these networks holds")
+    for text in _texts(program):
+        if not TEXT.fullmatch(text) or "__" in text:
+            raise ValueError(f"found {text[:60]!r} in the program, which torch may execute")
+    example = _bytes(archive, f"{root}/data/sample_inputs/model.pt", GRAPH_LIMIT)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # at a pickle that torch.save did not write
+            torch.load(io.BytesIO(example), weights_only=True)
+    except (pickle.UnpicklingError, UserWarning):
+        raise ValueError("found example inputs that are not tensors only, which torch would unpickle") from None
+
+
+def _texts(node: object) -> Iterator[str]:
+    """Every name and text of a program, but for the metadata that torch only keeps."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield key
+            if key != "metadata" or not value.keys() <= METADATA:
+                yield from _texts(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _texts(value)
+    elif isinstance(node, str):
+        yield node
 
 
 def _json(archive: zipfile.ZipFile, name: str) -> dict:

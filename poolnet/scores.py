@@ -73,7 +73,7 @@ def wilson(successes: int, n: int) -> Share:
 
 def confusion(logits: ArrayLike, y: ArrayLike) -> np.ndarray:
     """Counts (K, K): true class by predicted class."""
-    logits = np.asarray(logits)
+    logits, y = np.asarray(logits), np.asarray(y)
     K = logits.shape[1]
     return np.bincount(K * y + logits.argmax(1), minlength=K * K).reshape(K, K)
 

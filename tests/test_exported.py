@@ -1,0 +1,167 @@
+"""Exported models are read as data, whatever somebody has put into the file."""
+
+import json
+import pickle
+import zipfile
+
+import mlflow.pytorch
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from poolnet import exported
+from poolnet.config import POOLS
+from poolnet.model import build_model
+
+
+def export(net, path):
+    """As MLflow writes it."""
+    batch = {0: torch.export.Dim("batch", min=1)}
+    torch.export.save(torch.export.export(net.eval(), (torch.zeros(2, 1, 28, 28),), dynamic_shapes=(batch,)), path)
+
+
+@pytest.fixture(scope="module", params=POOLS)
+def archive(request, tmp_path_factory):
+    net, path = build_model(request.param, seed=1), tmp_path_factory.mktemp("exported") / "model.pt2"
+    export(net, path)
+    return request.param, net, path
+
+
+@pytest.fixture(scope="module")
+def avg(tmp_path_factory):
+    path = tmp_path_factory.mktemp("avg") / "model.pt2"
+    export(build_model("avg", seed=1), path)
+    return path
+
+
+def rewritten(path, change):
+    """A copy of an archive in whose members `change(name, data)` has put something else."""
+    copy = path.with_name("changed.pt2")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+    return copy
+
+
+def test_what_is_read_is_what_was_exported(archive):
+    pool, net, path = archive
+    found, read = exported.read(path)
+    assert found == pool
+    assert not read.training
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, read.state_dict()[name])
+
+
+def test_it_says_what_the_exported_program_says(archive):
+    _, _, path = archive
+    images = torch.rand(7, 1, 28, 28)
+    with torch.inference_mode():
+        assert torch.equal(exported.read(path)[1](images), torch.export.load(path).module()(images))
+
+
+def test_python_in_the_archive_is_refused_and_not_executed(avg, tmp_path):
+    """Torch's own loader executes shape guards and expressions, though MLflow finds no pickle in them."""
+    touched = tmp_path / "touched"
+    payload = f"__import__('pathlib').Path({str(touched)!r}).touch() or True"
+
+    def guard(name, data):
+        if not name.endswith("models/model.json"):
+            return data
+        return json.dumps({**json.loads(data), "guards_code": [payload]})
+
+    def expression(name, data):
+        if not name.endswith("models/model.json"):
+            return data
+        return data.replace(b"Symbol('s77', positive=True, integer=True)", payload.replace('"', "'").encode())
+
+    with pytest.raises(ValueError, match="found shape guards"):
+        exported.read(rewritten(avg, guard))
+    with pytest.raises(ValueError, match=r"found \"__import__.*which torch may execute"):
+        exported.read(rewritten(avg, expression))
+    assert not touched.exists()
+    with pytest.MonkeyPatch.context() as patch:  # the threat is real: torch alone
+        patch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+        mlflow.pytorch._load_model(str(rewritten(avg, guard)), weights_only=True)
+    assert touched.exists()
+
+
+def test_more_members_than_an_export_has_are_refused(avg):
+    path = rewritten(avg, lambda name, data: data)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("model/data/aotinductor/model/library.so", b"")
+    with pytest.raises(ValueError, match=r"library\.so in the archive"):
+        exported.read(path)
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.path)!r}, 'w').close()",)
+
+
+def test_pickles_in_the_archive_are_not_loaded(avg, tmp_path):
+    touched = tmp_path / "touched"
+    bomb = pickle.dumps(Payload(touched))
+
+    def sample_inputs(name, data):
+        return bomb if "sample_inputs" in name else data
+
+    with pytest.raises(ValueError, match="example inputs that are not tensors only"):
+        exported.read(rewritten(avg, sample_inputs))
+
+    def weights(name, data):
+        if name.endswith("weight_0"):
+            return bomb
+        return data.replace(b'"use_pickle": false', b'"use_pickle": true') if name.endswith("config.json") else data
+
+    with pytest.raises(ValueError, match=r"fc\.weight of another type"):
+        exported.read(rewritten(avg, weights))
+    assert not touched.exists()
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.Sequential(nn.Flatten(), nn.Linear(784, 10)),
+        nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(49, 10)),  # without ReLU
+        nn.Sequential(nn.MaxPool2d(2), nn.ReLU(), nn.AvgPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(49, 10)),
+        nn.Sequential(nn.MaxPool2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(49, 10)),
+    ],
+    ids=["linear", "no relu", "two kinds", "one pooling"],
+)
+def test_another_network_is_none_of_ours(net, tmp_path):
+    export(net, tmp_path / "model.pt2")
+    with pytest.raises(ValueError, match=r"none of max, avg, conv: .*linear\(%, "):
+        exported.read(tmp_path / "model.pt2")
+
+
+def test_a_bomb_of_a_member_is_not_unpacked(avg):
+    def bomb(name, data):
+        return bytes(1 << 22) if name.endswith("weight_0") else data
+
+    with pytest.raises(ValueError, match=r"4,194,304 bytes in .*weight_0, expected at most 1,960"):
+        exported.read(rewritten(avg, bomb))
+
+
+@given(data=st.data())
+def test_a_damaged_archive_is_refused_or_read_as_it_was(avg, data):
+    """Cut anywhere, or with a byte changed: a `ValueError`, or, where the byte says nothing, the same weights."""
+    whole = avg.read_bytes()
+    at = data.draw(st.integers(0, len(whole) - 1))
+    changed = bytearray(whole)
+    changed[at] ^= 1 << data.draw(st.integers(0, 7))
+    damaged = avg.with_name("damaged.pt2")
+    for content in (whole[:at], bytes(changed)):
+        damaged.write_bytes(content)
+        try:
+            pool, net = exported.read(damaged)
+        except ValueError:
+            continue
+        assert pool == "avg"
+        expected = build_model("avg", seed=1).state_dict()
+        assert all(np.array_equal(tensor, expected[name]) for name, tensor in net.state_dict().items())

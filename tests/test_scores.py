@@ -1,0 +1,104 @@
+"""One model's scores: by hand, and against libraries that many others rely on."""
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from statsmodels.stats.proportion import proportion_confint
+
+from poolnet import scores, stats
+from poolnet.stats import McNemar
+
+
+def logits_of(said, K=3, height=2.0):
+    return height * np.eye(K)[said]
+
+
+def test_scores_by_hand():
+    y, said = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2]
+    found = scores.of(logits_of(said), y)
+    assert found.confusion.tolist() == [[2, 1, 0], [0, 1, 1], [0, 0, 1]]
+    assert found.acc.estimate == 4 / 6
+    first = found.per_class[0]
+    assert (first.n, first.precision.estimate, first.recall.estimate) == (3, 1, 2 / 3)
+    assert first.f1.estimate == pytest.approx(0.8)  # 2 * 1 * 2/3 / (1 + 2/3)
+    # each answer has probability e^2 / (e^2 + 2) for what it says, and 1 / (e^2 + 2) for the rest
+    top = np.exp(2) / (np.exp(2) + 2)
+    assert found.loss.estimate == pytest.approx(-(4 * np.log(top) + 2 * np.log((1 - top) / 2)) / 6)
+    assert found.calibration.ece == pytest.approx(top - 4 / 6)
+
+
+def test_a_letter_that_is_never_said_has_no_precision():
+    found = scores.of(logits_of([0, 0, 0, 0]), [0, 0, 1, 1])
+    assert np.isnan(found.per_class[1].precision.estimate)
+    assert found.per_class[1].recall.estimate == 0
+    assert np.isnan(found.per_class[2].recall.low)
+
+
+def test_scores_are_scikit_learns():
+    rng = np.random.default_rng(1)
+    logits, y = rng.normal(size=(500, 10)), rng.integers(0, 10, 500)
+    found = scores.of(logits, y)
+    assert np.array_equal(found.confusion, confusion_matrix(y, logits.argmax(1)))
+    expected = precision_recall_fscore_support(y, logits.argmax(1))
+    for name, values in zip(("precision", "recall", "f1", "n"), expected, strict=True):
+        mine = [getattr(each, name) for each in found.per_class]
+        assert [getattr(each, "estimate", each) for each in mine] == pytest.approx(values)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 5), (3, 10), (85, 100), (1000, 1000)])
+def test_shares_have_wilsons_interval(k, n):
+    share = scores.wilson(k, n)
+    assert (share.low, share.high) == pytest.approx(proportion_confint(k, n, method="wilson"), abs=1e-12)
+    assert 0 <= share.low <= share.estimate <= share.high <= 1
+
+
+def test_the_interval_of_f1_is_that_of_the_share_it_grows_with():
+    (found, *_) = scores.per_class(np.array([[30, 10], [5, 55]]))
+    jaccard = scores.wilson(30, 45)  # hits among what is or is said to be of the class
+    assert found.f1.estimate == pytest.approx(2 * 30 / (2 * 30 + 10 + 5))
+    assert found.f1.low == pytest.approx(2 * jaccard.low / (1 + jaccard.low))
+    assert found.f1.low < found.f1.estimate < found.f1.high
+
+
+def test_a_calibrated_model_stays_below_the_ece_of_chance_as_often_as_it_should():
+    rng = np.random.default_rng(2)
+    below = 0
+    for _ in range(200):
+        logits = 2 * rng.normal(size=(400, 4))
+        probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        y = (probabilities.cumsum(1) > rng.random((400, 1))).argmax(1)
+        below += stats.calibration(logits, y).ece < stats.ece_if_calibrated(logits, rng)
+    assert 180 <= below <= 198  # 190 expected; two-sided 99 % binomial
+    overconfident = 3 * logits
+    assert stats.calibration(overconfident, y).ece > stats.ece_if_calibrated(overconfident, rng)
+
+
+@pytest.mark.parametrize(
+    ("only_a", "only_b", "n", "margin"), [(9, 12, 500, 0.01), (0, 0, 90, 0.01), (20, 3, 1000, 0.02), (5, 0, 200, 0.03)]
+)
+def test_non_inferiority_is_the_score_test_at_the_most_likely_shares(only_a, only_b, n, margin):
+    """By search over a grid where the formula has a root."""
+    shares = np.linspace(margin, (1 + margin) / 2, 1_000_001)[1:-1]  # of examples that only A has right
+    more = shares - margin  # that only B has right, if the truth is at the margin
+    with np.errstate(divide="ignore", invalid="ignore"):
+        likelihood = np.where(only_b > 0, only_b * np.log(more), 0) + only_a * np.log(shares)
+        likelihood += (n - only_a - only_b) * np.log(1 - shares - more)
+    q = shares[np.nanargmax(likelihood)]
+    z = (only_b - only_a + n * margin) / np.sqrt(n * (q + (q - margin) - margin**2))
+    assert stats.non_inferiority(McNemar(only_a, only_b, 1.0), n, margin) == pytest.approx(norm.sf(z), abs=1e-4)
+
+
+def test_few_examples_do_not_show_that_nothing_is_worse():
+    assert stats.non_inferiority(McNemar(0, 0, 1.0), 90, 0.01) > 0.05  # though not one differs
+    assert stats.non_inferiority(McNemar(0, 0, 1.0), 9000, 0.01) < 1e-6
+    with pytest.raises(ValueError, match="margin between 0 and 1"):
+        stats.non_inferiority(McNemar(0, 0, 1.0), 90, 0)
+
+
+def test_non_inferiority_keeps_its_level():
+    """True difference at the margin: in at most 5 % of samples, and some, it is called not worse."""
+    rng, n, margin = np.random.default_rng(3), 600, 0.02
+    counts = rng.multinomial(n, [0.05, 0.03, 0.92], 4000)  # only A right, only B right, both or none
+    called = [stats.non_inferiority(McNemar(int(a), int(b), 1.0), n, margin) < 0.05 for a, b, _ in counts]
+    assert 0.035 < np.mean(called) < 0.062
