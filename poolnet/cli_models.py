@@ -134,8 +134,10 @@ def predict(
     found = list(predict.predict(net, paths, invert, unreadable.append))
     if as_json:
         click.echo(json.dumps({"predictions": [predict.as_json(each) for each in found]}))
+    elif as_csv:
+        click.echo("".join(predict.csv_lines(found)), nl=False)
     elif found:
-        click.echo("\n".join(predict.csv_lines(found)) if as_csv else predict.table(found))
+        click.echo(predict.table(found))
     for error in unreadable:
         failed(error, 2)
     context.exit(2 if unreadable else 0)
