@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from poolnet.model import SimpleConvNet, SimplePoolNet, build_model
+from poolnet.data import FLOAT_LIMIT
+from poolnet.model import PIXELS, SimpleConvNet, SimplePoolNet, build_model
 
 GRAPH_LIMIT = 1 << 20  # bytes; those of poolnet's networks have 10 kB
 MEMBERS = re.compile(  # of an archive, below its root
@@ -31,15 +32,16 @@ MEMBERS = re.compile(  # of an archive, below its root
 TEXT = re.compile(r'[\w.+:,"\[\]{} ]*|Symbol\(\'s\d+\', positive=True, integer=True\)')  # nothing that calls
 METADATA = {"stack_trace", "nn_module_stack", "torch_fn"}  # of a node; what torch only keeps
 FLOAT32 = 7  # in the archive's numbering of types
+CHECK = ("abs(x)", f"le(%, {FLOAT_LIMIT})", "all(%)", f"_assert_async(%, {PIXELS})")  # that of `model.Checked`
 TAIL = ("relu(%)", "flatten(%, 1)", "linear(%, fc.weight, fc.bias)")
-# Each network as its operations in order; % is what the operation before gave, at first the images.
+# Each network as its operations in order: x are the images, % is what the operation before gave.
 OPERATIONS = {
     **{
-        pool: (f"{pool}_pool2d(%, [2, 2], [2, 2])", "relu(%)", f"{pool}_pool2d(%, [2, 2], [2, 2])", *TAIL)
+        pool: (f"{pool}_pool2d(x, [2, 2], [2, 2])", "relu(%)", f"{pool}_pool2d(%, [2, 2], [2, 2])", *TAIL)
         for pool in ("max", "avg")
     },
     "conv": (
-        "conv2d(%, layer1.weight, layer1.bias, [2, 2], [1, 1])",
+        "conv2d(x, layer1.weight, layer1.bias, [2, 2], [1, 1])",
         "relu(%)",
         "conv2d(%, layer2.weight, layer2.bias, [2, 2], [1, 1])",
         *TAIL,
@@ -64,10 +66,12 @@ def _read(archive: zipfile.ZipFile) -> tuple[str, SimplePoolNet | SimpleConvNet]
     program = _json(archive, graph_name)
     _check_inert(archive, root, program)
     operations = tuple(_operations(program["graph_module"]))
-    pool = next((pool for pool, known in OPERATIONS.items() if known == operations), None)
+    plain = operations[len(CHECK) :] if operations[: len(CHECK)] == CHECK else operations
+    pool = next((pool for pool, known in OPERATIONS.items() if known == plain), None)
     if not pool:
-        raise ValueError(f"found a network that is none of {', '.join(OPERATIONS)}: {'; '.join(operations)[:200]}")
+        raise ValueError(f"found a network that is none of {', '.join(OPERATIONS)}: {'; '.join(plain)[:200]}")
     config = _json(archive, f"{root}/data/weights/model_weights_config.json")["config"]
+    config = {name.removeprefix("net."): entry for name, entry in config.items()}
     net = build_model(pool, seed=0)
     weights = {}
     for name, tensor in net.state_dict().items():
@@ -125,9 +129,9 @@ def _operations(module: dict) -> Iterator[str]:
     graph, names = module["graph"], {}
     for spec in module["signature"]["input_specs"]:
         if parameter := spec.get("parameter"):
-            names[parameter["arg"]["name"]] = parameter["parameter_name"]
+            names[parameter["arg"]["name"]] = parameter["parameter_name"].removeprefix("net.")
         else:
-            names[spec["user_input"]["arg"]["as_tensor"]["name"]] = "%"
+            names[spec["user_input"]["arg"]["as_tensor"]["name"]] = "x"
     for node in graph["nodes"]:
         arguments = ", ".join(_argument(item["arg"], names) for item in node["inputs"])
         yield f"{node['target'].removeprefix('torch.ops.aten.').partition('.')[0]}({arguments})"

@@ -6,6 +6,9 @@ Input (N, 1, 28, 28) float32, output logits (N, 10). `features(x)` is what the l
 import torch
 from torch import nn
 
+from poolnet.data import FLOAT_LIMIT
+
+PIXELS = "pixels: found some that are no numbers or beyond 10, expected 0 to 1"  # 255 is a forgotten division
 POOLINGS = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
 
 
@@ -51,6 +54,19 @@ class SimpleConvNet(_TwoLayerNet):
         layer1 = nn.Conv2d(1, first, kernel_size=3, stride=2, padding=1)
         layer2 = nn.Conv2d(first, second, kernel_size=3, stride=2, padding=1)
         super().__init__(layer1, layer2, second, num_classes)
+
+
+class Checked(nn.Module):
+    """A network as it is served: pixels that no image has are an error, and not logits of nothing."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # false for NaN too; the assertion stays in an exported program
+        torch._assert_async((x.abs() <= FLOAT_LIMIT).all(), PIXELS)
+        return self.net(x)
 
 
 def build_model(pool: str, seed: int) -> SimplePoolNet | SimpleConvNet:

@@ -15,6 +15,7 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, R
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
+from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.tracking.client import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
@@ -72,23 +73,27 @@ def export(arrays: dict[str, np.ndarray], pool: str, run_id: str, model: LoggedM
     """
     import torch
 
-    from poolnet.model import build_model
+    from poolnet.model import Checked, build_model
 
     example = arrays["example"]
     net = build_model(pool, seed=0)
     net.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items() if name != "example"})
     versions = {name: importlib.metadata.version(name).partition("+")[0] for name in ("mlflow", "numpy", "torch")}
+    saved = Model(
+        artifact_path=model.artifact_location, run_id=run_id, model_uuid=model.model_id, model_id=model.model_id
+    )
     mlflow.pytorch.save_model(
-        net.eval(),
+        Checked(net).eval(),
         str(path),
-        mlflow_model=Model(
-            artifact_path=model.artifact_location, run_id=run_id, model_uuid=model.model_id, model_id=model.model_id
-        ),
+        mlflow_model=saved,
         signature=SIGNATURE,
         input_example=example,
         serialization_format="pt2",
         pip_requirements=[f"{name}=={version}" for name, version in versions.items()],  # inferring takes 10 s
     )
+    # An exported program stays on the device that it was exported on; MLflow would take cuda wherever there is one.
+    saved.flavors[mlflow.pyfunc.FLAVOR_NAME][mlflow.pyfunc.MODEL_CONFIG] = {"device": "cpu"}
+    saved.save(str(path / MLMODEL_FILE_NAME))
 
 
 def register(client: MlflowClient, run_id: str, model_id: str, tags: dict[str, str]) -> int:
@@ -113,6 +118,7 @@ def version_of(client: MlflowClient, run_id: str, model_id: str) -> int | None:
 # --- models in use ----------------------------------------------------------------------------------------------------
 
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's codes for an address of nothing
+SCHEME = "Could not find a registered artifact repository"  # what MLflow says of an address that it does not know
 CURE = (
     "expected an exported program, as poolnet train logs it, or mlflow.pytorch.log_model(..., "
     'serialization_format="pt2"); weights in a file: poolnet register FILE --pool POOL'
@@ -143,9 +149,11 @@ def load(uri: str) -> Loaded:
             exact = f"models:/{version.name}/{version.version}" if uri.startswith("models:/") and version else uri
             folder = Path(uri)
             if not folder.is_dir():
+                if ":" not in uri:
+                    raise ValueError("no such folder")
                 folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=exact, dst_path=scratch))
-        except MlflowException as error:
-            if error.error_code not in MISSING:
+        except (MlflowException, OSError, ValueError) as error:
+            if isinstance(error, MlflowException) and error.error_code not in MISSING and SCHEME not in str(error):
                 raise
             why = stores.reason(error).rstrip(".")
             raise InputError(f"{uri}: {why}; expected a model, as in models:/{NAME}/1") from None

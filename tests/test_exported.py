@@ -13,13 +13,15 @@ from torch import nn
 
 from poolnet import exported
 from poolnet.config import POOLS
-from poolnet.model import build_model
+from poolnet.model import Checked, build_model
 
 
 def export(net, path):
-    """As MLflow writes it."""
+    """As MLflow writes what poolnet registers."""
     batch = {0: torch.export.Dim("batch", min=1)}
-    torch.export.save(torch.export.export(net.eval(), (torch.zeros(2, 1, 28, 28),), dynamic_shapes=(batch,)), path)
+    torch.export.save(
+        torch.export.export(Checked(net).eval(), (torch.zeros(2, 1, 28, 28),), dynamic_shapes=(batch,)), path
+    )
 
 
 @pytest.fixture(scope="module", params=POOLS)
