@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import pickle
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,10 +31,12 @@ def read(path: Path, pool: str) -> SimplePoolNet | SimpleConvNet:
     """The network of this pool with the `state_dict` in a file that `torch.save` wrote, unpickled as tensors only."""
     cure = "expected what torch.save(model.state_dict(), FILE) writes"
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # at a pickle that torch.save did not write
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file, {cure}") from None
-    except pickle.UnpicklingError:  # whose text explains how to run what is in the file after all
+    except (pickle.UnpicklingError, UserWarning):  # whose text explains how to run what is in the file after all
         raise InputError(f"{path}: found other things than tensors, which are not loaded; {cure}") from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError) as error:
         raise InputError(f"{path}: cannot be read ({stores.reason(error)}), {cure}") from None

@@ -1,0 +1,325 @@
+"""Registered models in use: where they are found, how they score, and what is not loaded."""
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import mlflow
+import mlflow.pytorch
+import numpy as np
+import pytest
+import torch
+from conftest import make_arrays, poolnet
+from test_cli import assert_refused, run
+from test_exported import Payload
+from test_tracking import journaled, publish
+from torch import nn
+
+from poolnet import registry
+from poolnet.config import InputError, TrainConfig
+from poolnet.data import open_splits
+from poolnet.evaluate import evaluate
+
+CONFIG = TrainConfig(data="letters.npz", pool="avg", epochs=3, batch_size=32, lr=0.01)
+
+
+@pytest.fixture
+def trained(letters):
+    """A finished run of avg on the store, with its model as version 1, which is champion."""
+    run = publish(journaled(CONFIG))
+    mlflow.MlflowClient().set_registered_model_alias("poolnet", "champion", "1")
+    return run
+
+
+def addresses(run):
+    client = mlflow.MlflowClient()
+    model = registry.logged(client, run)
+    folder = mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{model.model_id}", dst_path="copy")
+    return {
+        "version": "models:/poolnet/1",
+        "latest": "models:/poolnet/latest",
+        "alias": "models:/poolnet@champion",
+        "logged model": f"models:/{model.model_id}",
+        "run": f"runs:/{run.info.run_id}/model",
+        "folder": folder,
+    }
+
+
+def test_a_model_is_found_at_every_address_that_mlflow_resolves(trained):
+    test = open_splits("letters.npz").test
+    for kind, uri in addresses(trained).items():
+        found = registry.load(uri)
+        scored = evaluate(found.net, test)
+        recorded = (trained.data.metrics["test_loss"], trained.data.metrics["test_acc"])
+        assert (scored.loss, scored.acc) == pytest.approx(recorded, abs=1e-6), kind
+        assert (found.pool, found.run_id) == ("avg", trained.info.run_id), kind
+        assert (found.version and int(found.version.version)) == (None if kind == "folder" else 1), kind
+        served = mlflow.pyfunc.load_model(uri).predict(test.images(slice(None)))
+        assert np.allclose(served, scored.logits, atol=1e-5), kind
+
+
+@pytest.mark.parametrize(
+    ("uri", "word"),
+    [
+        ("models:/poolnet/77", "not found"),
+        ("models:/poolnet@nobody", "alias nobody not found"),
+        ("models:/other/1", "not found"),
+        ("models:/m-" + "0" * 32, "not found"),
+        ("runs:/" + "0" * 32 + "/model", "not found"),
+        ("nowhere", "no such"),
+        ("xyz:/model", "xyz"),
+    ],
+)
+def test_a_model_that_is_nowhere_is_one_line(capsys, trained, uri, word):
+    code, _, err = run(capsys, "evaluate", uri)
+    assert_refused(code, err, uri, word)
+
+
+def scored(capsys, *options):
+    code, out, err = run(capsys, "evaluate", *options, "--json")
+    assert code == 0, err
+    return json.loads(out), err
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_evaluate_agrees_with_the_training_and_is_kept_with_model_and_data(capsys, trained, split):
+    client = mlflow.MlflowClient()
+    found, err = scored(capsys, "models:/poolnet@champion", "--split", split)
+    assert err == ""
+    assert found["agrees"] is True
+    assert found["loss"]["estimate"] == pytest.approx(trained.data.metrics[f"{split}_loss"], abs=1e-6)
+    assert found["acc"]["estimate"] == trained.data.metrics[f"{split}_acc"]
+    assert found["loss"]["low"] < found["loss"]["estimate"] < found["loss"]["high"]
+    assert np.array(found["confusion"]).sum() == found["n"] == len(getattr(open_splits("letters.npz"), split))
+    kept = client.get_run(found["run_id"])
+    assert kept.info.status == "FINISHED"
+    assert kept.data.tags["poolnet.evaluation"] == "agrees"
+    assert [entry.model_id for entry in kept.inputs.model_inputs] == [registry.logged(client, trained).model_id]
+    (dataset,) = [entry.dataset for entry in kept.inputs.dataset_inputs]
+    assert getattr(open_splits("letters.npz"), split).sha256.startswith(dataset.digest)
+    # the model's own page has the figures too, beside those of its training
+    model = client.get_logged_model(registry.logged(client, trained).model_id)
+    ours = {m.key: m for m in model.metrics if m.run_id == found["run_id"]}
+    assert ours[f"{split}_acc"].value == found["acc"]["estimate"]
+    assert ours[f"{split}_acc"].dataset_digest == dataset.digest
+    names = {file.path for file in client.list_artifacts(found["run_id"])}
+    assert names == {"evaluation.json", "figures", "predictions"}
+
+
+def test_the_table_says_the_same(capsys, trained):
+    code, out, _ = run(capsys, "evaluate", "models:/poolnet/1")
+    assert code == 0
+    assert "poolnet version 1 (avg) on letters, test: 110 letters" in out
+    assert f"{trained.data.metrics['test_acc']:.4f}" in out
+    assert f"Agrees with its run {trained.data.tags['poolnet.run']}" in out
+
+
+def test_other_data_are_scored_and_not_compared(capsys, trained):
+    np.savez("other.npz", **make_arrays(seed=5))
+    found, err = scored(capsys, "models:/poolnet/1", "--data", "other.npz")
+    assert err == ""
+    assert found["agrees"] is None
+    assert "was on other data" in found["agreement"]
+
+
+def test_data_that_changed_or_vanished_are_not_taken_for_those_of_the_training(capsys, trained):
+    np.savez("letters.npz", **make_arrays(seed=5))
+    code, _, err = run(capsys, "evaluate", "models:/poolnet/1")
+    assert_refused(code, err, "letters.npz: found SHA-256", "--data")
+    Path("letters.npz").unlink()
+    code, _, err = run(capsys, "evaluate", "models:/poolnet/1")
+    assert_refused(code, err, "letters.npz", "no such file", "--data")
+
+
+def test_a_model_whose_weights_were_changed_is_found_out(capsys, trained):
+    """The archive of another network of the same kind, put in the place of the registered one."""
+    other = publish(journaled(dataclasses.replace(CONFIG, seed=7, epochs=1)))
+    client = mlflow.MlflowClient()
+    paths = [Path(registry.logged(client, each).artifact_location) for each in (trained, other)]
+    archives = [path / "data" / "model.pt2" for path in paths]
+    archives[0].write_bytes(archives[1].read_bytes())
+    found, err = scored(capsys, "models:/poolnet/1")
+    assert found["agrees"] is False
+    assert err.startswith("poolnet: warning: Differs from its run ")
+    assert err.count("\n") == 1
+
+
+# --- what is not loaded -----------------------------------------------------------------------------------------------
+
+
+class Bomb(nn.Module):
+    """A network whose pickle runs what its maker put in."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def __reduce__(self):
+        return Payload(self.path).__reduce__()
+
+
+@pytest.fixture
+def pickled(trained, tmp_path):
+    """Version 2: a model that was logged as pickle, with a payload, by a run that looks like one of poolnet's."""
+    client, touched = mlflow.MlflowClient(), tmp_path / "touched"
+    with mlflow.start_run() as bad:
+        mlflow.pytorch.log_model(
+            Bomb(touched),
+            name="model",
+            serialization_format="pickle",
+            pip_requirements=[],
+            registered_model_name="poolnet",
+        )
+    for key, value in trained.data.tags.items():
+        if key.startswith("poolnet."):
+            client.set_tag(bad.info.run_id, key, value)
+    client.set_tag(bad.info.run_id, "poolnet.run", "avg-seed42-0badbad0")
+    for name in ("record.json", "predictions"):
+        path = mlflow.artifacts.download_artifacts(run_id=trained.info.run_id, artifact_path=name, dst_path="theirs")
+        (client.log_artifacts if Path(path).is_dir() else client.log_artifact)(
+            bad.info.run_id, path, *([name] if Path(path).is_dir() else [])
+        )
+    touched.unlink(missing_ok=True)  # MLflow may have loaded it while it was logged
+    torch.save(Bomb(touched), "bomb.pt")
+    return touched
+
+
+def test_the_payload_is_real(pickled):
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load("bomb.pt", weights_only=True)
+    torch.load("bomb.pt", weights_only=False)
+    assert pickled.exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "models:/poolnet/2"],
+        ["predict", "models:/poolnet/2", "letter.png"],
+        ["promote", "models:/poolnet/2"],
+        ["promote", "models:/poolnet/2", "--force"],
+        ["promote"],
+        ["reproduce", "avg-seed42-0badbad0"],
+        ["register", "bomb.pt", "--pool", "avg"],
+    ],
+    ids=" ".join,
+)
+def test_a_pickled_model_is_refused_by_every_command_and_its_payload_never_run(capsys, pickled, command):
+    from PIL import Image
+
+    Image.new("L", (28, 28)).save("letter.png")
+    code, out, err = run(capsys, *command)
+    lines = [line for line in err.splitlines() if line.startswith("poolnet: error: ")]
+    assert (code, out, len(lines)) == (2, "", 1)
+    assert "torch.save(model.state_dict()" in lines[0] if command[0] == "register" else "pickled model" in lines[0]
+    assert "poolnet register FILE" in lines[0] or command[0] == "register"
+    assert not pickled.exists()
+    assert mlflow.MlflowClient().get_model_version_by_alias("poolnet", "champion").version == 1
+
+
+def test_the_library_refuses_it_too(pickled):
+    with pytest.raises(InputError, match="found a pickled model"):
+        registry.load("models:/poolnet/2")
+    assert not pickled.exists()
+
+
+# --- weights from elsewhere -------------------------------------------------------------------------------------------
+
+NOTEBOOK = """
+import torch
+from torch import nn
+
+class SimplePoolNet(nn.Module):
+    def __init__(self, pool_type):
+        super().__init__()
+        pool = nn.MaxPool2d if pool_type == "max" else nn.AvgPool2d
+        self.layer1 = pool(2, 2)
+        self.layer2 = pool(2, 2)
+        self.act = nn.ReLU()
+        self.fc = nn.Linear(49, 10)
+
+    def forward(self, x):
+        x = self.act(self.layer2(self.act(self.layer1(x))))
+        return self.fc(x.flatten(1))
+
+torch.manual_seed(3)
+model = SimplePoolNet("avg")
+torch.save(model.state_dict(), "notebook.pt")
+"""
+
+
+def registered(capsys, *options):
+    code, out, err = run(capsys, "register", *options, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+def test_weights_of_the_notebook_become_a_version_that_says_the_same(capsys, letters):
+    names = {}
+    exec(NOTEBOOK, names)
+    found = registered(capsys, "notebook.pt", "--pool", "avg", "--data", "letters.npz")
+    test = open_splits("letters.npz").test
+    images = torch.from_numpy(test.images(slice(None)))
+    with torch.inference_mode():
+        expected = names["model"](images).numpy()
+        ours = registry.load(f"models:/poolnet/{found['version']}").net(images).numpy()
+    assert np.allclose(ours, expected, atol=1e-6)
+    assert np.allclose(mlflow.pyfunc.load_model("models:/poolnet/1").predict(images.numpy()), expected, atol=1e-6)
+    assert found["scores"]["test"]["acc"] == (expected.argmax(1) == test.y).mean()
+    version = mlflow.MlflowClient().get_model_version("poolnet", "1")
+    assert version.tags["pool"] == "avg"
+    assert float(version.tags["test_acc"]) == found["scores"]["test"]["acc"]
+    assert scored(capsys, "models:/poolnet/1")[0]["agrees"] is True
+
+
+def test_weights_without_data_are_a_version_too(capsys):
+    torch.save(registry_weights("max"), "weights.pt")
+    found = registered(capsys, "weights.pt", "--pool", "max")
+    assert found["scores"] == {}
+    code, _, err = run(capsys, "evaluate", "models:/poolnet/1")
+    assert_refused(code, err, "no record of the data", "--data")
+
+
+def registry_weights(pool):
+    from poolnet.model import build_model
+
+    return dict(build_model(pool, 0).state_dict())
+
+
+BAD_WEIGHTS = {
+    "another network": (lambda: registry_weights("conv"), "expected for --pool max: fc.weight (10, 49), fc.bias (10,)"),
+    "nan": (lambda: {"fc.weight": torch.full((10, 49), torch.nan), "fc.bias": torch.zeros(10)}, "not finite"),
+    "integers": (lambda: {"fc.weight": torch.ones(10, 49).long(), "fc.bias": torch.zeros(10)}, "not finite numbers"),
+    "one tensor": (lambda: torch.zeros(3), "no state_dict"),
+    "a list": (lambda: [1, 2], "no state_dict"),
+    "whole module": (lambda: nn.Linear(49, 10), "other things than tensors"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WEIGHTS)
+def test_bad_weights_are_one_line_and_leave_no_run(capsys, tmp_path, case):
+    make, word = BAD_WEIGHTS[case]
+    torch.save(make(), "weights.pt")
+    code, _, err = run(capsys, "register", "weights.pt", "--pool", "max")
+    assert_refused(code, err, "weights.pt", word)
+    assert mlflow.MlflowClient().search_runs(["0"]) == []
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x80\x04N.", b"PK\x03\x04 not a zip", b"text"])
+def test_files_that_are_no_weights_are_one_line(capsys, content):
+    if content is not None:
+        Path("weights.pt").write_bytes(content)
+    code, _, err = run(capsys, "register", "weights.pt", "--pool", "max")
+    assert_refused(code, err, "weights.pt")
+
+
+def test_max_on_the_real_letters_agrees_to_a_millionth(real_letters, capsys):
+    assert poolnet("train", "--data", real_letters[0], "--pool", "max", "--epochs", "3").returncode == 0
+    (trained,) = mlflow.MlflowClient().search_runs(["0"])
+    found, err = scored(capsys, "models:/poolnet/1")
+    assert err == ""
+    assert found["agrees"] is True
+    assert found["n"] == 1823
+    assert abs(found["loss"]["estimate"] - trained.data.metrics["test_loss"]) < 1e-6
+    assert abs(found["acc"]["estimate"] - trained.data.metrics["test_acc"]) < 1e-6
