@@ -34,16 +34,19 @@ def world(folder, uri=None):
 @pytest.fixture(autouse=True)
 def own_world(tmp_path, monkeypatch):
     """Each test works in a folder, local state and store of its own."""
-    environment = world(tmp_path)
+    enter(tmp_path, monkeypatch)
+
+
+def enter(folder, patch):
+    """Work in this folder from now on, as a process in its `world` would."""
+    environment = world(folder)
     for name in list(os.environ):
         if name not in environment:
-            monkeypatch.delenv(name)
+            patch.delenv(name)
     for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv(
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"
-    )  # as importing poolnet has done in a new process
-    monkeypatch.chdir(tmp_path)
+        patch.setenv(name, value)
+    patch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # as importing poolnet has done in a new process
+    patch.chdir(folder)
 
 
 def make_arrays(sizes=(300, 90, 110), seed=0):

@@ -1,0 +1,288 @@
+"""Who becomes champion: better challengers, and one at a time, on a real store."""
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from conftest import enter, make_arrays
+from mlflow.exceptions import MlflowException
+from test_cli import assert_refused, run
+from test_models import CONFIG
+from test_tracking import journaled, publish
+
+from poolnet import ledger, promote, registry
+from poolnet.config import RunError
+
+WEAK, STRONG = {"epochs": 1, "lr": 1e-5}, {"epochs": 6, "lr": 0.05}
+
+
+def version(**options):
+    """Train with these options, and register. Returns the version's number."""
+    publish(journaled(dataclasses.replace(CONFIG, **options)))
+    return int(registry.newest(mlflow.MlflowClient()).version)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A folder with a store of three versions: weak, strong, and strong once more."""
+    folder = tmp_path_factory.mktemp("promote")
+    with pytest.MonkeyPatch.context() as patch:
+        enter(folder, patch)
+        np.savez("letters.npz", **make_arrays())
+        for options in (WEAK, STRONG, STRONG):
+            version(**options)
+    return folder
+
+
+@pytest.fixture
+def client(store, monkeypatch):
+    """The store before any promotion."""
+    enter(store, monkeypatch)
+    client = mlflow.MlflowClient()
+    for alias in client.get_registered_model("poolnet").aliases:
+        client.delete_registered_model_alias("poolnet", alias)
+    with contextlib.suppress(MlflowException):
+        client.delete_registered_model(ledger.LEDGER)
+    for version in client.search_model_versions("name = 'poolnet'"):
+        client.update_model_version("poolnet", version.version, "")
+        for key in version.tags:
+            if key.startswith("champion"):
+                client.delete_model_version_tag("poolnet", version.version, key)
+    return client
+
+
+def promoted(capsys, *options, code=0):
+    found, out, err = run(capsys, "promote", *options, "--json")
+    assert found == code, err
+    return json.loads(out)
+
+
+def champion(client, alias="champion"):
+    found = ledger.holder(client, alias)
+    return int(found.version) if found else None
+
+
+def test_the_first_champion_needs_no_test(capsys, client):
+    found = promoted(capsys, "models:/poolnet/1")
+    assert (found["kind"], found["promoted"], found["val"]) == ("first", True, None)
+    assert champion(client) == 1
+    assert promoted(capsys, "models:/poolnet/1")["kind"] == "unchanged"
+
+
+def test_a_better_challenger_wins_and_says_why(capsys, client):
+    promoted(capsys, "models:/poolnet/1")
+    found = promoted(capsys, "models:/poolnet/2")
+    assert (found["kind"], found["over"], champion(client)) == ("better", 1, 2)
+    # by hand, from what both runs predicted of the same validation letters
+    runs = [client.get_run(client.get_model_version("poolnet", number).run_id) for number in "12"]
+    saved = [np.load(client.download_artifacts(each.info.run_id, "predictions/val.npz")) for each in runs]
+    a, b = (each["logits"].argmax(1) == each["y"] for each in saved)
+    val = found["val"]
+    assert (val["mcnemar"]["only_a"], val["mcnemar"]["only_b"]) == ((a & ~b).sum(), (b & ~a).sum())
+    assert val["points"]["estimate"] == pytest.approx(100 * (b.mean() - a.mean()))
+    assert val["points"]["low"] > 0
+    assert val["mcnemar"]["p"] < 0.05
+    assert val["n"] == 90
+    # the version says the same, test beside it
+    tags, text = (getattr(client.get_model_version("poolnet", "2"), name) for name in ("tags", "description"))
+    assert float(tags["champion.val_points"]) == val["points"]["estimate"]
+    assert float(tags["champion.val_p_mcnemar"]) == val["mcnemar"]["p"]
+    assert (tags["champion.decision"], tags["champion.over"]) == ("better", "1")
+    assert float(tags["champion.test_points"]) == found["test"]["points"]["estimate"]
+    assert found["sentence"] in text
+    assert client.get_model_version("poolnet", "1").tags["champion.replaced_by"] == "2"
+
+
+@pytest.mark.parametrize("challenger", [1, 3], ids=["worse", "equal"])
+def test_a_challenger_that_is_not_better_is_refused_with_numbers(capsys, client, challenger):
+    promoted(capsys, "models:/poolnet/2")
+    code, out, err = run(capsys, "promote", f"models:/poolnet/{challenger}")
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert f"Version {challenger} is not champion: it is not shown to be better than version 2" in err
+    assert "+0.00 points" in err if challenger == 3 else "points, 95 % interval -" in err
+    assert champion(client) == 2
+    refused = client.get_model_version("poolnet", str(challenger))
+    assert refused.tags["champion.decision"] == "refused"
+    assert "is not shown to be better" in refused.description
+    found = promoted(capsys, f"models:/poolnet/{challenger}", code=1)
+    assert (found["promoted"], found["kind"]) == (False, "refused")
+
+
+def test_an_equal_one_wins_if_not_being_worse_is_enough_and_sure(capsys, client):
+    promoted(capsys, "models:/poolnet/2")
+    # 90 letters without a difference do not exclude one of a point
+    assert promoted(capsys, "models:/poolnet/3", "--non-inferior", "1", code=1)["val"]["p_inferior"] > 0.05
+    found = promoted(capsys, "models:/poolnet/3", "--non-inferior", "5")
+    assert (found["kind"], champion(client)) == ("not worse", 3)
+    assert found["val"]["p_inferior"] < 0.05
+    assert promoted(capsys, "models:/poolnet/1", "--non-inferior", "5", code=1)["kind"] == "refused"
+
+
+def test_force_is_recorded_as_such(capsys, client):
+    promoted(capsys, "models:/poolnet/2")
+    found = promoted(capsys, "models:/poolnet/1", "--force")
+    assert (found["kind"], champion(client)) == ("forced", 1)
+    assert found["val"]["points"]["estimate"] < 0
+    kept = client.get_model_version("poolnet", "1")
+    assert kept.tags["champion.decision"] == "forced"
+    assert "by force and not by evidence" in kept.description
+
+
+def test_without_a_model_the_newest_version_of_the_aliass_pool_is_meant(capsys, client):
+    other, newest = version(**WEAK), version(pool="max", **WEAK)
+    assert promoted(capsys)["version"] == newest
+    assert promoted(capsys, "--alias", "champion-avg")["version"] == other
+    assert promoted(capsys, "--alias", "champion-max")["version"] == newest
+    found = [champion(client, alias) for alias in ("champion", "champion-avg", "champion-max")]
+    assert found == [newest, other, newest]
+    code, _, err = run(capsys, "promote", f"models:/poolnet/{newest}", "--alias", "champion-avg")
+    assert_refused(code, err, "champion-avg", f"max model in version {newest}, expected avg")
+
+
+def test_other_data_are_refused_unless_forced(capsys, client):
+    promoted(capsys, "models:/poolnet/1")
+    np.savez("other.npz", **make_arrays(seed=9))
+    number = version(data="other.npz", **STRONG)
+    code, _, err = run(capsys, "promote", f"models:/poolnet/{number}")
+    assert_refused(code, err, f"version {number}: found data SHA-256", "champion, version 1", "--force")
+    assert champion(client) == 1
+    found = promoted(capsys, f"models:/poolnet/{number}", "--force")
+    assert (found["kind"], found["val"], champion(client)) == ("forced", None, number)
+
+
+def test_predictions_that_are_not_the_models_are_refused(capsys, client, tmp_path):
+    promoted(capsys, "models:/poolnet/1")
+    number = version(**WEAK)
+    run_id = client.get_model_version("poolnet", str(number)).run_id
+    y = make_arrays()["y_val"]
+    np.savez(tmp_path / "val.npz", logits=9 * np.eye(10, dtype=np.float32)[y], y=y)
+    client.log_artifact(run_id, str(tmp_path / "val.npz"), "predictions")
+    code, _, err = run(capsys, "promote", f"models:/poolnet/{number}")
+    assert_refused(code, err, f"version {number}", "predictions of val with loss", "logged")
+
+
+def test_rollback_goes_back_step_by_step(capsys, client):
+    promoted(capsys, "models:/poolnet/1")
+    code, _, err = run(capsys, "promote", "--rollback")
+    assert_refused(code, err, "no champion before the present one")
+    promoted(capsys, "models:/poolnet/2")
+    promoted(capsys, "models:/poolnet/3", "--force")
+    found = promoted(capsys, "--rollback")
+    assert (found["kind"], found["version"], found["over"], champion(client)) == ("rollback", 2, 3, 2)
+    assert "rolled back" in client.get_model_version("poolnet", "2").description
+    assert promoted(capsys, "--rollback")["version"] == champion(client) == 1
+    assert run(capsys, "promote", "--rollback")[0] == 2
+    gone = version(**STRONG)
+    promoted(capsys, f"models:/poolnet/{gone}")
+    client.delete_registered_model_alias("poolnet", "champion")
+    client.delete_model_version("poolnet", str(gone))
+    assert promoted(capsys, "--rollback")["version"] == champion(client) == 1
+
+
+def test_an_alias_set_by_hand_is_respected(capsys, client):
+    promoted(capsys, "models:/poolnet/1")
+    client.set_registered_model_alias("poolnet", "champion", "2")
+    assert promoted(capsys, "models:/poolnet/1", code=1)["over"] == 2
+    assert promoted(capsys, "--rollback")["version"] == champion(client) == 1
+
+
+# --- at the same time -------------------------------------------------------------------------------------------------
+
+
+def test_of_two_decisions_that_rest_on_the_same_champion_the_first_counts(client):
+    one, other = (promote.decide(client, f"models:/poolnet/{number}", "champion", None, True) for number in (1, 2))
+    promote.enact(client, other)
+    with pytest.raises(RunError, match="version 1: another promotion came first, and version 2 is champion now"):
+        promote.enact(client, one)
+    assert champion(client) == 2
+    assert [entry.version for entry in ledger.entries(client, "champion")] == [2]
+    # the same once there is a champion, and whichever set the alias last
+    one, other = (promote.decide(client, f"models:/poolnet/{number}", "champion", None, True) for number in (1, 3))
+    promote.enact(client, one)
+    client.set_registered_model_alias("poolnet", "champion", "3")
+    with pytest.raises(RunError, match="version 3: another promotion came first"):
+        promote.enact(client, other)
+    assert [entry.version for entry in ledger.entries(client, "champion")] == [2, 1]
+
+
+def test_a_promotion_whose_process_died_is_completed_by_the_next(capsys, client, monkeypatch):
+    decision = promote.decide(client, "models:/poolnet/1", "champion", None, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "settle", lambda client, alias: None)  # as if killed behind the ledger's entry
+        promote.enact(client, decision)
+    assert champion(client) is None
+    assert promoted(capsys, "models:/poolnet/2")["over"] == 1
+    assert champion(client) == 2
+    assert client.get_model_version("poolnet", "1").tags["champion.decision"] == "first"
+
+
+def test_a_helper_that_comes_late_does_not_bring_an_old_champion_back(client, monkeypatch):
+    """It has read that version 1 is to be settled; meanwhile that was done, and version 2 promoted."""
+    first = promote.decide(client, "models:/poolnet/1", "champion", None, False)
+    promote.enact(client, first)
+    stale = [dataclasses.replace(ledger.entries(client, "champion")[0], settled=False)]
+    promote.enact(client, promote.decide(client, "models:/poolnet/2", "champion", None, True))
+    true, reads = ledger.entries, []
+
+    def entries(client, alias):
+        reads.append(alias)
+        return stale if len(reads) == 1 else true(client, alias)
+
+    monkeypatch.setattr(ledger, "entries", entries)
+    ledger.settle(client, "champion")
+    assert champion(client) == 2
+
+
+def test_processes_at_once_have_one_winner(client):
+    """Versions 2 and 3 are the same: whoever comes second is refused, by the race or by the test."""
+    command = [sys.executable, "-m", "poolnet", "promote"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    racing = [subprocess.Popen([*command, f"models:/poolnet/{number}"], **pipes) for number in (2, 3, 2, 3)]
+    ended = [(process.communicate(timeout=120), process.returncode) for process in racing]
+    out = "".join(printed for (printed, _), _ in ended)
+    assert out.count("is the first champion.") == 1
+    assert {code for _, code in ended} <= {0, 1}
+    assert [entry.kind for entry in ledger.entries(client, "champion")] == ["first"]
+    assert champion(client) == ledger.entries(client, "champion")[0].version
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--alias", "v1"], ["--alias", "v1"]),
+        (["--alias", "a b"], ["--alias", "a b"]),
+        (["--non-inferior", "much"], ["--non-inferior", "much"]),
+        (["--non-inferior", "-1"], ["--non-inferior", "-1"]),
+        (["models:/poolnet/1", "--rollback"], ["--rollback"]),
+        (["--rollback"], ["no champion before"]),
+        ([], ["poolnet train"]),
+        (["models:/poolnet/1"], ["not found"]),
+    ],
+    ids=" ".join,
+)
+def test_bad_usage_is_one_line(capsys, options, words):
+    code, out, err = run(capsys, "promote", *options)
+    assert_refused(code, err, *words)
+    assert out == ""
+
+
+def test_weights_from_elsewhere_can_be_promoted_once_they_are_scored(capsys, client):
+    """Those of version 2, as the notebook would have saved them."""
+    torch.save(registry.load("models:/poolnet/2").net.state_dict(), "weights.pt")
+    promoted(capsys, "models:/poolnet/1")
+    assert run(capsys, "register", "weights.pt", "--pool", "avg")[0] == 0
+    code, _, err = run(capsys, "promote")
+    assert_refused(code, err, "found data SHA-256 unknown")
+    assert run(capsys, "register", "weights.pt", "--pool", "avg", "--data", "letters.npz")[0] == 0
+    found = promoted(capsys)
+    assert (found["kind"], champion(client)) == ("better", found["version"])
