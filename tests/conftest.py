@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 from poolnet import glyphs, npz
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
+import mlflow.db
+
 ROOT = Path(__file__).parent.parent
 REAL_LETTERS = ROOT.parent / "shared" / "data" / "notMNIST_small.tar.gz"
 
@@ -31,10 +34,19 @@ def world(folder, uri=None):
     return {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "POOLNET_"))} | ours
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """The tables of a store that nothing has used yet, which take MLflow a second to make."""
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    mlflow.db.commands.main(["upgrade", f"sqlite:///{path}"], standalone_mode=False)
+    return path
+
+
 @pytest.fixture(autouse=True)
-def own_world(tmp_path, monkeypatch):
+def own_world(tmp_path, monkeypatch, empty_store):
     """Each test works in a folder, local state and store of its own."""
     enter(tmp_path, monkeypatch)
+    shutil.copy(empty_store, tmp_path)
 
 
 def enter(folder, patch):

@@ -58,7 +58,7 @@ def test_a_bad_option_is_one_line_and_leaves_no_run(capsys, tmp_path, letters, c
     code, out, err = run(capsys, "train", *([] if "--data" in options else ["--data", letters]), *options)
     assert_refused(code, err, *words)
     assert out == ""
-    assert not (tmp_path / "mlflow.db").exists()
+    assert mlflow.MlflowClient().search_runs(["0"]) == []
 
 
 def test_bad_data_is_one_line_and_no_traceback_from_outside_too(tmp_path):
@@ -68,7 +68,7 @@ def test_bad_data_is_one_line_and_no_traceback_from_outside_too(tmp_path):
     np.savez(tmp_path / "bad.npz", **arrays)
     finished = poolnet("train", "--data", tmp_path / "bad.npz")
     assert_refused(finished.returncode, finished.stderr, "bad.npz: X_train: found NaN or infinity, expected finite")
-    assert not (tmp_path / "mlflow.db").exists()
+    assert mlflow.MlflowClient().search_runs(["0"]) == []
 
 
 def test_a_loss_that_is_not_finite_fails_the_run(capsys, letters):

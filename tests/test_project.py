@@ -10,12 +10,13 @@ from itertools import pairwise
 
 import click
 import mlflow
-import numpy as np
 import pytest
 import yaml
-from conftest import REAL_LETTERS, ROOT, poolnet
+from conftest import REAL_LETTERS, ROOT
+from mlflow.cli import cli as mlflow_cli
 from mlflow.utils.environment import _PythonEnv
 from packaging.requirements import Requirement
+from test_tracking import journaled, publish
 
 from poolnet.cli import cli
 from poolnet.config import TrainConfig
@@ -123,18 +124,29 @@ def test_the_readme_begins_with_the_result():
     assert "test accuracy" in "\n".join(README.splitlines()[:10])
 
 
+def parsed(group, words):
+    """The name of the command that the words are, which must be such that it takes them."""
+    path, words = [], list(words)
+    while isinstance(group, click.Group):
+        path.append(words.pop(0))
+        group = group.commands[path[-1]]
+    group.make_context(" ".join(path), [word.strip('"') for word in words]).close()
+    return " ".join(path)
+
+
 def test_the_readmes_commands_are_such_that_can_be_typed():
     typed = [line for block in readme_blocks("sh") for part in block.splitlines() for line in part.split(" && ")]
     named = set()
     for line in typed:
         match line.split():
             case ["poolnet", *words]:
-                group, path = cli, []
-                while isinstance(group, click.Group):
-                    path.append(words.pop(0))
-                    group = group.commands[path[-1]]
-                named.add(" ".join(path))
-                group.make_context(line, words).close()
+                named.add(parsed(cli, words))
+            case ["mlflow", "models" | "artifacts", *_] as words:
+                parsed(mlflow_cli, words[1:])
+            case ["export", *words]:
+                assert all(re.fullmatch(r"[A-Z_]+=\S+", word) for word in words)
+            case ["curl", address, *_]:
+                assert address == "http://127.0.0.1:5001/invocations"
             case ["mlflow", "run", ".", *words]:
                 entry = words[words.index("-e") + 1] if "-e" in words else "main"
                 declared = MLPROJECT["entry_points"][entry]["parameters"]
@@ -151,13 +163,17 @@ def test_the_readmes_commands_are_such_that_can_be_typed():
     assert named == set(cli.commands) - {"prepare"} | subcommands
 
 
-def test_the_readmes_evaluation_prints_the_test_accuracy(tmp_path, arrays, capsys):
-    np.savez(tmp_path / "small.npz", **arrays)
-    assert poolnet("train", "--data", "small.npz", "--epochs", "2").returncode == 0
+def test_the_readmes_lines_for_a_notebook_work(letters, capsys):
+    """On the store: a champion that the same settings gave."""
+    letters.rename("small.npz")
+    trained = publish(journaled(TrainConfig(data="small.npz", pool="avg", epochs=10)))
+    mlflow.MlflowClient().set_registered_model_alias("poolnet", "champion", "1")
     (block,) = readme_blocks("python")
+    assert len(list(filter(None, block.splitlines()))) <= 10
     exec(block, {})
-    (run,) = mlflow.MlflowClient().search_runs(["0"])
-    assert float(capsys.readouterr().out) == pytest.approx(run.data.metrics["test_acc"], abs=1e-6)
+    *epochs, ours, champions = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in epochs] == [f"Epoch {number:02d}" for number in range(1, 11)]
+    assert float(ours) == float(champions) == pytest.approx(trained.data.metrics["test_acc"], abs=1e-6)
 
 
 def run_benchmark(name, *options):

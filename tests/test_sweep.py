@@ -10,6 +10,7 @@ import time
 import mlflow
 import pytest
 from conftest import poolnet
+from test_faults import hears_ctrl_c
 
 from poolnet import journal
 from poolnet.journal import Journal
@@ -119,7 +120,9 @@ def test_a_sweep_that_is_killed_goes_on_with_the_same_command(study):
 def test_ctrl_c_ends_a_sweep_and_its_workers_and_says_how_to_go_on(study):
     path = study(epochs=5000)
     command = [sys.executable, "-m", "poolnet", "sweep", str(path), "--workers", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hears_ctrl_c
+    )
     _until(lambda: len(journal.names()) == 2)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to everybody

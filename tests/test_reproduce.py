@@ -1,0 +1,186 @@
+"""A recorded run trained again, by the command, from what the store has of it."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from conftest import enter, make_arrays, poolnet
+from test_cli import assert_refused, run
+from test_tracking import journaled, publish
+
+from poolnet import journal, provenance, recorded, reproduce
+from poolnet.config import TrainConfig
+
+CONFIG = TrainConfig(data="letters.npz", pool="avg", epochs=3, batch_size=32, lr=0.01)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A folder with data, and a finished run of them on a store; the run's own folder is gone."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    with pytest.MonkeyPatch.context() as patch:
+        enter(folder, patch)
+        np.savez("letters.npz", **make_arrays())
+        original = publish(journaled(CONFIG, optimum=True))
+        shutil.rmtree(journal.folder())
+    return folder, original
+
+
+@pytest.fixture
+def original(store, monkeypatch):
+    enter(store[0], monkeypatch)
+    return store[1]
+
+
+def reproduced(name, *options, code=0, **environment):
+    finished = poolnet("reproduce", name, *options, "--json", env=os.environ | environment)
+    assert finished.returncode == code, finished.stderr
+    return json.loads(finished.stdout), finished.stderr
+
+
+def test_the_same_data_and_code_give_the_same_to_the_bit(original):
+    """The number of threads is given, since this process may have another one than a new one."""
+    threads = str(recorded_threads(original))
+    found, err = reproduced(original.info.run_id, OMP_NUM_THREADS=threads)
+    assert (found["verdict"], found["first_difference"], err) == ("bit-identical", None, "")
+    assert found["compared"] == {"metrics": 3 * 4 + 7, "logits": (90 + 110) * 10, "weights": 500}
+    client = mlflow.MlflowClient()
+    again = client.get_run(found["run_id"])
+    assert again.info.status == "FINISHED"
+    assert again.data.tags["poolnet.reproduces"] == original.info.run_id
+    assert again.data.tags["poolnet.reproduction"] == "bit-identical"
+    assert original.info.run_id in again.data.tags["mlflow.note.content"]
+    assert client.get_run(original.info.run_id).data.tags["poolnet.reproduced_by"] == found["run_id"]
+    for key in ("train_loss", "val_acc"):
+        histories = [client.get_metric_history(each, key) for each in (original.info.run_id, found["run_id"])]
+        values = [[(metric.step, metric.value) for metric in history] for history in histories]
+        assert values[0] == values[1]
+    # it is no further version, and no further run of its seed
+    assert len(client.search_model_versions("name = 'poolnet'")) == 1
+    assert [each.run_id for each in recorded.search(client, ["0"])] == [original.info.run_id]
+
+
+def recorded_threads(run):
+    path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="record.json", dst_path="record")
+    return json.loads(Path(path).read_text(encoding="utf-8"))["environment"]["threads"]
+
+
+def test_another_number_of_threads_is_named_and_the_recorded_one_used(original, tmp_path):
+    """Where the data set has moved, too."""
+    threads = recorded_threads(original)
+    if threads == 1:
+        pytest.skip("with one core there is no other number of threads")
+    shutil.copy("letters.npz", tmp_path / "moved.npz")
+    name = original.data.tags["poolnet.run"]
+    found, err = reproduced(name, "--data", str(tmp_path / "moved.npz"), OMP_NUM_THREADS="1")
+    assert f"threads {threads} (here 1; trained with {threads} all the same)" in found["circumstances"]
+    assert f"{name} was trained with threads {threads} (here 1;" in err
+    assert found["verdict"] == "bit-identical"
+
+
+def test_one_byte_of_the_data_is_enough_to_refuse(capsys, original, tmp_path):
+    arrays = make_arrays()
+    arrays["X_val"][3, 4, 5] ^= 1
+    np.savez(tmp_path / "changed.npz", **arrays)
+    before = journal.names()
+    code, _, err = run(capsys, "reproduce", original.info.run_id, "--data", tmp_path / "changed.npz")
+    assert_refused(code, err, "changed.npz: val: found SHA-256", "in the record of avg-seed42-")
+    assert journal.names() == before
+
+
+def test_a_metric_that_differs_is_found_with_its_step(letters):
+    """Somebody has logged another loss over that of an epoch."""
+    changed = publish(journaled(CONFIG))
+    client = mlflow.MlflowClient()
+    value = client.get_metric_history(changed.info.run_id, "val_loss")[1].value
+    client.log_metric(changed.info.run_id, "val_loss", value + 0.5, step=2)
+    finished = poolnet("reproduce", changed.info.run_id)
+    assert finished.returncode == 1
+    line = next(line for line in finished.stdout.splitlines() if line.startswith("different: "))
+    assert f"first difference: epoch 2: val_loss {value!r}, recorded {value + 0.5!r}" in line
+
+
+# --- comparing, without another process -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(letters):
+    """What a store has of a run, and the journal of the same run once more."""
+    original = reproduce.find(mlflow.MlflowClient(), publish(journaled(CONFIG)).info.run_id)
+    return original, journaled(CONFIG)
+
+
+def verdicts(original, again):
+    return list(reproduce._differences(original, again))
+
+
+def test_what_is_compared(pair):
+    original, again = pair
+    assert verdicts(original, again) == []
+    assert set(original.metrics) == {0, 1, 2, 3}
+    original.metrics[3]["train_loss"] += 1e-7
+    original.metrics[0]["test_acc"] += 0.01
+    del original.metrics[1]["val_acc"]
+    original.weights["fc.bias"][7] += 1e-5
+    original.logits["test"][3, 4] += 1
+    found = verdicts(original, again)
+    assert [text.split(" 0.")[0].split(" 1.")[0].split(" np")[0].split(" -")[0] for _, text in found] == [
+        "epoch 1: val_acc",
+        "epoch 3: train_loss",
+        "test_acc",
+        "logits of test[3, 4]",
+        "fc.bias[7]",
+    ]
+    assert [small for small, _ in found] == [False, True, False, False, True]
+
+
+def test_timings_are_not_compared(pair):
+    original, again = pair
+    original.metrics[1]["epoch_seconds"] += 1
+    assert verdicts(original, again) == []
+
+
+def test_other_code_is_named(monkeypatch, pair):
+    original, _ = pair
+    record = original.record["code"]
+    monkeypatch.setattr(provenance, "code_state", lambda: ("f" * 40, "false", b""))
+    assert reproduce._code_differences(original) == [f"commit {record['commit']} (here {'f' * 40})"]
+    clean = dataclasses.replace(original, record={"code": {"commit": "f" * 40, "dirty": "false"}}, diff=b"")
+    assert reproduce._code_differences(clean) == []
+    dirty = dataclasses.replace(original, record={"code": {"commit": "f" * 40, "dirty": "true"}}, diff=b"-a\n+b")
+    assert reproduce._code_differences(dirty) == ["uncommitted changes in the code (here none)"]
+    monkeypatch.setattr(provenance, "code_state", lambda: ("f" * 40, "true", b"-a\n+c"))
+    assert reproduce._code_differences(dirty) == ["uncommitted changes in the code (here other ones)"]
+    monkeypatch.setattr(provenance, "code_state", lambda: ("f" * 40, "true", b"-a\n+b"))
+    assert reproduce._code_differences(dirty) == []
+
+
+def test_another_device_and_other_packages_are_named(pair):
+    original, _ = pair
+    config, differences = reproduce._settings({**original.record, "device": "cuda:99"}, "")
+    assert differences == [f"device cuda:99 (here {config.device})"]
+    assert config.register is False
+    record = {**original.record, "environment": {**original.record["environment"], "torch": "2.10.0"}}
+    assert provenance.differences(record)[0].startswith("torch 2.10.0 (here ")
+
+
+def test_what_cannot_be_reproduced_is_one_line(capsys, letters):
+    code, _, err = run(capsys, "reproduce", "avg-seed42-00000000")
+    assert_refused(code, err, "avg-seed42-00000000: no such run")
+    client = mlflow.MlflowClient()
+    foreign = client.create_run("0").info.run_id
+    code, _, err = run(capsys, "reproduce", foreign)
+    assert_refused(code, err, foreign, "none of poolnet train")
+    finished = publish(journaled(CONFIG)).info.run_id
+    client.set_terminated(finished, "KILLED")
+    code, _, err = run(capsys, "reproduce", finished)
+    assert_refused(code, err, "found it KILLED", "poolnet train --resume avg-seed42-")
+    client.set_terminated(finished, "FINISHED")
+    client.log_text(finished, "{}", "record.json")
+    code, _, err = run(capsys, "reproduce", finished)
+    assert_refused(code, err, "found no readable record.json")
