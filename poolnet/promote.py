@@ -222,17 +222,16 @@ def enact(client: MlflowClient, decision: Decision) -> None:
 
 
 def _tags(decision: Decision) -> dict[str, str]:
-    """The decision's numbers, as tags of the version."""
+    """The decision and its numbers, as tags of the version; few, since the registry's page shows them all."""
     tags: dict[str, object] = {"decision": decision.kind, "over": decision.over or "none"}
-    if decision.margin:
-        tags["margin_points"] = decision.margin
-    for split in ("val", "test"):
-        if paired := getattr(decision, split):
-            tags |= {f"{split}_n": paired.n, f"{split}_points": paired.points.estimate}
-            tags |= {f"{split}_points_low": paired.points.low, f"{split}_points_high": paired.points.high}
-            tags |= {f"{split}_nats": paired.nats.estimate, f"{split}_p_mcnemar": paired.mcnemar.p}
-            if paired.p_inferior is not None:
-                tags[f"{split}_p_inferior"] = paired.p_inferior
+    if decision.val:
+        points, p = decision.val.points, decision.val.mcnemar.p
+        tags |= {"n": decision.val.n, "points": points.estimate, "points_low": points.low, "points_high": points.high}
+        tags["p"] = p
+    if decision.val and decision.margin:
+        tags |= {"margin_points": decision.margin, "p_inferior": decision.val.p_inferior}
+    if decision.test:
+        tags["test_points"] = decision.test.points.estimate
     return {f"{decision.alias}.{key}": str(value) for key, value in tags.items()}
 
 
@@ -251,11 +250,7 @@ def publish(client: MlflowClient, decision: Decision) -> None:
     if not os.environ.get("MLFLOW_RUN_ID"):
         return
     tags = {"poolnet.promotion": decision.kind, "mlflow.note.content": decision.sentence}
-    prefix = f"{decision.alias}."
-    metrics = {
-        key.removeprefix(prefix): float(value)
-        for key, value in _tags(decision).items()
-        if key.startswith((f"{prefix}val_", f"{prefix}test_"))
-    }
+    numbers = {key.partition(".")[2]: value for key, value in _tags(decision).items()}
+    metrics = {key: float(value) for key, value in numbers.items() if key not in ("decision", "over")}
     with answer.run(client, "", "promote", f"{decision.alias}: version {decision.version}") as run_id:
         answer.log(client, run_id, metrics=metrics, params={"version": str(decision.version)}, tags=tags)

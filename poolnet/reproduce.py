@@ -169,8 +169,8 @@ def _code_differences(original: Original) -> list[str]:
         return [f"commit {recorded_code['commit'] or 'unknown'} (here {commit or 'unknown'})"]
     if original.diff == diff:
         return []
-    then, here = ("uncommitted changes" if changed else "none" for changed in (original.diff, diff))
-    return [f"{then} in the code (here {'other ones' if then == here else here})"]
+    then, here = ("uncommitted changes" if changed else "no uncommitted changes" for changed in (original.diff, diff))
+    return [f"{then} (here {'other ones' if then == here else here})"]
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------

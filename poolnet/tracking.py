@@ -184,7 +184,11 @@ class Publication:
     def _create(self) -> mlflow.entities.Run:
         tags = {"poolnet.run": self.run.name, "mlflow.user": self.record["environment"]["user"]}
         tags |= {"mlflow.source.name": "poolnet train", "mlflow.source.type": "LOCAL"}
-        return self.client.create_run(self._experiment(), self.record["started"], tags, self.run.stem)
+        return self.client.create_run(self._experiment(), self.record["started"], tags, self._title())
+
+    def _title(self) -> str:
+        """What the run is called unless the user named it."""
+        return f"{self.run.stem} again" if self.record.get("reproduces") else self.run.stem
 
     def _experiment(self) -> str:
         tracking = self.record["tracking"]
@@ -212,7 +216,7 @@ class Publication:
         if self.record["code"]["commit"]:
             tags["mlflow.source.git.commit"] = self.record["code"]["commit"]
         if RANDOM_NAME.fullmatch(name):
-            tags["mlflow.runName"] = self.run.stem
+            tags["mlflow.runName"] = self._title()
         self.client.log_batch(run_id, params=params, tags=[RunTag(*tag) for tag in tags.items()])
 
     def _log_inputs(self) -> None:

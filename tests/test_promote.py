@@ -91,8 +91,8 @@ def test_a_better_challenger_wins_and_says_why(capsys, client):
     assert val["n"] == 90
     # the version says the same, test beside it
     tags, text = (getattr(client.get_model_version("poolnet", "2"), name) for name in ("tags", "description"))
-    assert float(tags["champion.val_points"]) == val["points"]["estimate"]
-    assert float(tags["champion.val_p_mcnemar"]) == val["mcnemar"]["p"]
+    assert float(tags["champion.points"]) == val["points"]["estimate"]
+    assert float(tags["champion.p"]) == val["mcnemar"]["p"]
     assert (tags["champion.decision"], tags["champion.over"]) == ("better", "1")
     assert float(tags["champion.test_points"]) == found["test"]["points"]["estimate"]
     assert found["sentence"] in text

@@ -1,5 +1,6 @@
 """A recorded run trained again, by the command, from what the store has of it."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -51,7 +52,7 @@ def test_the_same_data_and_code_give_the_same_to_the_bit(original):
     assert found["compared"] == {"metrics": 3 * 4 + 7, "logits": (90 + 110) * 10, "weights": 500}
     client = mlflow.MlflowClient()
     again = client.get_run(found["run_id"])
-    assert again.info.status == "FINISHED"
+    assert (again.info.status, again.info.run_name) == ("FINISHED", "avg-seed42 again")
     assert again.data.tags["poolnet.reproduces"] == original.info.run_id
     assert again.data.tags["poolnet.reproduction"] == "bit-identical"
     assert original.info.run_id in again.data.tags["mlflow.note.content"]
@@ -108,11 +109,17 @@ def test_a_metric_that_differs_is_found_with_its_step(letters):
 # --- comparing, without another process -------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def both(store):
+    with pytest.MonkeyPatch.context() as patch:
+        enter(store[0], patch)
+        return reproduce.find(mlflow.MlflowClient(), store[1].info.run_id), journaled(CONFIG, optimum=True)
+
+
 @pytest.fixture
-def pair(letters):
-    """What a store has of a run, and the journal of the same run once more."""
-    original = reproduce.find(mlflow.MlflowClient(), publish(journaled(CONFIG)).info.run_id)
-    return original, journaled(CONFIG)
+def pair(both):
+    """What a store has of a run, free to be changed, and the journal of the same run once more."""
+    return copy.deepcopy(both[0]), both[1]
 
 
 def verdicts(original, again):
@@ -153,9 +160,9 @@ def test_other_code_is_named(monkeypatch, pair):
     clean = dataclasses.replace(original, record={"code": {"commit": "f" * 40, "dirty": "false"}}, diff=b"")
     assert reproduce._code_differences(clean) == []
     dirty = dataclasses.replace(original, record={"code": {"commit": "f" * 40, "dirty": "true"}}, diff=b"-a\n+b")
-    assert reproduce._code_differences(dirty) == ["uncommitted changes in the code (here none)"]
+    assert reproduce._code_differences(dirty) == ["uncommitted changes (here no uncommitted changes)"]
     monkeypatch.setattr(provenance, "code_state", lambda: ("f" * 40, "true", b"-a\n+c"))
-    assert reproduce._code_differences(dirty) == ["uncommitted changes in the code (here other ones)"]
+    assert reproduce._code_differences(dirty) == ["uncommitted changes (here other ones)"]
     monkeypatch.setattr(provenance, "code_state", lambda: ("f" * 40, "true", b"-a\n+b"))
     assert reproduce._code_differences(dirty) == []
 
