@@ -38,7 +38,8 @@ class Scorecard:
         """The model in few words."""
         if self.model.version:
             return f"{self.model.version.name} version {self.model.version.version} ({self.model.pool})"
-        return f"{self.model.uri} ({self.model.pool})"
+        place = self.model.uri if ":/" in self.model.uri else Path(self.model.uri).name
+        return f"{place} ({self.model.pool})"
 
     @property
     def agrees(self) -> bool | None:
