@@ -10,9 +10,8 @@ version 0.
 import io
 import json
 import math
-import pickle
+import pickletools
 import re
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +25,15 @@ from poolnet.model import PIXELS, SimpleConvNet, SimplePoolNet, build_model
 GRAPH_LIMIT = 1 << 20  # bytes; those of poolnet's networks have 10 kB
 MEMBERS = re.compile(  # of an archive, below its root
     r"data/weights/(weight_\d+|model_weights_config\.json)|data/constants/model_constants_config\.json|"
-    r"models/model\.json|data/sample_inputs/model\.pt|archive_format|archive_version|byteorder|"
-    r"\.data/(version|serialization_id)"
+    r"models/model\.json|data/sample_inputs/model\.pt|archive_format|archive_version|byteorder|version|"
+    r"\.data/(version|serialization_id)|\.format_version|\.storage_alignment"
 )
 TEXT = re.compile(r'[\w.+:,"\[\]{} ]*|Symbol\(\'s\d+\', positive=True, integer=True\)')  # nothing that calls
+# What a pickle can call anything by, and what that of a tensor does so.
+IMPORTS = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "BUILD"}
+TENSOR = {
+    f"GLOBAL {name}" for name in ("torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections OrderedDict")
+}
 METADATA = {"stack_trace", "nn_module_stack", "torch_fn"}  # of a node; what torch only keeps
 FLOAT32 = 7  # in the archive's numbering of types
 CHECK = ("abs(x)", f"le(%, {FLOAT_LIMIT})", "all(%)", f"_assert_async(%, {PIXELS})")  # that of `model.Checked`
@@ -61,9 +65,11 @@ def read(path: Path) -> tuple[str, SimplePoolNet | SimpleConvNet]:
 
 
 def _read(archive: zipfile.ZipFile) -> tuple[str, SimplePoolNet | SimpleConvNet]:
-    (graph_name,) = [name for name in archive.namelist() if re.fullmatch(r"\w+/models/model\.json", name)] or [""]
-    root = graph_name.partition("/")[0]
-    program = _json(archive, graph_name)
+    roots = [name.partition("/")[0] for name in archive.namelist() if re.fullmatch(r"\w+/models/model\.json", name)]
+    if len(roots) != 1:
+        raise ValueError(f"found {len(roots)} programs in the archive, expected one")
+    root = roots[0]
+    program = _json(archive, f"{root}/models/model.json")
     _check_inert(archive, root, program)
     operations = tuple(_operations(program["graph_module"]))
     plain = operations[len(CHECK) :] if operations[: len(CHECK)] == CHECK else operations
@@ -82,21 +88,27 @@ def _read(archive: zipfile.ZipFile) -> tuple[str, SimplePoolNet | SimpleConvNet]
 
 def _check_inert(archive: zipfile.ZipFile, root: str, program: dict) -> None:
     """Refuse what torch's own loader would execute."""
-    for name in archive.namelist():
+    names = archive.namelist()
+    for name in names:
         if not MEMBERS.fullmatch(name.removeprefix(f"{root}/")):
             raise ValueError(f"found {name} in the archive, which no export of these networks holds")
+        if names.count(name) > 1:  # of which torch may read the other one
+            raise ValueError(f"found {name} twice in the archive")
     if program.get("guards_code") or _json(archive, f"{root}/data/constants/model_constants_config.json")["config"]:
         raise ValueError("found shape guards or constants, which no export of these networks holds")
     for text in _texts(program):
         if not TEXT.fullmatch(text) or "__" in text:
             raise ValueError(f"found {text[:60]!r} in the program, which torch may execute")
     example = _bytes(archive, f"{root}/data/sample_inputs/model.pt", GRAPH_LIMIT)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # at a pickle that torch.save did not write
-            torch.load(io.BytesIO(example), weights_only=True)
-    except (pickle.UnpicklingError, UserWarning):
-        raise ValueError("found example inputs that are not tensors only, which torch would unpickle") from None
+    with zipfile.ZipFile(io.BytesIO(example)) as saved:
+        (name,) = [name for name in saved.namelist() if name.endswith("data.pkl")]
+        imported = {
+            f"{opcode.name} {argument}"
+            for opcode, argument, _ in pickletools.genops(_bytes(saved, name, GRAPH_LIMIT))
+            if opcode.name in IMPORTS
+        }
+    if not imported <= TENSOR:
+        raise ValueError(f"found {min(imported - TENSOR)} in the pickle of its example inputs, which are to be tensors")
 
 
 def _texts(node: object) -> Iterator[str]:

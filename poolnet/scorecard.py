@@ -1,5 +1,6 @@
 """A model scored on a split: whether that agrees with its training run, told in every form, and kept in MLflow."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -98,9 +99,10 @@ def _open(model: Loaded, trained: Run | None, path: str) -> Splits:
 def _place(trained: Run) -> Path:
     """Where the data set of a run was, or, if nothing is there now, what its options mean here."""
     for entry in trained.inputs.dataset_inputs:
-        path = Path(json.loads(entry.dataset.source).get("uri") or "")
-        if path.is_file():
-            return path
+        with contextlib.suppress(ValueError, AttributeError):  # somebody else's
+            path = Path(json.loads(entry.dataset.source).get("uri") or "")
+            if path.is_file():
+                return path
     return data.locate(recorded.config(trained).data)
 
 

@@ -1,5 +1,6 @@
 """Exported models are read as data, whatever somebody has put into the file."""
 
+import io
 import json
 import pickle
 import zipfile
@@ -107,11 +108,19 @@ def test_pickles_in_the_archive_are_not_loaded(avg, tmp_path):
     touched = tmp_path / "touched"
     bomb = pickle.dumps(Payload(touched))
 
-    def sample_inputs(name, data):
-        return bomb if "sample_inputs" in name else data
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
 
-    with pytest.raises(ValueError, match="example inputs that are not tensors only"):
-        exported.read(rewritten(avg, sample_inputs))
+        def sample_inputs(name, data, protocol=protocol):
+            if "sample_inputs" not in name:
+                return data
+            with zipfile.ZipFile(content := io.BytesIO(), "w") as saved:
+                saved.writestr("archive/data.pkl", pickle.dumps(Payload(touched), protocol))
+            return content.getvalue()
+
+        with pytest.raises(ValueError, match="in the pickle of its example inputs, which are to be tensors"):
+            exported.read(rewritten(avg, sample_inputs))
+    with pytest.raises(ValueError, match="found no whole archive"):
+        exported.read(rewritten(avg, lambda name, data: bomb if "sample_inputs" in name else data))
 
     def weights(name, data):
         if name.endswith("weight_0"):
@@ -137,6 +146,16 @@ def test_another_network_is_none_of_ours(net, tmp_path):
     export(net, tmp_path / "model.pt2")
     with pytest.raises(ValueError, match=r"none of max, avg, conv: .*linear\(%, "):
         exported.read(tmp_path / "model.pt2")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")  # which zipfile writes all the same
+def test_a_member_that_is_there_twice_is_refused(avg):
+    for name, said in (("model/models/model.json", "found 2 programs"), ("model/byteorder", "byteorder twice")):
+        path = rewritten(avg, lambda name, data: data)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(name, archive.read(name))
+        with pytest.raises(ValueError, match=said):
+            exported.read(path)
 
 
 def test_a_bomb_of_a_member_is_not_unpacked(avg):
