@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from poolnet import cli_models, signals
-from poolnet.cli_models import DRAIN_TIMEOUT, FILE, SWITCH
+from poolnet.cli_models import AS_JSON, DRAIN_TIMEOUT, FILE, SEED, SWITCH, asked, points
 from poolnet.config import POOLS, InputError, RunError, TrainConfig, failed, home, progress, warn
 
 
@@ -85,7 +85,7 @@ def train(
 @click.option("--to", metavar="URI", help="Publish to this tracking server, and from now on to it alone.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--prune", is_flag=True, help="Remove local folders of finished runs that the server holds completely.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@AS_JSON
 @click.option(
     "--follow",
     "follow_stdin",
@@ -127,7 +127,7 @@ def sync(
 @click.option("--data", default="", help="Another data set than the study's own.")
 @click.option("--workers", default="", help="Processes that train.  [default: one a core; one where conv takes part]")
 @DRAIN_TIMEOUT
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@AS_JSON
 @click.pass_context
 def sweep(context: click.Context, study: Path, data: str, workers: str, drain_timeout: float, as_json: bool) -> None:
     """Train what is missing of a STUDY, each combination of its grid and seeds. Cut off, the same command goes on.
@@ -180,8 +180,8 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, drain_ti
 @click.option("--by", default="", help="With --experiment: the option that tells the arms apart, such as pool.")
 @click.option("--arms", nargs=2, help="With --by: the two values to compare, the second with the first.")
 @click.option("--margin", default="", help="Points within which arms are equivalent.  [default: the study's, or 0.5]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the bootstraps.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the tables.")
+@SEED
+@AS_JSON
 def compare(
     runs: tuple[str, ...],
     study: str,
@@ -203,22 +203,13 @@ def compare(
     if [bool(names), bool(study), bool(by)].count(True) != 1 or (names and len(names) != 2):
         raise InputError("compare: expected one of --study STUDY.toml, --experiment NAME --by OPTION, or two runs")
     found = read(Path(study), data) if study else None
-    try:
-        points = float(margin or (found.margin if found else MARGIN))
-    except ValueError:
-        points = 0
-    if not 0 < points < 100:
-        raise InputError(f"--margin: found {margin!r}, expected points of accuracy above 0")
+    within = points("--margin", margin) or (found.margin if found else MARGIN)
 
-    from mlflow.tracking.client import MlflowClient
+    with asked():
+        from poolnet import arms as select
+        from poolnet import compare, report, stores
 
-    from poolnet import arms as select
-    from poolnet import compare, report, stores
-
-    uri = stores.own_uri()
-    with stores.asked(uri), stores.as_environment(uri):
-        stores.create_store(uri)
-        client = MlflowClient(uri)
+        client, uri = stores.own_client(), stores.own_uri()
         where = stores.experiment_named(client, experiment)
         if found:
             selected = select.of_study(client, [where], found)
@@ -226,9 +217,9 @@ def compare(
             selected = select.of_experiment(client, [where], by, arms or (), data)
         else:
             selected = select.of_runs(client, names)
-        comparison = compare.compare(client, found.question if found else "", selected, points, seed)
+        comparison = compare.compare(client, found.question if found else "", selected, within, seed)
         run_id = report.publish(client, uri, where, comparison)
-    look = stores.page_of(uri, where, run_id)
+        look = stores.page_of(uri, where, run_id)
     if as_json:
         click.echo(json.dumps({**report.as_json(comparison), "run_id": run_id, "look": look}, allow_nan=False))
     else:

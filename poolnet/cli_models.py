@@ -32,6 +32,17 @@ def asked() -> Iterator[None]:
         yield
 
 
+def points(option: str, text: str) -> float | None:
+    """Points of accuracy as they were typed, if they were."""
+    try:
+        value = float(text) if text else None
+    except ValueError:
+        value = 0
+    if value is not None and not 0 < value < 100:
+        raise InputError(f"{option}: found {text!r}, expected points of accuracy above 0")
+    return value
+
+
 @click.command()
 @click.argument("model")
 @click.option("--data", default="", help="The data set.  [default: what the model was trained on]")
@@ -49,7 +60,7 @@ def evaluate(model: str, data: str, split: str, seed: int, as_json: bool) -> Non
     with asked():
         from poolnet import registry, scorecard, stores
 
-        client = registry.own_client()
+        client = stores.own_client()
         card = scorecard.score(client, registry.load(model), data, split, seed)
         run_id = scorecard.publish(client, card)
         look = stores.page_of(stores.own_uri(), client.get_run(run_id).info.experiment_id, run_id)
@@ -77,13 +88,13 @@ def promote(
     An exact McNemar test at 5 % decides, on what both models' runs predicted. The decision, with its numbers, is
     written on the model version. Exit code 1 if the champion stays.
     """
-    margin = _margin(non_inferior)
+    margin = points("--non-inferior", non_inferior)
     if rollback and (model or non_inferior or force):
         raise InputError("--rollback: found it with other options, expected --alias alone")
     with asked():
-        from poolnet import promote, registry
+        from poolnet import promote, stores
 
-        client = registry.own_client()
+        client = stores.own_client()
         back = promote.rollback(client, alias) if rollback else None
         decision = back or promote.decide(client, model, alias, margin, force)
         promote.enact(client, decision)
@@ -95,16 +106,6 @@ def promote(
         click.echo(decision.sentence)
     if refused:
         context.exit(failed(decision.sentence, 1))
-
-
-def _margin(text: str) -> float | None:
-    try:
-        points = float(text) if text else None
-    except ValueError:
-        points = 0
-    if points is not None and not 0 < points < 100:
-        raise InputError(f"--non-inferior: found {text!r}, expected points of accuracy above 0")
-    return points
 
 
 @click.command()
@@ -160,9 +161,9 @@ def reproduce(context: click.Context, run: str, data: str, drain_timeout: float,
     from poolnet.publisher import Publisher
 
     with Publisher(drain_timeout) as publisher, asked():
-        from poolnet import registry, reproduce
+        from poolnet import reproduce, stores
 
-        client = registry.own_client()
+        client = stores.own_client()
         original = reproduce.find(client, run)
         say = (lambda line: None) if as_json else click.echo
         found = reproduce.reproduce(original, data, publisher, say, warn)
@@ -192,9 +193,9 @@ def register(file: Path, pool: str, data: str, as_json: bool) -> None:
     """Register weights that were trained elsewhere: a FILE of torch.save(model.state_dict(), FILE), as the notebook
     writes it. It is read as tensors only."""
     with asked():
-        from poolnet import imported, registry, stores
+        from poolnet import imported, stores
 
-        found = imported.register(registry.own_client(), file, pool, data)
+        found = imported.register(stores.own_client(), file, pool, data)
         look = stores.page_of(stores.own_uri(), found.experiment_id, found.run_id)
     scores = {name: {"loss": each.loss, "acc": each.acc} for name, each in found.scores.items()}
     if as_json:

@@ -141,7 +141,7 @@ def load(uri: str) -> Loaded:
     """The model at any address that MLflow resolves: `models:/poolnet@champion`, `models:/poolnet/3`, `models:/m-...`,
     `runs:/RUN/model`, a folder. Nothing is unpickled or executed, see `exported.read`; `InputError` where that would be
     needed, or nothing is found."""
-    client = own_client()
+    client = stores.own_client()
     with tempfile.TemporaryDirectory() as scratch:
         try:
             model_id, version = _identify(client, uri)
@@ -159,13 +159,6 @@ def load(uri: str) -> Loaded:
             raise InputError(f"{uri}: {why}; expected a model, as in models:/{NAME}/1") from None
         pool, net, run_id = _read(folder, uri)
     return Loaded(uri, pool, net, version.run_id if version else run_id, model_id, version)
-
-
-def own_client() -> MlflowClient:
-    """A client of the server that this process is told to use."""
-    uri = stores.own_uri()
-    stores.create_store(uri)
-    return MlflowClient(uri)
 
 
 def _identify(client: MlflowClient, uri: str) -> tuple[str, ModelVersion | None]:

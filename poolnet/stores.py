@@ -72,6 +72,13 @@ def create_store(uri: str) -> None:
             MlflowClient(uri).search_experiments(max_results=1)
 
 
+def own_client() -> MlflowClient:
+    """A client of the server that this process is told to use."""
+    uri = own_uri()
+    create_store(uri)
+    return MlflowClient(uri)
+
+
 def own_experiment(client: MlflowClient) -> str:
     """The id of the experiment that this process is told to use, made if it is only named."""
     return os.environ.get("MLFLOW_EXPERIMENT_ID") or experiment(client, os.environ.get("MLFLOW_EXPERIMENT_NAME", ""))

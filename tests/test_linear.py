@@ -56,10 +56,9 @@ def test_thirty_epochs_on_real_letters_are_equal(real_letters, pool, seed):
     assert_equal_runs(TrainConfig(pool=pool, seed=seed), real_letters[0])
 
 
-@pytest.mark.parametrize("seed", [42, 1])
 @pytest.mark.parametrize("pool", ["max", "avg"])
-def test_thirty_epochs_on_embedded_letters_are_equal(glyphs_npz, pool, seed):
-    assert_equal_runs(TrainConfig(pool=pool, seed=seed), glyphs_npz)
+def test_thirty_epochs_on_embedded_letters_are_equal(glyphs_npz, pool):
+    assert_equal_runs(TrainConfig(pool=pool), glyphs_npz)
 
 
 def test_the_model_gets_the_weights_and_is_a_model_of_raw_images(letters):
