@@ -165,8 +165,8 @@ def _identify(client: MlflowClient, uri: str) -> tuple[str, ModelVersion | None]
     """The id of the logged model that an address means, and the version that it is, as far as there are such."""
     version = None
     if match := re.fullmatch(r"models:/(m-[0-9a-f]+)/?", uri):
-        model_id = match[1]
-        run_id = client.get_logged_model(model_id).source_run_id
+        found = match[1]
+        run_id = client.get_logged_model(found).source_run_id
     elif match := re.fullmatch(r"models:/([^/@]+)(?:@(.+)|/(.+))", uri):
         name, alias, number = match.groups()
         if alias:
@@ -175,15 +175,20 @@ def _identify(client: MlflowClient, uri: str) -> tuple[str, ModelVersion | None]
             version = newest(client, name)
         else:
             version = client.get_model_version(name, number)
-        return version.source.removeprefix("models:/") if version.source.startswith("models:/m-") else "", version
+        return model_id(version) or "", version
     elif match := re.fullmatch(r"runs:/([0-9a-f]{32})/.+", uri):
         run_id = match[1]
-        found = logged(client, client.get_run(run_id))
-        model_id = found.model_id if found else ""
+        model = logged(client, client.get_run(run_id))
+        found = model.model_id if model else ""
     else:
         return "", None
-    number = version_of(client, run_id, model_id)
-    return model_id, client.get_model_version(NAME, str(number)) if number else None
+    number = version_of(client, run_id, found)
+    return found, client.get_model_version(NAME, str(number)) if number else None
+
+
+def model_id(version: ModelVersion) -> str | None:
+    """The id of the logged model that a version is, if it is one."""
+    return version.source.removeprefix("models:/") if version.source.startswith("models:/m-") else None
 
 
 def newest(client: MlflowClient, name: str = NAME) -> ModelVersion:

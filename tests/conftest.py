@@ -57,7 +57,9 @@ def enter(folder, patch):
             patch.delenv(name)
     for name, value in environment.items():
         patch.setenv(name, value)
-    patch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # as importing poolnet has done in a new process
+    # as importing poolnet has done in a new process
+    patch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    patch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     patch.chdir(folder)
 
 

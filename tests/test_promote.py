@@ -286,3 +286,18 @@ def test_weights_from_elsewhere_can_be_promoted_once_they_are_scored(capsys, cli
     assert run(capsys, "register", "weights.pt", "--pool", "avg", "--data", "letters.npz")[0] == 0
     found = promoted(capsys)
     assert (found["kind"], champion(client)) == ("better", found["version"])
+
+
+def test_a_server_takes_all_of_it_too(capsys, letters, server, monkeypatch):
+    """Which is more particular than a store about where a version comes from."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    weak, strong = version(**WEAK), version(**STRONG)
+    alias = ["--alias", "served"]
+    assert promoted(capsys, f"models:/poolnet/{weak}", *alias)["kind"] == "first"
+    assert promoted(capsys, f"models:/poolnet/{strong}", *alias)["kind"] == "better"
+    code, out, _ = run(capsys, "evaluate", "models:/poolnet@served", "--json")
+    assert (code, json.loads(out)["version"], json.loads(out)["agrees"]) == (0, strong, True)
+    assert promoted(capsys, "--rollback", *alias)["version"] == weak
+    torch.save(registry.load(f"models:/poolnet/{strong}").net.state_dict(), "weights.pt")
+    assert run(capsys, "register", "weights.pt", "--pool", "avg", "--data", "letters.npz")[0] == 0
+    assert promoted(capsys, *alias)["kind"] == "better"
