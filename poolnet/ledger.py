@@ -19,7 +19,7 @@ from poolnet.registry import NAME
 
 LEDGER = "poolnet-promotions"  # a registered model, for its numbers
 ABOUT = "The ledger of `poolnet promote`: each version is a version of poolnet that became champion, in their order."
-DESCRIPTION_LIMIT = 4500  # characters; a database column of MLflow's takes 5,000
+DESCRIPTION_LIMIT = 5000  # characters, of MLflow's column in a database
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +61,26 @@ def holder(client: MlflowClient, alias: str) -> ModelVersion | None:
         return None
 
 
-def champions_before(client: MlflowClient, alias: str) -> list[int]:
-    """The versions that were champion before the present one and not rolled back, as far as they still exist."""
+def present(client: MlflowClient, alias: str) -> tuple[int, ModelVersion | None]:
+    """The number of the last entry, or 0, and the version that has the alias then: nothing came in between."""
+    while True:
+        settle(client, alias)
+        before, version, after = entries(client, alias), holder(client, alias), entries(client, alias)
+        if len(before) == len(after) and all(entry.settled for entry in after[-1:]):
+            return (after[-1].number if after else 0), version
+
+
+def champions_before(client: MlflowClient, alias: str, present: ModelVersion | None) -> list[int]:
+    """The versions that were champion before the present one and not rolled back, as far as they still exist; those
+    that somebody made so by hand are known from the entry that replaced them."""
     champions: list[int] = []
     for entry in entries(client, alias):
+        if entry.over.isdecimal() and champions[-1:] != [int(entry.over)]:
+            champions.append(int(entry.over))
         if entry.kind != "rollback":
             champions.append(entry.version)
         while champions and champions[-1] != entry.version:
             champions.pop()
-    present = holder(client, alias)
     if champions and present and champions[-1] == int(present.version):
         champions.pop()
     return [version for version in champions if _is_there(client, version)]
@@ -127,8 +138,6 @@ def describe(client: MlflowClient, alias: str, version: int, tags: dict[str, str
     for key, value in tags.items():
         client.set_model_version_tag(NAME, str(version), key, value)
     before = known.description or ""
-    if text not in before:
-        whole = "\n\n".join(filter(None, (text, before)))
-        if len(whole) > DESCRIPTION_LIMIT:
-            whole = whole[:DESCRIPTION_LIMIT].rpartition("\n\n")[0]
+    whole = "\n\n".join(filter(None, (text, before)))
+    if text not in before and len(whole) <= DESCRIPTION_LIMIT:  # else tags and ledger say it: others' words stay
         client.update_model_version(NAME, str(version), whole)

@@ -101,10 +101,7 @@ def decide(client: MlflowClient, uri: str, alias: str, margin: float | None, for
     wanted = alias.removeprefix("champion-")
     if wanted in POOLS and wanted != alias and pool != wanted:
         raise InputError(f"--alias {alias}: found a {pool} model in version {challenger.version}, expected {wanted}")
-    ledger.settle(client, alias)
-    entries = ledger.entries(client, alias)
-    after = entries[-1].number if entries else 0
-    champion = ledger.holder(client, alias)
+    after, champion = ledger.present(client, alias)
     found = Decision(alias, "first", int(challenger.version), None, margin, None, None, after)
     if champion is None:
         return found
@@ -134,20 +131,14 @@ def _check_alias(alias: str) -> None:
 def _challenger(client: MlflowClient, uri: str, alias: str) -> tuple[ModelVersion, str]:
     """The version that is to be promoted, and its pool, as the model itself has it."""
     pool = alias.removeprefix("champion-")
-    loaded = registry.load(uri or _newest(client, pool if pool in POOLS else ""))
+    newest = "" if uri else registry.newest(client, pool=pool if pool in POOLS else "").version
+    loaded = registry.load(uri or f"models:/{NAME}/{newest}")
     if not loaded.version or loaded.version.name != NAME:
         raise InputError(f"{loaded.uri}: found no version of {NAME}, expected a registered one, as in models:/{NAME}/1")
+    own = registry.logged(client, _run(client, loaded.version))
+    if not own or own.model_id != loaded.model_id:  # it is the run's predictions that are compared
+        raise InputError(f"{loaded.uri}: found a model that is not the one its run was scored with, expected that")
     return loaded.version, loaded.pool
-
-
-def _newest(client: MlflowClient, pool: str) -> str:
-    """The version that was registered last, of one pool if there is one."""
-    query = f"name = '{NAME}'" + (f" AND tags.pool = '{pool}'" if pool else "")
-    found = client.search_model_versions(query, max_results=1, order_by=["version_number DESC"])
-    if not found:
-        what = f"{pool} version of {NAME}" if pool else f"version of {NAME}"
-        raise InputError(f"found no {what} on the tracking server; train one with: poolnet train")
-    return f"models:/{NAME}/{found[0].version}"
 
 
 def _paired(
@@ -169,6 +160,8 @@ def _paired(
     if not np.array_equal(y, other_y):
         raise InputError(f"{names[1]}: found other labels in its predictions of {split} than in those of {names[0]}")
     (right_a, nll_a), (right_b, nll_b) = (stats.per_example(logits, y) for logits in (a, b))
+    if len(y) < 2:
+        raise InputError(f"{names[1]}: found {len(y)} example of {split}, expected 2 or more")
     for name, run, nll in zip(names, runs, (nll_a, nll_b), strict=True):
         loss, logged = nll.mean(), run.data.metrics.get(f"{split}_loss", np.nan)
         if not abs(loss - logged) < 1e-5:
@@ -196,14 +189,11 @@ def _run(client: MlflowClient, version: ModelVersion) -> Run:
 def rollback(client: MlflowClient, alias: str) -> Decision:
     """The return of the champion before the present one; again, of the one before that."""
     _check_alias(alias)
-    ledger.settle(client, alias)
-    entries, before, present = (
-        read(client, alias) for read in (ledger.entries, ledger.champions_before, ledger.holder)
-    )
+    after, present = ledger.present(client, alias)
+    before = ledger.champions_before(client, alias, present)
     if not before:
         raise InputError(f"--rollback: found no champion before the present one of {alias}")
-    over = int(present.version) if present else None
-    return Decision(alias, "rollback", before[-1], over, None, None, None, entries[-1].number)
+    return Decision(alias, "rollback", before[-1], int(present.version) if present else None, None, None, None, after)
 
 
 # --- writing down -----------------------------------------------------------------------------------------------------

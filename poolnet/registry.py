@@ -118,6 +118,7 @@ def version_of(client: MlflowClient, run_id: str, model_id: str) -> int | None:
 # --- models in use ----------------------------------------------------------------------------------------------------
 
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's codes for an address of nothing
+PYFUNC = {"loader_module": "mlflow.pytorch", "data": "data"}  # by what MLflow serves it
 SCHEME = "Could not find a registered artifact repository"  # what MLflow says of an address that it does not know
 CURE = (
     "expected an exported program, as poolnet train logs it, or mlflow.pytorch.log_model(..., "
@@ -148,14 +149,14 @@ def load(uri: str) -> Loaded:
             # by its number, since an alias may have moved on
             exact = f"models:/{version.name}/{version.version}" if uri.startswith("models:/") and version else uri
             folder = Path(uri)
-            if not folder.is_dir():
-                if ":" not in uri:
+            if not (uri and folder.is_dir()):
+                if ":/" not in uri:
                     raise ValueError("no such folder")
                 folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=exact, dst_path=scratch))
-        except (MlflowException, OSError, ValueError) as error:
+        except (MlflowException, ImportError, OSError, ValueError) as error:  # s3:// asks for a library, say
             if isinstance(error, MlflowException) and error.error_code not in MISSING and SCHEME not in str(error):
                 raise
-            why = stores.reason(error).rstrip(".")
+            why = stores.reason(error).rstrip(".")  # MLflow's own is a sentence
             raise InputError(f"{uri}: {why}; expected a model, as in models:/{NAME}/1") from None
         pool, net, run_id = _read(folder, uri)
     return Loaded(uri, pool, net, version.run_id if version else run_id, model_id, version)
@@ -176,10 +177,12 @@ def _identify(client: MlflowClient, uri: str) -> tuple[str, ModelVersion | None]
         else:
             version = client.get_model_version(name, number)
         return model_id(version) or "", version
-    elif match := re.fullmatch(r"runs:/([0-9a-f]{32})/.+", uri):
+    elif match := re.fullmatch(rf"runs:/([0-9a-f]{{32}})/{MODEL}/?", uri):  # a run may have logged others too
         run_id = match[1]
         model = logged(client, client.get_run(run_id))
         found = model.model_id if model else ""
+    elif uri.startswith("models:"):
+        raise ValueError("no address of a model")
     else:
         return "", None
     number = version_of(client, run_id, found)
@@ -191,11 +194,13 @@ def model_id(version: ModelVersion) -> str | None:
     return version.source.removeprefix("models:/") if version.source.startswith("models:/m-") else None
 
 
-def newest(client: MlflowClient, name: str = NAME) -> ModelVersion:
-    """The version that was registered last."""
-    found = client.search_model_versions(f"name = '{name}'", max_results=1, order_by=["version_number DESC"])
+def newest(client: MlflowClient, name: str = NAME, pool: str = "") -> ModelVersion:
+    """The version that was registered last, of one pool if one is named."""
+    query = f"name = '{name}'" + (f" AND tags.pool = '{pool}'" if pool else "")
+    found = client.search_model_versions(query, max_results=1, order_by=["version_number DESC"])
     if not found:
-        raise InputError(f"models:/{name}: found no version on the tracking server; train one with: poolnet train")
+        what = f"{pool} version" if pool else "version"
+        raise InputError(f"models:/{name}: found no {what} on the tracking server; train one with: poolnet train")
     return found[0]
 
 
@@ -205,12 +210,19 @@ def _read(folder: Path, uri: str) -> tuple[str, "SimplePoolNet | SimpleConvNet",
 
     try:
         model = Model.load(str(folder))
-        data = folder / model.flavors["pytorch"]["model_data"]
+        torch_flavor, flavor = model.flavors["pytorch"], model.flavors.get("python_function", PYFUNC)
     except Exception as error:  # whatever a parser may raise of a file that anybody may have written
         raise InputError(f"{uri}: found no pytorch model of MLflow's ({stores.reason(error)}); {CURE}") from None
-    if not (data / "model.pt2").is_file():
+    if not (folder / "data" / "model.pt2").is_file() or (folder / "data" / "model.pth").exists():
         raise InputError(f"{uri}: found a pickled model, which runs what its maker put in when it is loaded; {CURE}")
+    own = (torch_flavor.get("model_data"), torch_flavor.get("code"), flavor.get("code")) == ("data", None, None)
+    served = {key: flavor.get(key) for key in PYFUNC} == PYFUNC and model.flavors.keys() <= {
+        "pytorch",
+        "python_function",
+    }
+    if not (own and served):
+        raise InputError(f"{uri}: found a model that brings code along, which is not run; {CURE}")
     try:
-        return *exported.read(data / "model.pt2"), model.run_id or ""
+        return *exported.read(folder / "data" / "model.pt2"), model.run_id or ""
     except ValueError as error:
         raise InputError(f"{uri}: {error}; {CURE}") from None
