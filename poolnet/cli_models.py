@@ -180,14 +180,15 @@ def reproduce(context: click.Context, run: str, data: str, drain_timeout: float,
             click.echo(f"Look at it: {held['look']}")
     if trouble:
         where = click.format_filename(found.again.folder)
-        failed(f"{trouble}; all is safe in {where}, and published by: poolnet sync {found.again.name}", 3)
+        again = f"poolnet sync {found.again.name}; this verdict is not, reproduce it again for that"
+        failed(f"{trouble}; all is safe in {where}, and published by: {again}", 3)
     context.exit(1 if found.verdict == "different" else 3 if trouble else 0)
 
 
 @click.command()
 @click.argument("file", type=FILE)
 @click.option("--pool", type=click.Choice(POOLS), required=True, help="The pooling that they were trained with.")
-@click.option("--data", default="", help="Score them on this data set too; without, they cannot be promoted.")
+@click.option("--data", default="", help="Score them on this data set too; without, no test can compare them.")
 @AS_JSON
 def register(file: Path, pool: str, data: str, as_json: bool) -> None:
     """Register weights that were trained elsewhere: a FILE of torch.save(model.state_dict(), FILE), as the notebook

@@ -14,6 +14,7 @@ import pickletools
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import torch
 from poolnet.data import FLOAT_LIMIT
 from poolnet.model import PIXELS, SimpleConvNet, SimplePoolNet, build_model
 
+BROKEN = (struct.error, zlib.error, zipfile.BadZipFile)  # what readers say of damaged bytes
 LIMIT = 4 << 20  # bytes of an archive; the largest of these networks has 150 kB
 MEMBERS = re.compile(  # below the root of an archive
     r"data/weights/(weight_\d+|model_weights_config\.json)|data/constants/model_constants_config\.json|"
@@ -76,7 +78,7 @@ def read(path: Path) -> tuple[str, SimplePoolNet | SimpleConvNet]:
     try:
         with path.open("rb") as file:
             return _read(_members(file.read(LIMIT + 1), MEMBERS))
-    except (OSError, EOFError, NotImplementedError, RuntimeError, struct.error, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, NotImplementedError, RuntimeError, MemoryError, *BROKEN) as error:
         raise ValueError(f"found no whole archive ({error})") from None
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"found a program of another form ({type(error).__name__} {error})") from None

@@ -18,6 +18,8 @@ from poolnet.data import Splits
 from poolnet.evaluate import Evaluation, evaluate
 from poolnet.model import SimpleConvNet, SimplePoolNet, build_model
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 @dataclasses.dataclass(frozen=True)
 class Registered:
@@ -32,24 +34,29 @@ def read(path: Path, pool: str) -> SimplePoolNet | SimpleConvNet:
     cure = "expected what torch.save(model.state_dict(), FILE) writes"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # at a pickle that torch.save did not write
+            warnings.simplefilter("error", UserWarning)  # at a pickle that torch.save did not write
             found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file, {cure}") from None
     except (pickle.UnpicklingError, UserWarning):  # whose text explains how to run what is in the file after all
         raise InputError(f"{path}: found other things than tensors, which are not loaded; {cure}") from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # whatever else torch says of damaged bytes
         raise InputError(f"{path}: cannot be read ({stores.reason(error)}), {cure}") from None
     net = build_model(pool, seed=0)
     shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     if not isinstance(found, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
         raise InputError(f"{path}: found no state_dict, {cure}")
+    if not all(tensor.layout == torch.strided and tensor.dtype in DTYPES for tensor in found.values()):
+        raise InputError(f"{path}: found weights that are no plain floating-point tensors, {cure}")
     other = {name: tuple(tensor.shape) for name, tensor in found.items()}
     if other != shapes:
         raise InputError(f"{path}: found {_listed(other)}, expected for --pool {pool}: {_listed(shapes)}")
-    if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in found.values()):
+    try:
+        net.load_state_dict(found)
+    except RuntimeError as error:  # of tensors without data, say
+        raise InputError(f"{path}: cannot be loaded ({stores.reason(error)}), {cure}") from None
+    if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):  # as float32
         raise InputError(f"{path}: found weights that are not finite numbers")
-    net.load_state_dict(found)
     return net.eval()
 
 
@@ -59,7 +66,7 @@ def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
 
 def register(client: MlflowClient, path: Path, pool: str, source: str) -> Registered:
     """A run that holds the weights as an exported model, and the version of `poolnet` that this becomes; with `source`,
-    a data set, also its predictions, without which it cannot be promoted."""
+    a data set, also its predictions, without which no test can compare it."""
     net = read(path, pool)
     splits = data.open_splits(data.locate(source)) if source else None
     scores = {split.name: evaluate(net, split) for split in (splits.val, splits.test)} if splits else {}

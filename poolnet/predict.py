@@ -196,6 +196,8 @@ def _ink(rgb: np.ndarray, path: Path) -> tuple[np.ndarray, bool]:
     ink = np.minimum(distance / contrast, 1)
     dark = bool(ground @ LUMA > np.median(rgb[ink > 0.5], axis=0) @ LUMA)
     corners = _resized(ink, SIDE, SIDE, Image.Resampling.BOX)[[0, 0, -1, -1], [0, -1, 0, -1]]
+    if ink.min() > EDGE:  # the median lies between two halves of the edge, and is no colour of the image
+        raise InputError(f"{path}: found no ground around the letter, expected a letter on one colour")
     return (1 - ink, not dark) if corners.mean() > 0.5 else (ink, dark)
 
 

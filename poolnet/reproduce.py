@@ -15,7 +15,7 @@ from mlflow.tracking.client import MlflowClient
 
 from poolnet import job, journal, provenance, recorded, registry, signals, stores, train
 from poolnet.config import InputError, TrainConfig
-from poolnet.data import Splits
+from poolnet.data import SPLITS, Splits
 from poolnet.job import Pooled, Say
 from poolnet.journal import Journal
 from poolnet.publisher import Publisher
@@ -89,7 +89,10 @@ def _record(client: MlflowClient, run: Run) -> dict:
         record = json.loads(_artifact(client, run, "record.json"))
         TrainConfig(**record["config"])
         wanted = [record["code"][key] for key in ("commit", "dirty")] + [record["data"]["path"], record["device"]]
-        wanted += [record["environment"][key] for key in ("threads", *provenance.DECIDE)]
+        wanted += [record["environment"][key] for key in provenance.DECIDE] + [record["optimum"]]
+        wanted += [{split["name"]: split["sha256"] for split in record["data"]["splits"]}[name] for name in SPLITS]
+        if record["environment"]["threads"] < 1:
+            raise ValueError(f"{record['environment']['threads']} threads")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{run.info.run_id}: found no readable record.json on the server ({error!r})") from None
     return record
@@ -199,16 +202,19 @@ def _compared(values: dict[str, float]) -> dict[str, float]:
 
 
 def _tolerance(name: str) -> float:
-    """For a metric: epochs, such as `best_val_epoch`, are counted and have none."""
+    """For a metric. Epochs, such as `best_val_epoch`, follow from accuracies, which have their own."""
+    if name.endswith("_epoch"):
+        return np.inf
     kind = "loss" if name.endswith(("loss", "gap")) else "accuracy" if name.endswith("acc") else ""
     return TOLERANCE.get(kind, 0)
 
 
 def _array_differences(name: str, before: np.ndarray, after: np.ndarray) -> Iterable[tuple[bool, str]]:
-    if before.shape != after.shape:
-        yield False, f"{name} of shape {after.shape}, recorded {before.shape}"
+    if (before.shape, before.dtype) != (after.shape, after.dtype):
+        yield False, f"{name} of {after.dtype} {after.shape}, recorded {before.dtype} {before.shape}"
     elif before.tobytes() != after.tobytes():
-        index = tuple(np.argwhere(before != after)[0].tolist()) if (before != after).any() else ()
+        bits = [np.ascontiguousarray(array).view(f"u{array.itemsize}") for array in (before, after)]  # -0 is not 0
+        index = tuple(np.argwhere(bits[0] != bits[1])[0].tolist())
         small = bool(np.abs(before - after).max() <= TOLERANCE["logit or weight"])
         yield small, f"{name}{list(index)} {after[index]!r}, recorded {before[index]!r}"
 

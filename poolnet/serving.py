@@ -13,7 +13,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 LIMIT = 64_000_000  # bytes of a body: some 7,000 images
 READ = 1_000_000_000  # bytes of a body that is too large, and forgotten as it comes: few clients listen while they send
-PATIENCE = 30  # seconds without anything of a body
+PATIENCE = 30  # seconds for a body
 
 Message = dict
 Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
@@ -61,21 +61,18 @@ def guarded(app: App) -> App:
 async def _body(receive: Receive) -> bytes:
     """The whole body, as MLflow reads it too, if it is not too large and comes to its end."""
     parts, size = [], 0
-    while True:
-        try:
-            message = await asyncio.wait_for(receive(), PATIENCE)
-        except TimeoutError:
-            raise Refused(408, f"found nothing more of the body for {PATIENCE} s") from None
-        part = message.get("body", b"")
-        size += len(part)
-        if size <= LIMIT:
-            parts.append(part)
-        elif size > READ:
-            break
-        else:
-            parts.clear()
-        if not message.get("more_body"):
-            break
+    try:
+        async with asyncio.timeout(PATIENCE):
+            while size <= READ:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Refused(400, "found no end of the body")  # though nobody listens
+                size += len(message.get("body", b""))
+                parts.append(message.get("body", b"")) if size <= LIMIT else parts.clear()
+                if not message.get("more_body"):
+                    break
+    except TimeoutError:
+        raise Refused(408, f"found no end of the body within {PATIENCE} s") from None
     if size > LIMIT:
         raise Refused(413, f"found more than {LIMIT:,} bytes, expected at most so many")
     return b"".join(parts)

@@ -322,7 +322,12 @@ def registry_weights(pool):
 BAD_WEIGHTS = {
     "another network": (lambda: registry_weights("conv"), "expected for --pool max: fc.weight (10, 49), fc.bias (10,)"),
     "nan": (lambda: {"fc.weight": torch.full((10, 49), torch.nan), "fc.bias": torch.zeros(10)}, "not finite"),
-    "integers": (lambda: {"fc.weight": torch.ones(10, 49).long(), "fc.bias": torch.zeros(10)}, "not finite numbers"),
+    "integers": (lambda: {"fc.weight": torch.ones(10, 49).long(), "fc.bias": torch.zeros(10)}, "no plain floating"),
+    "too large": (
+        lambda: {"fc.weight": torch.full((10, 49), 1e300, dtype=torch.float64), "fc.bias": torch.zeros(10)},
+        "not finite",
+    ),
+    "sparse": (lambda: {"fc.weight": torch.zeros(10, 49).to_sparse(), "fc.bias": torch.zeros(10)}, "no plain floating"),
     "one tensor": (lambda: torch.zeros(3), "no state_dict"),
     "a list": (lambda: [1, 2], "no state_dict"),
     "whole module": (lambda: nn.Linear(49, 10), "other things than tensors"),

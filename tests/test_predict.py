@@ -292,6 +292,14 @@ def test_a_blank_image_is_refused(mode, colour, side):
         predict.read(saved(Image.new(mode, (side, side), colour)))
 
 
+@pytest.mark.parametrize("size", [(100, 100), (2, 1)])
+def test_a_picture_of_two_halves_is_refused(size):
+    image = Image.new("L", size)
+    image.paste(255, (0, 0, size[0] // 2, size[1]))
+    with pytest.raises(InputError, match="no ground around the letter"):
+        predict.read(saved(image))
+
+
 def test_an_almost_blank_photo_is_refused():
     pixels = np.random.default_rng(0).normal(200, 3, (300, 300, 3)).clip(0, 255).astype(np.uint8)
     with pytest.raises(InputError, match="found a blank image, a contrast of"):

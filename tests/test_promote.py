@@ -186,8 +186,10 @@ def test_rollback_goes_back_step_by_step(capsys, client):
     assert promoted(capsys, "--rollback")["version"] == champion(client) == 1
 
 
-def test_an_alias_set_by_hand_is_respected(capsys, client):
-    promoted(capsys, "models:/poolnet/1")
+def test_an_alias_set_by_hand_is_respected_and_comes_back(capsys, client):
+    client.set_registered_model_alias("poolnet", "champion", "1")
+    assert promoted(capsys, "models:/poolnet/2")["over"] == 1
+    assert promoted(capsys, "--rollback")["version"] == champion(client) == 1
     client.set_registered_model_alias("poolnet", "champion", "2")
     assert promoted(capsys, "models:/poolnet/1", code=1)["over"] == 2
     assert promoted(capsys, "--rollback")["version"] == champion(client) == 1
@@ -251,6 +253,25 @@ def test_processes_at_once_have_one_winner(client):
     assert {code for _, code in ended} <= {0, 1}
     assert [entry.kind for entry in ledger.entries(client, "champion")] == ["first"]
     assert champion(client) == ledger.entries(client, "champion")[0].version
+
+
+def test_a_decision_does_not_rest_on_an_entry_whose_champion_it_has_not_seen(client, monkeypatch):
+    """Another promotion writes its entry while this one reads; its alias is still to be set."""
+    promote.enact(client, promote.decide(client, "models:/poolnet/1", "champion", None, False))
+    other = promote.decide(client, "models:/poolnet/3", "champion", None, False)
+    true, waiting = ledger.holder, [other]
+
+    def holder(client, alias):
+        found = true(client, alias)
+        if waiting:
+            with monkeypatch.context() as patch:
+                patch.setattr(ledger, "settle", lambda client, alias: None)
+                promote.enact(client, waiting.pop())
+        return found
+
+    monkeypatch.setattr(ledger, "holder", holder)
+    late = promote.decide(client, "models:/poolnet/2", "champion", None, False)
+    assert (late.kind, late.over) == ("refused", 3)  # the same as version 3, and not compared with version 1
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
