@@ -94,7 +94,7 @@ def append(
         client.create_registered_model(LEDGER, description=ABOUT)
     source = client.get_model_version(NAME, str(version))
     entry = {**tags, "alias": alias, "kind": kind, "version": str(version), "after": str(after)}
-    model_id = registry.model_id(source)  # without which a server does not take the source
+    model_id = registry.logged_id(source)  # without which a server does not take the source
     mine = client.create_model_version(LEDGER, source.source, source.run_id, entry, None, text, model_id=model_id)
     if int(mine.version) not in [entry.number for entry in entries(client, alias)]:
         client.delete_model_version(LEDGER, mine.version)

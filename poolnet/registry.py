@@ -176,7 +176,7 @@ def _identify(client: MlflowClient, uri: str) -> tuple[str, ModelVersion | None]
             version = newest(client, name)
         else:
             version = client.get_model_version(name, number)
-        return model_id(version) or "", version
+        return logged_id(version) or "", version
     elif match := re.fullmatch(rf"runs:/([0-9a-f]{{32}})/{MODEL}/?", uri):  # a run may have logged others too
         run_id = match[1]
         model = logged(client, client.get_run(run_id))
@@ -189,7 +189,7 @@ def _identify(client: MlflowClient, uri: str) -> tuple[str, ModelVersion | None]
     return found, client.get_model_version(NAME, str(number)) if number else None
 
 
-def model_id(version: ModelVersion) -> str | None:
+def logged_id(version: ModelVersion) -> str | None:
     """The id of the logged model that a version is, if it is one."""
     return version.source.removeprefix("models:/") if version.source.startswith("models:/m-") else None
 

@@ -67,8 +67,10 @@ async def _body(receive: Receive) -> bytes:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise Refused(400, "found no end of the body")  # though nobody listens
-                size += len(message.get("body", b""))
-                parts.append(message.get("body", b"")) if size <= LIMIT else parts.clear()
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > LIMIT:
+                    parts.clear()
                 if not message.get("more_body"):
                     break
     except TimeoutError:
