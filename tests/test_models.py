@@ -256,6 +256,36 @@ def test_the_library_refuses_it_too(pickled):
     assert not pickled.exists()
 
 
+SMUGGLED = {  # what is changed in a model's folder, and the word of the refusal
+    "a pickle beside the program": (lambda folder: (folder / "data" / "model.pth").write_bytes(b""), "pickled model"),
+    "a loader of its own": (
+        lambda folder: in_mlmodel(folder, "loader_module: mlflow.pytorch", "loader_module: evil"),
+        "code",
+    ),
+    "code": (lambda folder: in_mlmodel(folder, "code: null", "code: code"), "brings code along"),
+    "another program": (
+        lambda folder: in_mlmodel(folder, "model_data: data", "model_data: other"),
+        "brings code along",
+    ),
+}
+
+
+def in_mlmodel(folder, old, new):
+    text = (folder / "MLmodel").read_text(encoding="utf-8")
+    assert old in text
+    (folder / "MLmodel").write_text(text.replace(old, new), encoding="utf-8")
+
+
+@pytest.mark.parametrize("case", SMUGGLED)
+def test_what_mlflow_would_run_of_a_models_folder_is_refused(trained, tmp_path, case):
+    change, word = SMUGGLED[case]
+    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri="models:/poolnet/1", dst_path=str(tmp_path)))
+    assert registry.load(str(folder)).pool == "avg"
+    change(folder)
+    with pytest.raises(InputError, match=word):
+        registry.load(str(folder))
+
+
 # --- weights from elsewhere -------------------------------------------------------------------------------------------
 
 NOTEBOOK = """
