@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -283,8 +284,11 @@ def _run(args: list[str] | None) -> int:
         return failed(error.format_message(), error.exit_code)
     except InputError as error:
         return failed(error, 2)
-    except (RunError, OSError) as error:
+    except RunError as error:
         return failed(error, 1)
+    except OSError as error:
+        where = "" if error.filename else f", writing to {tempfile.gettempdir()} or to where the store keeps its files"
+        return failed(f"{error}{where}", 1)
     except signals.Stop as stop:
         return failed(stop, stop.code)
     except click.Abort:

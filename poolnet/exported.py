@@ -78,7 +78,7 @@ def read(path: Path) -> tuple[str, SimplePoolNet | SimpleConvNet]:
     try:
         with path.open("rb") as file:
             return _read(_members(file.read(LIMIT + 1), MEMBERS))
-    except (OSError, EOFError, NotImplementedError, RuntimeError, MemoryError, *BROKEN) as error:
+    except (OSError, EOFError, RuntimeError, MemoryError, *BROKEN) as error:
         raise ValueError(f"found no whole archive ({error})") from None
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"found a program of another form ({type(error).__name__} {error})") from None

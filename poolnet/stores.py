@@ -21,6 +21,12 @@ from poolnet import journal, npz
 from poolnet.config import InputError, RunError
 from poolnet.journal import Journal
 
+SIGNS = (  # what says it all, in the long texts of MLflow and its libraries
+    *("Connection refused", "Read timed out", "Name or service not known", "Connection reset", "timed out"),
+    *("No space left on device", "File too large", "database or disk is full", "disk I/O error"),
+    *("database is locked", "readonly database", "file is not a database", "database disk image is malformed"),
+)
+
 
 def own_uri() -> str:
     """The server that this process is told to use, a local store by its absolute path."""
@@ -59,8 +65,9 @@ def absolute(uri: str, folder: Path) -> str:
 @functools.cache
 def create_store(uri: str) -> None:
     """Make a fresh SQLite store under a lock, and whole or not at all: two processes that make one at once break it for
-    good, and so does one that is killed before it has made all the tables."""
+    good, and so does one that is killed before it has made all the tables. `MlflowException` if it cannot be used."""
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs what it raises, pages of it
     if uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///"))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +76,12 @@ def create_store(uri: str) -> None:
                 with npz.replacing(path) as part:
                     mlflow.db.commands.main(["upgrade", f"sqlite:///{part}"], standalone_mode=False)
                     gc.collect()  # of the connection: Windows does not rename a file that is open
-            MlflowClient(uri).search_experiments(max_results=1)
+            try:
+                MlflowClient(uri).search_experiments(max_results=1)
+            except MlflowException:
+                raise
+            except Exception as error:  # of the database, which MLflow passes on as it is while it opens a store
+                raise MlflowException(reason(error)) from error
 
 
 def own_client() -> MlflowClient:
@@ -124,7 +136,7 @@ def look_up(client: MlflowClient, name: str) -> mlflow.entities.Run | None:
 def reason(error: Exception) -> str:
     """What went wrong, in one line that fits a screen."""
     text = " ".join(str(error).split()) or type(error).__name__
-    for sign in ("Connection refused", "Read timed out", "Name or service not known", "Connection reset", "timed out"):
+    for sign in SIGNS:
         if sign in text:
             return sign.lower()
     if status := re.search(r"too many (\d{3}) error responses|error code (\d{3})", text):
