@@ -14,7 +14,6 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import stats
 from poolnet.config import InputError, TrainConfig
 
 # With data and device, all that the figures depend on; the seed is last.
@@ -92,6 +91,8 @@ def config(run: Run) -> TrainConfig:
 
 def predictions(client: MlflowClient, run_id: str, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """The logits (N, 10) and labels (N,) that a run logged of `split`, val or test; `name` is for the refusal."""
+    from poolnet import stats  # and with it scipy.stats, for which a sweep need not wait
+
     file = f"predictions/{split}.npz"
     with tempfile.TemporaryDirectory() as scratch:
         try:
