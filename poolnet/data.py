@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from poolnet import npz
 from poolnet.config import InputError, home
+from poolnet.files import replacing
 
 LETTERS = "ABCDEFGHIJ"
 SIDE = 28  # pixels
@@ -262,5 +263,5 @@ def _remembered(path: Path, stamp: dict) -> dict | None:
 
 def _remember(path: Path, record: dict) -> None:
     records = {known: value for known, value in _records().items() if Path(known).exists()}
-    with npz.replacing(home() / "digests.json") as part:
+    with replacing(home() / "digests.json") as part:
         part.write_text(json.dumps({**records, str(path): record}, indent=1), encoding="utf-8")

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from poolnet import npz
 from poolnet.config import home
 from poolnet.data import Split, Splits, as_images, open_splits, windows
+from poolnet.files import replacing
 from poolnet.model import SimplePoolNet
 
 WIDTH = 50
@@ -99,7 +99,7 @@ def _load(split: Split, pool: str) -> np.ndarray | None:
 
 def _save(array: np.ndarray, split: Split, pool: str) -> None:
     target = _folder() / f"{pool}-{split.sha256}-{_checksum(array)}.npy"
-    with npz.replacing(target) as part, part.open("wb") as file:
+    with replacing(target) as part, part.open("wb") as file:
         np.save(file, array)
     _evict(keep=target)
 

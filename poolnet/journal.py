@@ -31,8 +31,8 @@ import numpy as np
 import safetensors.numpy
 from filelock import FileLock, Timeout
 
-from poolnet import npz
 from poolnet.config import InputError, RunError, home
+from poolnet.files import read_json, replace, replacing, unsealed, write_json
 
 FORMAT = 1
 LOOK_SECONDS = 1  # longer than others hold a run's lock only to see whether it is trained
@@ -44,7 +44,7 @@ class Journal:
     def __init__(self, folder: Path):
         self.folder, self.name = folder, folder.name
         try:
-            self.record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+            self.record = unsealed(json.loads((folder / "record.json").read_text(encoding="utf-8")))
             version = self.record["format"]
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise InputError(
@@ -160,7 +160,7 @@ class Journal:
         path, part = self.folder / f"{name}.safetensors", self.folder / f".{name}.part"
         with self.writing():
             self._write(part, "wb", data)
-            npz.replace(part, path)
+            replace(part, path)
 
     def load_tensors(self, name: str) -> dict[str, np.ndarray] | None:
         """The arrays of such a file; None where it is absent or damaged."""
@@ -173,7 +173,7 @@ class Journal:
 
     def save_predictions(self, name: str, logits: np.ndarray, y: np.ndarray) -> None:
         path = self.folder / "predictions" / f"{name}.npz"
-        with self.writing(), npz.replacing(path) as part, part.open("wb") as file:
+        with self.writing(), replacing(path) as part, part.open("wb") as file:
             np.savez(file, logits=logits, y=y)
 
     def end(self, status: str, error: str = "") -> None:
@@ -265,22 +265,6 @@ def resume_command(name: str) -> str:
 def now() -> int:
     """Milliseconds since 1970, as MLflow counts time."""
     return time.time_ns() // 1_000_000
-
-
-def read_json(path: Path) -> dict:
-    """An object from a file; empty where it is absent or damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def write_json(path: Path, value: dict) -> None:
-    with npz.replacing(path) as part, part.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def folder() -> Path:

@@ -1,4 +1,4 @@
-"""NumPy archives, read member by member without ever holding one in memory, and files that are replaced whole.
+"""NumPy archives, read member by member without ever holding one in memory.
 
 An `.npz` is a zip of `.npy` members. A member stored uncompressed is mapped where it lies in the archive; a compressed
 one is unpacked once, in a stream, into poolnet's local state and mapped there. Nothing is ever unpickled.
@@ -6,15 +6,11 @@ one is unpacked once, in a stream, into poolnet's local state and mapped there. 
 
 import contextlib
 import errno
-import glob
 import hashlib
 import lzma
 import math
 import shutil
-import sys
-import time
 import tokenize
-import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -25,6 +21,7 @@ import numpy as np
 from filelock import FileLock
 
 from poolnet.config import InputError, RunError, home
+from poolnet.files import replacing
 
 ROWS = 8192  # rows moved at a time
 
@@ -130,34 +127,6 @@ def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
             np.savez(file, **arrays)
     except OSError as error:  # numpy's own names no file
         raise RunError(f"{path}: cannot be written ({error}); is the disk full?") from error
-
-
-def replace(part: Path, path: Path) -> None:
-    """`part.replace(path)`, for which Windows wants a moment in which no other process reads `path`."""
-    for attempt in range(50):
-        try:
-            part.replace(path)
-            return
-        except PermissionError:
-            if sys.platform != "win32" or attempt == 49:
-                raise
-            time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """The name of a temporary file beside `path`, which takes the place of `path` when the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        with contextlib.suppress(FileNotFoundError):  # whose process has just finished
-            if time.time() - stale.stat().st_mtime > 3600:  # whose process was killed
-                stale.unlink()
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        yield part
-        replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class _Recorder:

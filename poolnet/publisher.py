@@ -11,7 +11,8 @@ import tempfile
 import time
 
 from poolnet.config import InputError, crowded
-from poolnet.journal import Journal, read_json
+from poolnet.files import read_json
+from poolnet.journal import Journal
 
 STOP_SECONDS = 2.5  # for the last words of a run that was interrupted
 READY_SECONDS = 3  # that a training waits for the imports: on two cores they slow its steps by a fifth

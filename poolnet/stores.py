@@ -17,7 +17,7 @@ from filelock import FileLock
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import journal, npz
+from poolnet import files, journal
 from poolnet.config import InputError, RunError
 from poolnet.journal import Journal
 
@@ -35,7 +35,7 @@ def own_uri() -> str:
 
 def home_of(run: Journal) -> str:
     """The address of the server that a run belongs to, with the password if the environment has it."""
-    home = journal.read_json(run.folder / "published.json").get("home") or recorded_home(run.record)
+    home = files.read_json(run.folder / "published.json").get("home") or recorded_home(run.record)
     return own_uri() if journal.without_password(own_uri()) == home else home
 
 
@@ -73,7 +73,7 @@ def create_store(uri: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if not path.exists():
-                with npz.replacing(path) as part:
+                with files.replacing(path) as part:
                     mlflow.db.commands.main(["upgrade", f"sqlite:///{part}"], standalone_mode=False)
                     gc.collect()  # of the connection: Windows does not rename a file that is open
             try:

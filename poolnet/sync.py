@@ -15,8 +15,9 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import journal, npz, registry, stores
+from poolnet import journal, registry, stores
 from poolnet.config import InputError, RunError, aligned
+from poolnet.files import replacing
 from poolnet.journal import Journal
 from poolnet.tracking import FILES, Publication, Refused, agrees, as_metrics
 
@@ -244,7 +245,7 @@ def restore(name: str) -> Journal:
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(step) + "\n" for step in sorted(steps.values(), key=lambda step: (step["t"], step["step"]))]
     (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
-    with npz.replacing(folder / "record.json") as part:  # last, since with it the run exists
+    with replacing(folder / "record.json") as part:  # last, since with it the run exists
         part.write_bytes(record)
     run = Journal(folder)
     Publication(run, uri).adopt(info)

@@ -28,7 +28,7 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import journal, parent, registry, stores
+from poolnet import files, journal, parent, registry, stores
 from poolnet.config import InputError, RunError
 from poolnet.journal import Journal
 
@@ -44,7 +44,7 @@ class Publication:
         self.run, self.record, self.carrier, self.on_bytes = run, run.record, carrier, on_bytes
         self.uri, self.key = uri, journal.without_password(uri)
         self.held = {"run_id": "", "experiment_id": "", "done": [], "metrics": 0, "status": None, "version": None}
-        self.held |= journal.read_json(run.folder / "published.json").get("servers", {}).get(self.key, {})
+        self.held |= files.read_json(run.folder / "published.json").get("servers", {}).get(self.key, {})
         self.confirmed = False  # whether the server was seen to have the run
 
     @functools.cached_property
@@ -54,9 +54,9 @@ class Publication:
 
     def save(self) -> None:
         path = self.run.folder / "published.json"
-        servers = journal.read_json(path).get("servers", {})
+        servers = files.read_json(path).get("servers", {})
         with contextlib.suppress(OSError):  # of a full disk: what is not remembered is looked up again
-            journal.write_json(path, {"home": self.key, "servers": {**servers, self.key: self.held}})
+            files.write_json(path, {"home": self.key, "servers": {**servers, self.key: self.held}})
 
     @property
     def complete(self) -> bool:

@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT, make_arrays, poolnet, world
 from test_tracking import journaled
 
-from poolnet import journal, sync
+from poolnet import files, journal, sync
 from poolnet.config import TrainConfig
 
 TRAIN = [sys.executable, "-m", "poolnet", "train"]
@@ -59,7 +59,7 @@ def long_run(letters):
 
 def server_of(run):
     """What the server holds of a run, as its publisher has noted."""
-    published = journal.read_json(run.folder / "published.json")
+    published = files.read_json(run.folder / "published.json")
     return published.get("servers", {}).get(published.get("home"), {})
 
 

@@ -1,0 +1,110 @@
+"""Files that are replaced whole, JSON that carries its checksum, and locks that say who holds them."""
+
+import contextlib
+import glob
+import json
+import os
+import socket
+import sys
+import time
+import uuid
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from poolnet.config import RunError
+
+LOCK_SECONDS = 5  # that a command waits for another one, before it says who that is
+
+
+class Locked(RunError):
+    """Another process holds a lock for longer than this one waits."""
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: float = LOCK_SECONDS) -> Iterator[None]:
+    """Hold the lock file at `path`. Raises `Locked`, which names the holder, after `wait` seconds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = path.with_name(f"{path.name}.holder")
+    try:
+        lock = FileLock(path).acquire(timeout=wait)
+    except Timeout:
+        raise Locked(f"{path}: held by {_read_holder(holder)}; wait for it, or end it, then try again") from None
+    with lock:
+        with contextlib.suppress(OSError):  # of a full disk: the lock holds without it
+            command = " ".join(["poolnet", *sys.argv[1:3]])
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()} ({command})", encoding="utf-8")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                holder.unlink(missing_ok=True)
+
+
+def _read_holder(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+    except OSError:
+        return "another process"
+
+
+def replace(part: Path, path: Path) -> None:
+    """`part.replace(path)`, for which Windows wants a moment in which no other process reads `path`."""
+    for attempt in range(50):
+        try:
+            part.replace(path)
+            return
+        except PermissionError:
+            if sys.platform != "win32" or attempt == 49:
+                raise
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, which replaces `path` when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(FileNotFoundError):  # whose process has just finished
+            if time.time() - stale.stat().st_mtime > 3600:  # whose process was killed
+                stale.unlink()
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        yield part
+        replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict:
+    """An object from a file; empty where it is absent or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return unsealed(found) if isinstance(found, dict) else {}
+
+
+def write_json(path: Path, value: dict) -> None:
+    """An object with its checksum; on the disk when this returns."""
+    with replacing(path) as part, part.open("w", encoding="utf-8") as file:
+        json.dump(sealed(value), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sealed(value: dict) -> dict:
+    """The object with `crc32`, the checksum of the rest."""
+    return {**value, "crc32": _checksum(value)}
+
+
+def unsealed(value: dict) -> dict:
+    """The object without its checksum; empty if that is wrong. Earlier versions wrote none."""
+    rest = {key: part for key, part in value.items() if key != "crc32"}
+    return rest if "crc32" not in value or value["crc32"] == _checksum(rest) else {}
+
+
+def _checksum(value: dict) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
