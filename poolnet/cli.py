@@ -15,8 +15,15 @@ import click
 from click.core import ParameterSource
 
 from poolnet import cli_models, signals
-from poolnet.cli_models import AS_JSON, DRAIN_TIMEOUT, FILE, SEED, SWITCH, asked, points
+from poolnet.cli_models import AS_JSON, FILE, SEED, SWITCH, TIMEOUT, asked, points
 from poolnet.config import POOLS, InputError, RunError, TrainConfig, failed, home, progress, warn
+
+SETTINGS = {  # of MLflow, in our own processes, where the user has not decided otherwise
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # `poolnet train` says it, for every store
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # on stderr, where errors are said
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow's own 7 block for four minutes; we try again
+}
 
 
 @click.group()
@@ -36,15 +43,28 @@ def train_options(command: Callable) -> Callable:
     return command
 
 
+def _look_ahead() -> None:
+    """Refuse a tracking address that can never work, and warn of a server that is down: before anything is trained."""
+    from poolnet import addresses
+
+    uri = addresses.own()
+    addresses.check(uri)
+    if problem := addresses.unreachable(uri):
+        warn(
+            f"{addresses.shown(uri)} cannot be reached ({problem}); what is trained is kept, and published later with: "
+            "poolnet sync"
+        )
+
+
 @cli.command()
 @train_options
 @click.option("--resume", metavar="RUN", default="", help="Go on with a run that was interrupted, with its settings.")
 @click.option("--no-cache", is_flag=True, help="Pool the images anew, and keep no features on disk.")
 @click.option("--optimum", **SWITCH, help="Also find the lowest train loss there is.")
-@DRAIN_TIMEOUT
+@TIMEOUT
 @click.pass_context
 def train(
-    context: click.Context, resume: str, no_cache: bool, optimum: bool, drain_timeout: float, **options: object
+    context: click.Context, resume: str, no_cache: bool, optimum: bool, timeout: float, **options: object
 ) -> None:
     """Train one network and record it in MLflow, from its data to its registered model."""
     config = TrainConfig(**options)
@@ -52,10 +72,12 @@ def train(
         raise InputError("--optimum: found pool conv, expected max or avg, whose loss has a single minimum")
 
     home()  # first of all, since nothing goes without it
+    if not resume:
+        _look_ahead()
 
     from poolnet.publisher import Publisher
 
-    with Publisher(drain_timeout) as publisher:  # its imports take seconds, beside ours
+    with Publisher(timeout) as publisher:  # its imports take seconds, beside ours
         from poolnet import job
 
         if resume:
@@ -94,7 +116,7 @@ def train(
     hidden=True,
     help="Publish the runs named on stdin while they are trained.",
 )
-@click.option("--drain-timeout", type=float, default=30, hidden=True, help="Seconds without progress, with --follow.")
+@TIMEOUT
 @click.pass_context
 def sync(
     context: click.Context,
@@ -104,15 +126,16 @@ def sync(
     prune: bool,
     as_json: bool,
     follow_stdin: bool,
-    drain_timeout: float,
+    timeout: float,
 ) -> None:
     """Publish what tracking servers do not have yet of runs in .poolnet: of all, or of those named."""
-    from poolnet import follow, sync
+    from poolnet import follow, stores, sync
 
     if follow_stdin:
         if hasattr(os, "nice"):
             os.nice(10)  # the training comes first
-        context.exit(follow.follow(sys.stdin, drain_timeout, say=lambda line: failed(line, 0)))
+        context.exit(follow.follow(sys.stdin, timeout, say=lambda line: failed(line, 0)))
+    stores.limit(timeout)
     sync.check_input(runs, to)
     with progress(length=sync.outstanding_bytes(runs, to), label="Publishing") as bar:
         rows = list(sync.sync(runs, to, dry_run, prune, bar.update))
@@ -127,10 +150,10 @@ def sync(
 @click.argument("study", type=FILE)
 @click.option("--data", default="", help="Another data set than the study's own.")
 @click.option("--workers", default="", help="Processes that train.  [default: one a core; one where conv takes part]")
-@DRAIN_TIMEOUT
+@TIMEOUT
 @AS_JSON
 @click.pass_context
-def sweep(context: click.Context, study: Path, data: str, workers: str, drain_timeout: float, as_json: bool) -> None:
+def sweep(context: click.Context, study: Path, data: str, workers: str, timeout: float, as_json: bool) -> None:
     """Train what is missing of a STUDY, each combination of its grid and seeds. Cut off, the same command goes on.
 
     A study is a .toml file with question, data, seeds and margin (in points of accuracy); under [grid] options of
@@ -142,12 +165,13 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, drain_ti
     if workers and not (workers.isdecimal() and int(workers)):
         raise InputError(f"--workers: found {workers!r}, expected a whole number from 1")
     home()
+    _look_ahead()
     again = f"{study} --data {data}" if data else f"{study}"
     signals.last_words = f"stopped; go on with: poolnet sweep {again}"
 
     from poolnet.publisher import Publisher
 
-    with Publisher(drain_timeout) as publisher:
+    with Publisher(timeout) as publisher:
         from poolnet import sweep as sweeps
 
         say = (lambda line: None) if as_json or sys.stderr.isatty() else click.echo  # there a bar shows how far it is
@@ -182,6 +206,7 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, drain_ti
 @click.option("--arms", nargs=2, help="With --by: the two values to compare, the second with the first.")
 @click.option("--margin", default="", help="Points within which arms are equivalent.  [default: the study's, or 0.5]")
 @SEED
+@TIMEOUT
 @AS_JSON
 def compare(
     runs: tuple[str, ...],
@@ -192,6 +217,7 @@ def compare(
     arms: tuple[str, str] | None,
     margin: str,
     seed: int,
+    timeout: float,
     as_json: bool,
 ) -> None:
     """Which arm is better, and how sure is that? From what the tracking server has of a study, an experiment or two
@@ -206,11 +232,12 @@ def compare(
     found = read(Path(study), data) if study else None
     within = points("--margin", margin) or (found.margin if found else MARGIN)
 
-    with asked():
+    with asked(timeout):
         from poolnet import arms as select
         from poolnet import compare, report, stores
 
-        client, uri = stores.own_client(), stores.own_uri()
+        client = stores.own_client()
+        uri = client.uri
         where = stores.experiment_named(client, experiment)
         if found:
             selected = select.of_study(client, [where], found)
@@ -271,7 +298,14 @@ for command in cli_models.COMMANDS:
 def main(args: list[str] | None = None) -> None:
     """The console script. What went wrong is said in one line on stderr; the exit codes are those of the README."""
     signals.install()
-    sys.exit(_run(args))
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    code = _run(args)
+    stores = sys.modules.get("poolnet.stores")
+    if stores and stores.gave_up():  # there is nobody to wait for
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(args: list[str] | None) -> int:

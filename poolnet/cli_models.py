@@ -13,21 +13,35 @@ FILE = click.Path(path_type=Path)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the bootstraps.")
 SWITCH = {"type": bool, "is_flag": False, "flag_value": True, "default": False}  # `mlflow run` gives it a value
-DRAIN_TIMEOUT = click.option(
-    "--drain-timeout",
-    type=click.FloatRange(min=0),
-    default=30,
+
+
+def _seconds(context: click.Context, option: click.Parameter, value: float) -> float:
+    if not 0 <= value <= 86_400:
+        raise click.BadParameter(f"found {value}, expected seconds from 0 to 86400")
+    return value
+
+
+TIMEOUT = click.option(
+    *("--timeout", "--drain-timeout", "timeout"),
+    type=float,
+    default=20,
     show_default=True,
-    help="Seconds to wait at the end for a tracking server that does not get on.",
+    callback=_seconds,
+    help="Seconds to wait for a tracking server that gives no answer.",
 )
 
 
 @contextlib.contextmanager
-def asked() -> Iterator[None]:
-    """With what MLflow says of its server as one line."""
+def asked(timeout: float) -> Iterator[None]:
+    """With what MLflow says of its server as one line, and silence of so many seconds as its end."""
+    from poolnet import addresses
+
+    uri = addresses.own()
+    addresses.check(uri)
+
     from poolnet import stores
 
-    uri = stores.own_uri()
+    stores.limit(timeout)
     with stores.asked(uri), stores.as_environment(uri):
         yield
 
@@ -50,20 +64,21 @@ def points(option: str, text: str) -> float | None:
     "--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True, help="Part of the data."
 )
 @SEED
+@TIMEOUT
 @AS_JSON
-def evaluate(model: str, data: str, split: str, seed: int, as_json: bool) -> None:
+def evaluate(model: str, data: str, split: str, seed: int, timeout: float, as_json: bool) -> None:
     """Score a MODEL: models:/poolnet@champion, models:/poolnet/3, models:/m-..., runs:/RUN/model, or a folder.
 
     Loss, accuracy, precision, recall, F1, calibration and confusions, with intervals, also as a run in MLflow; and
     whether they are what its training recorded. Nothing of the model's file is unpickled or executed.
     """
-    with asked():
+    with asked(timeout):
         from poolnet import registry, scorecard, stores
 
         client = stores.own_client()
         card = scorecard.score(client, registry.load(model), data, split, seed)
         run_id = scorecard.publish(client, card)
-        look = stores.page_of(stores.own_uri(), client.get_run(run_id).info.experiment_id, run_id)
+        look = stores.page_of(client.uri, client.get_run(run_id).info.experiment_id, run_id)
     if as_json:
         click.echo(json.dumps({**scorecard.as_json(card), "run_id": run_id, "look": look}, allow_nan=False))
     else:
@@ -78,10 +93,18 @@ def evaluate(model: str, data: str, split: str, seed: int, as_json: bool) -> Non
 @click.option("--non-inferior", default="", metavar="M", help="Also if it is not worse by M points of accuracy.")
 @click.option("--force", **SWITCH, help="Whatever the test says; recorded as such.")
 @click.option("--rollback", **SWITCH, help="Give the alias back to the champion before.")
+@TIMEOUT
 @AS_JSON
 @click.pass_context
 def promote(
-    context: click.Context, model: str, alias: str, non_inferior: str, force: bool, rollback: bool, as_json: bool
+    context: click.Context,
+    model: str,
+    alias: str,
+    non_inferior: str,
+    force: bool,
+    rollback: bool,
+    timeout: float,
+    as_json: bool,
 ) -> None:
     """Make MODEL, or the newest version, the champion, if it is better on the same validation letters.
 
@@ -91,7 +114,7 @@ def promote(
     margin = points("--non-inferior", non_inferior)
     if rollback and (model or non_inferior or force):
         raise InputError("--rollback: found it with other options, expected --alias alone")
-    with asked():
+    with asked(timeout):
         from poolnet import promote, stores
 
         client = stores.own_client()
@@ -113,10 +136,17 @@ def promote(
 @click.argument("images", nargs=-1, required=True, type=FILE, metavar="IMAGE...")
 @click.option("--invert/--no-invert", default=None, help="Dark letters on bright ground.  [default: recognised]")
 @click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values instead of the table.")
+@TIMEOUT
 @AS_JSON
 @click.pass_context
 def predict(
-    context: click.Context, model: str, images: tuple[Path, ...], invert: bool | None, as_csv: bool, as_json: bool
+    context: click.Context,
+    model: str,
+    images: tuple[Path, ...],
+    invert: bool | None,
+    as_csv: bool,
+    timeout: float,
+    as_json: bool,
 ) -> None:
     """Say which letter, A to J, is on each IMAGE: PNG, JPEG and the like, or folders of them, of any size and colour.
 
@@ -127,7 +157,7 @@ def predict(
     from poolnet import predict
 
     paths = predict.find(images)
-    with asked():
+    with asked(timeout):
         from poolnet import registry
 
         net = registry.load(model).net
@@ -147,10 +177,10 @@ def predict(
 @click.command()
 @click.argument("run")
 @click.option("--data", default="", help="Where its data set is.  [default: where it was]")
-@DRAIN_TIMEOUT
+@TIMEOUT
 @AS_JSON
 @click.pass_context
-def reproduce(context: click.Context, run: str, data: str, drain_timeout: float, as_json: bool) -> None:
+def reproduce(context: click.Context, run: str, data: str, timeout: float, as_json: bool) -> None:
     """Train a recorded RUN again, by its name or MLflow id, and say whether it comes to the same.
 
     Data must be the same; other code, packages or machines are named. Every metric of every step, the predictions and
@@ -160,7 +190,7 @@ def reproduce(context: click.Context, run: str, data: str, drain_timeout: float,
 
     from poolnet.publisher import Publisher
 
-    with Publisher(drain_timeout) as publisher, asked():
+    with Publisher(timeout) as publisher, asked(timeout):
         from poolnet import reproduce, stores
 
         client = stores.own_client()
@@ -189,15 +219,17 @@ def reproduce(context: click.Context, run: str, data: str, drain_timeout: float,
 @click.argument("file", type=FILE)
 @click.option("--pool", type=click.Choice(POOLS), required=True, help="The pooling that they were trained with.")
 @click.option("--data", default="", help="Score them on this data set too; without, no test can compare them.")
+@TIMEOUT
 @AS_JSON
-def register(file: Path, pool: str, data: str, as_json: bool) -> None:
+def register(file: Path, pool: str, data: str, timeout: float, as_json: bool) -> None:
     """Register weights that were trained elsewhere: a FILE of torch.save(model.state_dict(), FILE), as the notebook
     writes it. It is read as tensors only."""
-    with asked():
+    with asked(timeout):
         from poolnet import imported, stores
 
-        found = imported.register(stores.own_client(), file, pool, data)
-        look = stores.page_of(stores.own_uri(), found.experiment_id, found.run_id)
+        client = stores.own_client()
+        found = imported.register(client, file, pool, data)
+        look = stores.page_of(client.uri, found.experiment_id, found.run_id)
     scores = {name: {"loss": each.loss, "acc": each.acc} for name, each in found.scores.items()}
     if as_json:
         click.echo(json.dumps({"version": found.version, "run_id": found.run_id, "look": look, "scores": scores}))

@@ -25,6 +25,10 @@ class RunError(RuntimeError):
     """The work itself failed: one line that says why. Ends the command with exit code 1 and the run as FAILED."""
 
 
+class NoAnswer(RunError):
+    """The tracking server was silent for too long."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. The one home of the defaults, which are those of the reference experiment."""
@@ -56,7 +60,7 @@ class TrainConfig:
 
 def home() -> Path:
     """The folder of poolnet's local state: `POOLNET_HOME`, or `.poolnet` in the working folder. Made if absent."""
-    path = Path(os.environ.get("POOLNET_HOME") or ".poolnet").absolute()
+    path = expanded(Path(os.environ.get("POOLNET_HOME") or ".poolnet")).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -64,6 +68,14 @@ def home() -> Path:
     if not os.access(path, os.W_OK):
         raise InputError(f"{path}: cannot be written; set POOLNET_HOME elsewhere")
     return path
+
+
+def expanded(path: Path) -> Path:
+    """The path with the user's own folder for `~`, unless something here is called so."""
+    try:
+        return path if Path(*path.parts[:1]).exists() else path.expanduser()
+    except RuntimeError:  # of a user who is not known
+        return path
 
 
 def cores() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from poolnet import data, features, journal, linear, provenance, signals, train
+from poolnet import addresses, data, features, journal, linear, provenance, signals, train
 from poolnet.config import InputError, RunError, TrainConfig
 from poolnet.data import Splits
 from poolnet.journal import Journal
@@ -44,7 +44,7 @@ def resume(
     if not old:
         from poolnet import sync  # seconds of import, for what only the server knows
 
-        old = sync.restore(name)
+        old = sync.restore(name, publisher.drain_timeout)
     if carrier:  # `mlflow run` passes its defaults on, and records them, as if they had been typed
         defaults = {**dataclasses.asdict(TrainConfig()), "optimum": False}
         given = {option: value for option, value in given.items() if value != defaults[option]}
@@ -83,7 +83,7 @@ def create(config: TrainConfig, optimum: bool, splits: Splits, sweep: str = "", 
         "code": {"commit": commit, "dirty": dirty},
         "environment": provenance.environment(),
         "tracking": {  # as MLflow reads it from the environment; its default lies in the working folder
-            "uri": journal.without_password(os.environ.get("MLFLOW_TRACKING_URI", "")),
+            "uri": addresses.shown(os.environ.get("MLFLOW_TRACKING_URI", "")),
             "folder": str(Path.cwd()),
             "experiment_id": os.environ.get("MLFLOW_EXPERIMENT_ID", ""),
             "experiment_name": os.environ.get("MLFLOW_EXPERIMENT_NAME", ""),

@@ -25,7 +25,6 @@ import uuid
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 import safetensors.numpy
@@ -249,13 +248,6 @@ def find(run: str) -> Journal | None:
 def is_name(text: str) -> bool:
     """Whether a run may be called that: nothing that could lead out of the folder of runs."""
     return re.fullmatch(r"\w+-seed\d+-[0-9a-f]{8}", text) is not None
-
-
-def without_password(uri: str) -> str:
-    """A server's address that may be shown and stored."""
-    parts = urlsplit(uri)
-    user, at, host = parts.netloc.rpartition("@")
-    return urlunsplit(parts._replace(netloc=user.partition(":")[0] + at + host)) if at else uri
 
 
 def resume_command(name: str) -> str:

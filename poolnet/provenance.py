@@ -41,7 +41,7 @@ def code_state() -> tuple[str | None, str, bytes]:
     """The commit that runs, whether tracked files differ from it (`true`, `false`, `unknown`), and how they differ."""
     if not _git("ls-files", "--error-unmatch", "__init__.py"):  # installed, or no git here
         return None, "unknown", b""
-    diff = _git("diff", "HEAD", "--binary")
+    diff = _git("diff", "HEAD", "--binary", "--no-ext-diff", "--no-textconv", "--no-color")
     return _git("rev-parse", "HEAD").decode().strip(), "true" if diff else "false", diff
 
 

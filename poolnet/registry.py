@@ -152,7 +152,8 @@ def load(uri: str) -> Loaded:
             if not (uri and folder.is_dir()):
                 if ":/" not in uri:
                     raise ValueError("no such folder")
-                folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=exact, dst_path=scratch))
+                with stores.answering(client.uri):
+                    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=exact, dst_path=scratch))
         except (MlflowException, ImportError, OSError, ValueError) as error:  # s3:// asks for a library, say
             if isinstance(error, MlflowException) and error.error_code not in MISSING and SCHEME not in str(error):
                 raise

@@ -1,49 +1,60 @@
 """Tracking servers and stores: their addresses, what is on them, and local ones made whole."""
 
+import _thread
 import contextlib
 import functools
 import gc
 import logging
+import math
 import os
 import re
 import shlex
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import mlflow
 import mlflow.db
-from filelock import FileLock
+from mlflow.entities import Experiment, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
 
-from poolnet import files, journal
-from poolnet.config import InputError, RunError
+from poolnet import addresses, files
+from poolnet.config import InputError, NoAnswer, RunError
 from poolnet.journal import Journal
 
+AWAY = ("Connection refused", "Read timed out", "Name or service not known", "Connection reset", "timed out")
 SIGNS = (  # what says it all, in the long texts of MLflow and its libraries
-    *("Connection refused", "Read timed out", "Name or service not known", "Connection reset", "timed out"),
+    *AWAY,
     *("No space left on device", "File too large", "database or disk is full", "disk I/O error"),
     *("database is locked", "readonly database", "file is not a database", "database disk image is malformed"),
 )
+CURES = {  # what it says of itself, and what to do
+    "401": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+    "403": "MLFLOW_TRACKING_USERNAME may not do this there; ask who runs the server for permission",
+    "404": "no MLflow server is there; look at MLFLOW_TRACKING_URI",
+}
+STORE_SECONDS = 20  # that a process waits while others make the same SQLite store
 
 
-def own_uri() -> str:
-    """The server that this process is told to use, a local store by its absolute path."""
-    return absolute(mlflow.get_tracking_uri(), Path.cwd())
+# --- addresses ---------------------------------------------------------------------------------------------------
 
 
 def home_of(run: Journal) -> str:
     """The address of the server that a run belongs to, with the password if the environment has it."""
     home = files.read_json(run.folder / "published.json").get("home") or recorded_home(run.record)
-    return own_uri() if journal.without_password(own_uri()) == home else home
+    return addresses.own() if addresses.shown(addresses.own()) == home else home
 
 
 @contextlib.contextmanager
 def as_environment(uri: str) -> Iterator[None]:
     """With this address in the environment: MLflow's own registry store looks there for the models of its runs."""
     before = os.environ.get("MLFLOW_TRACKING_URI")
-    os.environ["MLFLOW_TRACKING_URI"] = uri
+    os.environ["MLFLOW_TRACKING_URI"] = addresses.for_mlflow(uri)
     try:
         yield
     finally:
@@ -54,46 +65,189 @@ def as_environment(uri: str) -> Iterator[None]:
 
 def recorded_home(record: dict) -> str:
     """Where a run was to be tracked when it began; MLflow's default is a store in the working folder."""
-    return absolute(record["tracking"]["uri"] or "sqlite:///mlflow.db", Path(record["tracking"]["folder"]))
+    return addresses.absolute(record["tracking"]["uri"], Path(record["tracking"]["folder"]))
 
 
-def absolute(uri: str, folder: Path) -> str:
-    prefix = "sqlite:///"
-    return f"{prefix}{folder / uri.removeprefix(prefix)}" if uri.startswith(prefix) else uri
+# --- waiting for an answer ---------------------------------------------------------------------------------------
+
+
+class _Silence(BaseException):
+    """Nobody answers. No `Exception`: MLflow would try again."""
+
+
+_limit: float | None = None  # seconds that a call may take; None: for ever
+_deadline = math.inf  # by which all calls must have their answers
+_calls = 0  # that are under way, one in the other
+_silent: dict[str, float] = {}  # servers that gave no answer, and for how long they were waited for
+_ALARM = getattr(signal, "SIGALRM", signal.SIGABRT)  # Windows has no alarms
+_timer: threading.Timer | None = None  # there
+
+
+def limit(seconds: float) -> None:
+    """From now on a server that is silent for so long is given up, with `NoAnswer`."""
+    global _limit
+    _limit = seconds
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(max(1, math.ceil(seconds))))  # where no alarm ends a call
+    os.environ.setdefault("PGCONNECT_TIMEOUT", str(math.ceil(seconds) + 1))
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """All calls meanwhile have so many seconds together; `NoAnswer` ends them."""
+    global _deadline, _limit
+    before, _deadline, _limit = (_deadline, _limit), time.monotonic() + seconds, seconds
+    try:
+        yield
+    finally:
+        _deadline, _limit = before
+
+
+@contextlib.contextmanager
+def answering(uri: str) -> Iterator[None]:
+    """A call of the server. Raises `NoAnswer` where it is silent, and at once if it was before."""
+    global _calls
+    if _limit is None or addresses.sqlite_file(uri) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    depth = _calls
+    if not depth and _silent.get(uri, -1) >= _limit:
+        raise NoAnswer(f"no answer for {_silent[uri]:g} s")
+    try:
+        _calls = depth + 1
+        _set_alarm()
+        yield
+        _set_alarm()  # a call of a call was answered
+    except _Silence:
+        if depth:
+            raise
+        _silent[uri] = _limit
+        raise NoAnswer(f"no answer for {_silent[uri]:g} s") from None
+    finally:
+        _calls = depth
+        if not depth:
+            _clear_alarm()
+
+
+def gave_up() -> bool:
+    """Whether a server was silent, for which threads of MLflow may still wait."""
+    return bool(_silent)
+
+
+def _ring(signum: int, frame: object) -> None:
+    if _calls:
+        raise _Silence
+
+
+def _set_alarm() -> None:
+    """Let `_Silence` be raised in the main thread when the time is over."""
+    global _timer
+    seconds = max(0.001, min(_limit, _deadline - time.monotonic()))
+    signal.signal(_ALARM, _ring)
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and again, should somebody swallow it
+    else:
+        _clear_alarm()
+        _timer = threading.Timer(seconds, _thread.interrupt_main, (_ALARM,))
+        _timer.daemon = True
+        _timer.start()
+
+
+def _clear_alarm() -> None:
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    elif _timer:
+        _timer.cancel()
+
+
+class Client(MlflowClient):
+    """MLflow's client, each call of which ends."""
+
+    def __init__(self, uri: str):
+        self.uri = uri
+        super().__init__(addresses.for_mlflow(uri))
+
+    def __getattribute__(self, name: str) -> object:
+        found = super().__getattribute__(name)
+        if name.startswith("_") or not callable(found):
+            return found
+
+        @functools.wraps(found)
+        def call(*args: object, **options: object) -> object:
+            with answering(self.uri):
+                return found(*args, **options)
+
+        return call
+
+
+def client_of(uri: str) -> Client:
+    """A client of this server or store. Raises `InputError` where the address can never work."""
+    addresses.check(uri)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs what it raises, pages of it
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it logs each attempt, with the address
+    if path := addresses.sqlite_file(uri):
+        _create_store(uri, path)
+    elif not uri.startswith("http") and (problem := addresses.unreachable(uri)) and "no answer" not in problem:
+        # SQLAlchemy's own attempts take minutes
+        raise NoAnswer(problem)
+    try:
+        with answering(uri):
+            return Client(uri)
+    except SQLAlchemyError as error:  # which MLflow passes on as it is while it opens a store
+        raise MlflowException(reason(error)) from error
 
 
 @functools.cache
-def create_store(uri: str) -> None:
-    """Make a fresh SQLite store under a lock, and whole or not at all: two processes that make one at once break it for
-    good, and so does one that is killed before it has made all the tables. `MlflowException` if it cannot be used."""
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs what it raises, pages of it
-    if uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if not path.exists():
-                with files.replacing(path) as part:
-                    mlflow.db.commands.main(["upgrade", f"sqlite:///{part}"], standalone_mode=False)
-                    gc.collect()  # of the connection: Windows does not rename a file that is open
-            try:
-                MlflowClient(uri).search_experiments(max_results=1)
-            except MlflowException:
-                raise
-            except Exception as error:  # of the database, which MLflow passes on as it is while it opens a store
-                raise MlflowException(reason(error)) from error
+def _create_store(uri: str, path: Path) -> None:
+    """Create the SQLite file if it is missing. Raises `MlflowException` if it cannot be used.
+
+    Under a lock, and whole or not at all: two processes that make one at once break it for good, and so does one that
+    is killed before it has made all the tables.
+    """
+    with files.locked(path.with_name(f"{path.name}.lock"), STORE_SECONDS):
+        if not path.exists():
+            with files.replacing(path) as part:
+                mlflow.db.commands.main(
+                    ["upgrade", addresses.for_mlflow(addresses.of_file(part))], standalone_mode=False
+                )
+                gc.collect()  # of the connection: Windows does not rename a file that is open
+        try:
+            MlflowClient(addresses.for_mlflow(uri)).search_experiments(max_results=1)
+        except SQLAlchemyError as error:
+            raise MlflowException(reason(error)) from error
+    _remove_misnamed(path)
+
+
+def _remove_misnamed(path: Path) -> None:
+    """Remove the empty folders that `mlflow run` has made of the address, whose escapes it does not read."""
+    folder = Path(quote(path.parent.as_posix()))
+    while folder != path.parent and "%" in str(folder):
+        try:
+            folder.rmdir()
+        except OSError:  # it is not there, or there is something in it
+            break
+        folder = folder.parent
 
 
 def own_client() -> MlflowClient:
-    """A client of the server that this process is told to use."""
-    uri = own_uri()
-    create_store(uri)
-    return MlflowClient(uri)
+    """A client of the server that this process is told to use. Raises `RunError` where no MLflow answers."""
+    client = client_of(addresses.own())
+    if client.uri.startswith("http") and not client.search_experiments(view_type=ViewType.ALL, max_results=1):
+        raise RunError(
+            f"{addresses.shown(client.uri)}: shows no experiment at all: it is no MLflow server, or one that lets this "
+            "user see nothing; look at MLFLOW_TRACKING_URI and MLFLOW_TRACKING_USERNAME"
+        )
+    return client
+
+
+# --- what is there -----------------------------------------------------------------------------------------------
 
 
 def own_experiment(client: MlflowClient) -> str:
     """The id of the experiment that this process is told to use, made if it is only named."""
-    return os.environ.get("MLFLOW_EXPERIMENT_ID") or experiment(client, os.environ.get("MLFLOW_EXPERIMENT_NAME", ""))
+    if number := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return _active(client.get_experiment(number))
+    return experiment(client, os.environ.get("MLFLOW_EXPERIMENT_NAME", ""))
 
 
 def experiment_named(client: MlflowClient, name: str) -> str:
@@ -105,9 +259,9 @@ def experiment_named(client: MlflowClient, name: str) -> str:
         with contextlib.suppress(MlflowException):
             found = client.get_experiment(name)
     if not found:
-        names = ", ".join(each.name for each in client.search_experiments())
+        names = ", ".join(each.name for each in experiments(client)[:20])
         raise InputError(f"--experiment: found none called {name!r}, expected one of {names}")
-    return found.experiment_id
+    return _active(found)
 
 
 def experiment(client: MlflowClient, name: str) -> str:
@@ -115,11 +269,31 @@ def experiment(client: MlflowClient, name: str) -> str:
     name = name or "Default"
     found = client.get_experiment_by_name(name)
     try:
-        return found.experiment_id if found else client.create_experiment(name)
+        return _active(found) if found else client.create_experiment(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":  # made by another process just now
             raise
         return client.get_experiment_by_name(name).experiment_id
+
+
+def _active(found: Experiment) -> str:
+    """The id of an experiment, which must not be deleted."""
+    if found.lifecycle_stage == "deleted":
+        raise InputError(_deleted(found.experiment_id))
+    return found.experiment_id
+
+
+def _deleted(number: str) -> str:
+    return f"experiment {number} was deleted; restore it with: mlflow experiments restore --experiment-id {number}"
+
+
+def experiments(client: MlflowClient) -> list[Experiment]:
+    """All that are there and not deleted, however many."""
+    found, token = [], None
+    while token is None or token:
+        page = client.search_experiments(page_token=token)
+        found, token = [*found, *page], page.token or ""
+    return found
 
 
 def look_up(client: MlflowClient, name: str) -> mlflow.entities.Run | None:
@@ -127,20 +301,28 @@ def look_up(client: MlflowClient, name: str) -> mlflow.entities.Run | None:
     if re.fullmatch("[0-9a-f]{32}", name):
         with contextlib.suppress(MlflowException):
             return client.get_run(name)
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    ids = [each.experiment_id for each in experiments(client)]
     quoted = name.replace("'", "")
-    found = client.search_runs(experiments, f"tags.`poolnet.run` = '{quoted}'", max_results=1)
-    return found[0] if found else None
+    for start in range(0, len(ids), 500):  # databases bind so many values only
+        some = ids[start : start + 500]
+        if found := client.search_runs(some, f"tags.`poolnet.run` = '{quoted}'", max_results=1):
+            return found[0]
+    return None
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in one line that fits a screen."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """What went wrong and what to do, in one line that fits a screen and holds no password."""
+    text = addresses.hidden(" ".join(str(error).split())) or type(error).__name__
     for sign in SIGNS:
         if sign in text:
             return sign.lower()
-    if status := re.search(r"too many (\d{3}) error responses|error code (\d{3})", text):
-        return f"the server answers {status[1] or status[2]}"
+    if match := re.search(r"too many (\d{3}) error responses|error code (\d{3})", text):
+        status = match[1] or match[2]
+        return f"the server answers {status}" + (f"; {CURES[status]}" if status in CURES else "")
+    if match := re.search(r"experiment (\d+) must be in the 'active' state", text):
+        return (
+            f"experiment {match[1]} is deleted; restore it with: mlflow experiments restore --experiment-id {match[1]}"
+        )
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
@@ -149,8 +331,11 @@ def asked(uri: str) -> Iterator[None]:
     """What goes wrong with a server meanwhile is one line."""
     try:
         yield
-    except MlflowException as error:
-        raise RunError(f"{journal.without_password(uri)}: {reason(error)}") from None
+    except (MlflowException, NoAnswer) as error:
+        why = reason(error)
+        away = isinstance(error, NoAnswer) or why in map(str.lower, AWAY)
+        cure = "; start the server, correct MLFLOW_TRACKING_URI, or wait longer with --timeout" if away else ""
+        raise RunError(f"{addresses.shown(uri)}: {why}{cure}") from None
 
 
 def page_of(uri: str, experiment_id: str, run_id: str) -> str:
@@ -160,5 +345,7 @@ def page_of(uri: str, experiment_id: str, run_id: str) -> str:
         parts = urlsplit(uri)
         server = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))  # no password on the screen
         return f"{server.rstrip('/')}/{page}"
-    shown = shlex.quote(uri) if uri.startswith("sqlite:") else '"$MLFLOW_TRACKING_URI"'  # nor that of a database
+    shown = (
+        shlex.quote(addresses.for_mlflow(uri)) if addresses.sqlite_file(uri) else '"$MLFLOW_TRACKING_URI"'
+    )  # nor that of a database
     return f"mlflow ui --backend-store-uri {shown}\nthen http://127.0.0.1:5000/{page}"

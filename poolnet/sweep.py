@@ -14,10 +14,9 @@ from multiprocessing.connection import wait
 
 from filelock import FileLock, Timeout
 from mlflow.exceptions import MlflowException
-from mlflow.tracking.client import MlflowClient
 
-from poolnet import data, journal, parent, recorded, stores, train
-from poolnet.config import InputError, TrainConfig, aligned, cores, progress, spread
+from poolnet import addresses, data, journal, parent, recorded, stores, train
+from poolnet.config import InputError, NoAnswer, TrainConfig, aligned, cores, progress, spread
 from poolnet.journal import Journal
 from poolnet.publisher import Publisher
 from poolnet.study import Study
@@ -25,6 +24,7 @@ from poolnet.trials import Queue
 from poolnet.worker import Worker
 
 SCORES = ("val_acc", "val_loss", "test_acc", "test_loss")  # with the final weights
+ASK_SECONDS = 2  # that the server has to say what it holds, before training begins without
 ORPHAN_SECONDS = 15  # in which a worker finishes its batch after its sweep was killed
 
 Say = Callable[[str], object]
@@ -58,11 +58,12 @@ class Sweep:
             warn(f"{splits.path}: {splits.overlap:,} of {len(splits.test):,} test images also occur in train")
         self.data_sha256 = splits.sha256
         self.name = parent.name_of(study.name, splits.sha256)
-        self.uri = stores.own_uri()
+        self.uri = addresses.own()
         self.results = {self._key(config): Result(config) for config in study.configs()}
         self.begun: dict[tuple, Journal] = {}  # what an earlier sweep began and did not finish
         self.look = ""  # at the parent run, where there is one
         self.trouble: str | None = None  # what stands in the way of publishing
+        self.patience = ASK_SECONDS  # with the server
 
     @property
     def missing(self) -> list[Result]:
@@ -84,23 +85,25 @@ class Sweep:
                 self._train(workers)
             if self.publisher.journals:
                 self.trouble = self.publisher.close()
+                self.patience = ASK_SECONDS if self.trouble else self.publisher.drain_timeout
                 self._look_at_server()
 
     # --- what there is ------------------------------------------------------------------------------------------------
 
     def _look_at_server(self) -> None:
         """Finished runs of the same data and settings, whoever made them."""
+        query = f"attributes.status = 'FINISHED' AND tags.`poolnet.data_sha256` = '{self.data_sha256}'"
         try:
-            stores.create_store(self.uri)
-            client = MlflowClient(self.uri)
-            query = f"attributes.status = 'FINISHED' AND tags.`poolnet.data_sha256` = '{self.data_sha256}'"
-            for run in recorded.search(client, [stores.own_experiment(client)], query):
-                result = self.results.get(run.key)
-                if result and not result.run_id and result.run in ("", run.name) and set(SCORES) <= set(run.metrics):
-                    result.status, result.run, result.run_id = run.status, run.name, run.run_id
-                    result.scores = {name: run.metrics[name] for name in SCORES}
-        except MlflowException as error:
-            where = journal.without_password(self.uri)
+            with stores.within(self.patience):
+                client = stores.client_of(self.uri)
+                for run in recorded.search(client, [stores.own_experiment(client)], query):
+                    result = self.results.get(run.key)
+                    new = result and not result.run_id and result.run in ("", run.name)
+                    if new and set(SCORES) <= set(run.metrics):
+                        result.status, result.run, result.run_id = run.status, run.name, run.run_id
+                        result.scores = {name: run.metrics[name] for name in SCORES}
+        except (MlflowException, NoAnswer) as error:
+            where = addresses.shown(self.uri)
             self.warn(
                 f"{where} cannot be asked which runs it has ({stores.reason(error)}); going by the journals alone"
             )
@@ -219,16 +222,17 @@ class Sweep:
     def _describe(self, status: str) -> None:
         """Of what the server does not take, a later call has it all again."""
         try:
-            stores.create_store(self.uri)
-            client = MlflowClient(self.uri)
-            experiment_id = stores.own_experiment(client)
-            with stores.as_environment(self.uri):
+            with stores.within(self.patience), stores.as_environment(self.uri):
+                client = stores.client_of(self.uri)
+                experiment_id = stores.own_experiment(client)
                 run_id = parent.find_or_create(client, experiment_id, self.name, os.environ.get("MLFLOW_RUN_ID", ""))
                 text = self.study.path.read_text(encoding="utf-8")
                 parent.describe(client, run_id, text, self._note(experiment_id), self._metrics(), status)
             self.look = stores.page_of(self.uri, experiment_id, run_id)
-        except MlflowException as error:
-            where = journal.without_password(self.uri)
+        except (MlflowException, NoAnswer) as error:
+            if status == "RUNNING":
+                return  # the next question says it
+            where = addresses.shown(self.uri)
             self.warn(
                 f"{where}: the sweep's own run is not up to date ({stores.reason(error)}); sweep again to mend that"
             )

@@ -15,8 +15,8 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import journal, registry, stores
-from poolnet.config import InputError, RunError, aligned
+from poolnet import addresses, journal, registry, stores
+from poolnet.config import InputError, NoAnswer, RunError, aligned
 from poolnet.files import replacing
 from poolnet.journal import Journal
 from poolnet.tracking import FILES, Publication, Refused, agrees, as_metrics
@@ -25,7 +25,7 @@ from poolnet.tracking import FILES, Publication, Refused, agrees, as_metrics
 def is_final(error: Exception) -> bool:
     """Whether trying again is of no use: the server knows who asks and refuses, or the run was deleted there."""
     forbidden = isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403)
-    return forbidden or isinstance(error, (Refused, RunError))
+    return forbidden or (isinstance(error, (Refused, RunError)) and not isinstance(error, NoAnswer))
 
 
 def mark_if_dead(run: Journal) -> None:
@@ -54,7 +54,7 @@ def sync(
     runs: Iterable[str], to: str | None, dry_run: bool, prune: bool, on_bytes: Callable[[int], None] = lambda size: None
 ) -> Iterator[Row]:
     """Publish what is outstanding of these runs, or of all, each to its own server or to another."""
-    to = to and stores.absolute(to, Path.cwd())
+    to = to and addresses.absolute(to, Path.cwd())
     for name in runs or journal.names():
         try:
             run = _found(name)
@@ -71,8 +71,8 @@ def check_input(runs: Iterable[str], to: str | None) -> None:
     """Refuse names that no run has, and an address that is none."""
     for name in runs:
         _found(name)
-    if to and "://" not in to:
-        raise InputError(f"--to: found {to!r}, expected an address such as http://host:5000 or sqlite:///path.db")
+    if to:
+        addresses.check(to)
 
 
 def _found(name: str) -> Journal:
@@ -202,21 +202,21 @@ def _same(client: MlflowClient, run_id: str, path: Path, folder: str | None) -> 
 # --- runs that are only on the server --------------------------------------------------------------------------------
 
 
-def restore(name: str) -> Journal:
+def restore(name: str, timeout: float) -> Journal:
     """The journal of a run whose folder is gone, from what the server has: all but the state of training.
 
     Its epochs are trained again, to the same figures; those recorded stay as they are.
     """
     from poolnet.train import EpochRecord  # and with it torch
 
-    uri = stores.own_uri()
-    where = journal.without_password(uri)
-    client = MlflowClient(uri)
+    stores.limit(timeout)
+    uri = addresses.own()
+    where = addresses.shown(uri)
     nowhere = InputError(f"{name}: no such run, neither in {journal.folder()} nor on {where}")
     try:
-        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        if (path := addresses.sqlite_file(uri)) and not path.exists():
             raise nowhere
-        stores.create_store(uri)
+        client = stores.client_of(uri)
         found = stores.look_up(client, name)
         if not found:
             raise nowhere
@@ -237,7 +237,7 @@ def restore(name: str) -> Journal:
                     step["metrics"][key] = metric.value
         with tempfile.TemporaryDirectory() as scratch:
             record = Path(client.download_artifacts(info.run_id, "record.json", scratch)).read_bytes()
-    except MlflowException as error:
+    except (MlflowException, NoAnswer) as error:
         raise InputError(
             f"{name}: its folder is not in {journal.folder()}, and {where} cannot give it back: {stores.reason(error)}"
         ) from None

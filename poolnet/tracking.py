@@ -28,7 +28,7 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import files, journal, parent, registry, stores
+from poolnet import addresses, files, journal, parent, registry, stores
 from poolnet.config import InputError, RunError
 from poolnet.journal import Journal
 
@@ -42,15 +42,14 @@ class Publication:
 
     def __init__(self, run: Journal, uri: str, carrier: str = "", on_bytes: Callable[[int], None] = lambda size: None):
         self.run, self.record, self.carrier, self.on_bytes = run, run.record, carrier, on_bytes
-        self.uri, self.key = uri, journal.without_password(uri)
+        self.uri, self.key = uri, addresses.shown(uri)
         self.held = {"run_id": "", "experiment_id": "", "done": [], "metrics": 0, "status": None, "version": None}
         self.held |= files.read_json(run.folder / "published.json").get("servers", {}).get(self.key, {})
         self.confirmed = False  # whether the server was seen to have the run
 
     @functools.cached_property
     def client(self) -> MlflowClient:
-        stores.create_store(self.uri)
-        return MlflowClient(self.uri)
+        return stores.client_of(self.uri)
 
     def save(self) -> None:
         path = self.run.folder / "published.json"

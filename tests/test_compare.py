@@ -1,7 +1,6 @@
 """Comparisons: what is found in planted runs, and what is refused. The runs are made as a server records them."""
 
 import json
-import os
 import tempfile
 import uuid
 from pathlib import Path
@@ -31,8 +30,7 @@ avg = {{ pool = "avg" }}
 
 @pytest.fixture
 def client():
-    stores.create_store(os.environ["MLFLOW_TRACKING_URI"])
-    return mlflow.MlflowClient()
+    return stores.own_client()
 
 
 def predictions(seeds, accuracy, seed=0, n=N):

@@ -31,7 +31,7 @@ def test_defaults_are_the_same_everywhere():
     declared = MLPROJECT["entry_points"]["main"]["parameters"]
     assert [*fields, "resume"] == list(declared)
     # these change nothing of the training
-    assert set(options) - set(fields) == {"resume", "no_cache", "optimum", "drain_timeout"}
+    assert set(options) - set(fields) == {"resume", "no_cache", "optimum", "timeout"}
     assert declared["resume"]["default"] == options["resume"].default == ""
     for name, default in fields.items():
         assert options[name].default == default
