@@ -121,4 +121,8 @@ class Publisher:
     def _last_line(self) -> str:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return lines[-1].removeprefix("poolnet: error: ") if lines else "the tracking server has not all of it yet"
+        return (
+            lines[-1].removeprefix("poolnet: error: ")
+            if lines
+            else f"the tracking server gave no answer for {self.drain_timeout:g} s"
+        )

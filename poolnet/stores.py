@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
 import mlflow
 import mlflow.db
@@ -207,9 +207,8 @@ def _create_store(uri: str, path: Path) -> None:
     with files.locked(path.with_name(f"{path.name}.lock"), STORE_SECONDS):
         if not path.exists():
             with files.replacing(path) as part:
-                mlflow.db.commands.main(
-                    ["upgrade", addresses.for_mlflow(addresses.of_file(part))], standalone_mode=False
-                )
+                part_uri = addresses.for_mlflow(addresses.of_file(part))
+                mlflow.db.commands.main(["upgrade", part_uri], standalone_mode=False)
                 gc.collect()  # of the connection: Windows does not rename a file that is open
         try:
             MlflowClient(addresses.for_mlflow(uri)).search_experiments(max_results=1)
@@ -220,7 +219,7 @@ def _create_store(uri: str, path: Path) -> None:
 
 def _remove_misnamed(path: Path) -> None:
     """Remove the empty folders that `mlflow run` has made of the address, whose escapes it does not read."""
-    folder = Path(quote(path.parent.as_posix()))
+    folder = Path(quote(path.parent.as_posix(), safe="/:"))
     while folder != path.parent and "%" in str(folder):
         try:
             folder.rmdir()
@@ -342,10 +341,9 @@ def page_of(uri: str, experiment_id: str, run_id: str) -> str:
     """The link of a run's page, or the command that serves it and the link."""
     page = f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
     if uri.startswith(("http://", "https://")):
-        parts = urlsplit(uri)
-        server = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))  # no password on the screen
+        server = re.sub("//[^/@]*@", "//", addresses.shown(uri))
         return f"{server.rstrip('/')}/{page}"
-    shown = (
-        shlex.quote(addresses.for_mlflow(uri)) if addresses.sqlite_file(uri) else '"$MLFLOW_TRACKING_URI"'
-    )  # nor that of a database
+    shown = '"$MLFLOW_TRACKING_URI"'  # of a database, whose password is not for the screen
+    if addresses.sqlite_file(uri):
+        shown = shlex.quote(addresses.for_mlflow(uri))
     return f"mlflow ui --backend-store-uri {shown}\nthen http://127.0.0.1:5000/{page}"
