@@ -12,12 +12,13 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import answer, ledger, recorded, registry, stats
+from poolnet import answer, champions, recorded, registry, stats
 from poolnet.config import POOLS, InputError
 from poolnet.registry import NAME
 from poolnet.stats import Effect, McNemar
 
 ALPHA = 0.05
+REMEMBERED = 100  # champions before the present one, as far as a tag of MLflow holds them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Decision:
     margin: float | None
     val: Paired | None
     test: Paired | None
-    after: int = 0  # the entry of the ledger that this rests on
+    earlier: tuple[int, ...] = ()  # the champions before the one that it makes
 
     @property
     def promoted(self) -> bool:
@@ -101,13 +102,15 @@ def decide(client: MlflowClient, uri: str, alias: str, margin: float | None, for
     wanted = alias.removeprefix("champion-")
     if wanted in POOLS and wanted != alias and pool != wanted:
         raise InputError(f"--alias {alias}: found a {pool} model in version {challenger.version}, expected {wanted}")
-    after, champion = ledger.present(client, alias)
-    found = Decision(alias, "first", int(challenger.version), None, margin, None, None, after)
+    champion = champions.holder(client, alias)
+    earlier = tuple(champions.before(client, alias, champion))
+    found = Decision(alias, "first", int(challenger.version), None, margin, None, None, earlier)
     if champion is None:
         return found
-    found = dataclasses.replace(found, over=int(champion.version))
+    over = int(champion.version)
     if champion.version == challenger.version:
-        return dataclasses.replace(found, kind="unchanged")
+        return dataclasses.replace(found, kind="unchanged", over=over)
+    found = dataclasses.replace(found, over=over, earlier=(*earlier, over))
     try:
         val = _paired(client, champion, challenger, "val", margin)
     except InputError:
@@ -189,11 +192,14 @@ def _run(client: MlflowClient, version: ModelVersion) -> Run:
 def rollback(client: MlflowClient, alias: str) -> Decision:
     """The return of the champion before the present one; again, of the one before that."""
     _check_alias(alias)
-    after, present = ledger.present(client, alias)
-    before = ledger.champions_before(client, alias, present)
-    if not before:
+    present = champions.holder(client, alias)
+    earlier = champions.before(client, alias, present)
+    if over := champions.unfinished_rollback(client, alias, present):  # it was killed: this command ends it
+        return Decision(alias, "rollback", int(present.version), over, None, None, None, tuple(earlier))
+    if not earlier:
         raise InputError(f"--rollback: found no champion before the present one of {alias}")
-    return Decision(alias, "rollback", before[-1], int(present.version) if present else None, None, None, None, after)
+    over = int(present.version) if present else None
+    return Decision(alias, "rollback", earlier[-1], over, None, None, None, tuple(earlier[:-1]))
 
 
 # --- writing down -----------------------------------------------------------------------------------------------------
@@ -201,14 +207,22 @@ def rollback(client: MlflowClient, alias: str) -> Decision:
 
 def enact(client: MlflowClient, decision: Decision) -> None:
     """Write the decision down, and carry it out; `RunError` if another one has come first."""
+    alias, version, over = decision.alias, decision.version, decision.over
     if decision.kind == "unchanged":
+        replaced = decision.earlier[-1] if decision.earlier else None
+        champions.mark_replaced(client, alias, version, replaced)  # where a promotion was killed before that
         return
     text = f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}: {decision.sentence}"
     tags = _tags(decision)
     if decision.kind == "refused":
-        ledger.describe(client, decision.alias, decision.version, tags, text)
-    else:
-        ledger.append(client, decision.alias, decision.version, decision.kind, decision.after, tags, text)
+        champions.describe(client, alias, version, tags, text)
+        return
+    holder = champions.holder(client, alias)
+    if not (decision.kind == "rollback" and holder and int(holder.version) == version):  # else it only was not ended
+        tags[f"{alias}.before"] = " ".join(map(str, decision.earlier[-REMEMBERED:]))
+        champions.crown(client, alias, version, over, tags, text)
+    if decision.kind == "rollback" and over:
+        champions.forget(client, alias, over)
 
 
 def _tags(decision: Decision) -> dict[str, str]:
@@ -228,7 +242,7 @@ def _tags(decision: Decision) -> dict[str, str]:
 def as_json(decision: Decision) -> dict:
     """Plain numbers; None where there is none."""
     plain = dataclasses.asdict(decision)
-    del plain["after"]
+    del plain["earlier"]
     for split in ("val", "test"):
         for effect in ("points", "nats") if plain[split] else ():
             del plain[split][effect]["df"]
@@ -236,7 +250,7 @@ def as_json(decision: Decision) -> dict:
 
 
 def publish(client: MlflowClient, decision: Decision) -> None:
-    """Under `mlflow run`, say in the run that it has made what was decided; else version and ledger say it."""
+    """Under `mlflow run`, say in the run that it has made what was decided; else the version says it."""
     if not os.environ.get("MLFLOW_RUN_ID"):
         return
     tags = {"poolnet.promotion": decision.kind, "mlflow.note.content": decision.sentence}

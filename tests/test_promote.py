@@ -16,7 +16,7 @@ from test_cli import assert_refused, run
 from test_models import CONFIG
 from test_tracking import journaled, publish
 
-from poolnet import ledger, promote, registry
+from poolnet import champions, promote, registry
 from poolnet.config import RunError
 
 WEAK, STRONG = {"epochs": 1, "lr": 1e-5}, {"epochs": 6, "lr": 0.05}
@@ -48,7 +48,7 @@ def client(store, monkeypatch):
     for alias in client.get_registered_model("poolnet").aliases:
         client.delete_registered_model_alias("poolnet", alias)
     with contextlib.suppress(MlflowException):
-        client.delete_registered_model(ledger.LEDGER)
+        client.delete_registered_model(champions.OLD_LEDGER)
     for version in client.search_model_versions("name = 'poolnet'"):
         client.update_model_version("poolnet", version.version, "")
         for key in version.tags:
@@ -64,7 +64,7 @@ def promoted(capsys, *options, code=0):
 
 
 def champion(client, alias="champion"):
-    found = ledger.holder(client, alias)
+    found = champions.holder(client, alias)
     return int(found.version) if found else None
 
 
@@ -198,48 +198,26 @@ def test_an_alias_set_by_hand_is_respected_and_comes_back(capsys, client):
 # --- at the same time -------------------------------------------------------------------------------------------------
 
 
+def forced(client, number):
+    return promote.decide(client, f"models:/poolnet/{number}", "champion", None, True)
+
+
 def test_of_two_decisions_that_rest_on_the_same_champion_the_first_counts(client):
-    one, other = (promote.decide(client, f"models:/poolnet/{number}", "champion", None, True) for number in (1, 2))
+    one, other = (forced(client, number) for number in (1, 2))
     promote.enact(client, other)
     with pytest.raises(RunError, match="version 1: another promotion came first, and version 2 is champion now"):
         promote.enact(client, one)
     assert champion(client) == 2
-    assert [entry.version for entry in ledger.entries(client, "champion")] == [2]
-    # the same once there is a champion, and whichever set the alias last
-    one, other = (promote.decide(client, f"models:/poolnet/{number}", "champion", None, True) for number in (1, 3))
+    assert "champion.since" not in client.get_model_version("poolnet", "1").tags
+    # the same once there is a champion, and where somebody took its alias away
+    one, other, third = (forced(client, number) for number in (1, 3, 3))
     promote.enact(client, one)
-    client.set_registered_model_alias("poolnet", "champion", "3")
-    with pytest.raises(RunError, match="version 3: another promotion came first"):
+    with pytest.raises(RunError, match="version 3: another promotion came first, and version 1 is champion now"):
         promote.enact(client, other)
-    assert [entry.version for entry in ledger.entries(client, "champion")] == [2, 1]
-
-
-def test_a_promotion_whose_process_died_is_completed_by_the_next(capsys, client, monkeypatch):
-    decision = promote.decide(client, "models:/poolnet/1", "champion", None, False)
-    with monkeypatch.context() as patch:
-        patch.setattr(ledger, "settle", lambda client, alias: None)  # as if killed behind the ledger's entry
-        promote.enact(client, decision)
-    assert champion(client) is None
-    assert promoted(capsys, "models:/poolnet/2")["over"] == 1
-    assert champion(client) == 2
-    assert client.get_model_version("poolnet", "1").tags["champion.decision"] == "first"
-
-
-def test_a_helper_that_comes_late_does_not_bring_an_old_champion_back(client, monkeypatch):
-    """It has read that version 1 is to be settled; meanwhile that was done, and version 2 promoted."""
-    first = promote.decide(client, "models:/poolnet/1", "champion", None, False)
-    promote.enact(client, first)
-    stale = [dataclasses.replace(ledger.entries(client, "champion")[0], settled=False)]
-    promote.enact(client, promote.decide(client, "models:/poolnet/2", "champion", None, True))
-    true, reads = ledger.entries, []
-
-    def entries(client, alias):
-        reads.append(alias)
-        return stale if len(reads) == 1 else true(client, alias)
-
-    monkeypatch.setattr(ledger, "entries", entries)
-    ledger.settle(client, "champion")
-    assert champion(client) == 2
+    client.delete_registered_model_alias("poolnet", "champion")
+    with pytest.raises(RunError, match="version 3: another promotion came first, and nothing is champion now"):
+        promote.enact(client, third)
+    assert client.get_model_version("poolnet", "1").tags["champion.before"] == "2"
 
 
 def test_processes_at_once_have_one_winner(client):
@@ -251,27 +229,88 @@ def test_processes_at_once_have_one_winner(client):
     out = "".join(printed for (printed, _), _ in ended)
     assert out.count("is the first champion.") == 1
     assert {code for _, code in ended} <= {0, 1}
-    assert [entry.kind for entry in ledger.entries(client, "champion")] == ["first"]
-    assert champion(client) == ledger.entries(client, "champion")[0].version
+    winner, loser = (champion(client), 5 - champion(client))
+    assert f"Version {winner} is the first champion." in out
+    assert "champion.since" not in client.get_model_version("poolnet", str(loser)).tags
 
 
-def test_a_decision_does_not_rest_on_an_entry_whose_champion_it_has_not_seen(client, monkeypatch):
-    """Another promotion writes its entry while this one reads; its alias is still to be set."""
-    promote.enact(client, promote.decide(client, "models:/poolnet/1", "champion", None, False))
-    other = promote.decide(client, "models:/poolnet/3", "champion", None, False)
-    true, waiting = ledger.holder, [other]
+class Killed(BaseException):
+    """A process that ends between two calls of the server."""
 
-    def holder(client, alias):
-        found = true(client, alias)
-        if waiting:
-            with monkeypatch.context() as patch:
-                patch.setattr(ledger, "settle", lambda client, alias: None)
-                promote.enact(client, waiting.pop())
-        return found
 
-    monkeypatch.setattr(ledger, "holder", holder)
-    late = promote.decide(client, "models:/poolnet/2", "champion", None, False)
-    assert (late.kind, late.over) == ("refused", 3)  # the same as version 3, and not compared with version 1
+@pytest.mark.parametrize("calls", [0, 5, 10, 11, 12, 13])  # of tags, description, alias, tags of others
+def test_a_promotion_killed_at_any_call_is_completed_by_the_same_command(client, monkeypatch, calls):
+    promote.enact(client, forced(client, 1))
+    history = state(client, "12")
+    promote.enact(client, forced(client, 2))
+    wanted = state(client, "12")
+    promote.enact(client, promote.rollback(client, "champion"))
+    assert state(client, "12") == history
+    with killed_after(client, monkeypatch, calls) as alive:
+        promote.enact(alive, forced(client, 2))
+    promote.enact(client, forced(client, 2))
+    assert state(client, "12") == wanted
+    with killed_after(client, monkeypatch, calls) as alive:
+        promote.enact(alive, promote.rollback(client, "champion"))
+    if champion(client) == 2 or champions.unfinished_rollback(client, "champion", champions.holder(client, "champion")):
+        promote.enact(client, promote.rollback(client, "champion"))
+    assert state(client, "12") == history
+
+
+def state(client, numbers):
+    """What champions and their history are, without times and texts."""
+    versions = [client.get_model_version("poolnet", number) for number in numbers]
+    tags = [{"since": "champion.since" in each.tags, "before": each.tags.get("champion.before")} for each in versions]
+    return champion(client), [each if each["since"] else None for each in tags]
+
+
+@contextlib.contextmanager
+def killed_after(client, monkeypatch, calls):
+    """A client whose process ends before its next writing, when it has written so often."""
+    left = [calls]
+    alive = mlflow.MlflowClient()
+
+    def counted(write):
+        def call(*args, **kwargs):
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            return write(*args, **kwargs)
+
+        return call
+
+    for name in ("set_model_version_tag", "delete_model_version_tag", "update_model_version"):
+        monkeypatch.setattr(alive, name, counted(getattr(alive, name)))
+    alias = "set_registered_model_alias"
+    monkeypatch.setattr(alive, alias, counted(getattr(alive, alias)))
+    with contextlib.suppress(Killed):
+        yield alive
+
+
+# --- what earlier versions wrote --------------------------------------------------------------------------------------
+
+
+def entry(client, kind, number, over, after):
+    """An entry of the ledger in which versions up to 0.1.0 kept who was champion."""
+    tags = {"alias": "champion", "kind": kind, "version": str(number), "after": str(after), "settled": "yes"}
+    source = client.get_model_version("poolnet", str(number))
+    tags |= {"champion.over": str(over), "champion.decision": kind}
+    made = client.create_model_version(champions.OLD_LEDGER, source.source, source.run_id, tags)
+    client.set_registered_model_alias("poolnet", "champion", str(number))
+    return int(made.version)
+
+
+def test_an_old_ledger_is_read_for_rollbacks(capsys, client):
+    client.create_registered_model(champions.OLD_LEDGER)
+    last = 0
+    for kind, number, over in [("first", 1, "none"), ("forced", 3, 1), ("rollback", 1, 3), ("better", 2, 1)]:
+        last = entry(client, kind, number, over, last)
+    entry(client, "forced", 3, 2, 0)  # rests on what was over: it did not count
+    client.set_registered_model_alias("poolnet", "champion", "2")
+    promoted(capsys, "models:/poolnet/3", "--force")
+    assert [promoted(capsys, "--rollback")["version"] for _ in range(2)] == [2, 1]
+    code, _, err = run(capsys, "promote", "--rollback")
+    assert_refused(code, err, "no champion before the present one")
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
