@@ -71,7 +71,7 @@ def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
         return False
 
 
-def check(uri: str) -> None:
+def check(uri: str, source: str = "MLFLOW_TRACKING_URI") -> None:
     """Refuse an address that can never work. Raises `InputError`, which says what to write instead."""
     scheme, url = uri.partition(":")[0].lower(), _parsed(uri)
     if url and _is_sqlite(url):
@@ -80,15 +80,14 @@ def check(uri: str) -> None:
         problem = _why_no_database(url)
     elif scheme in ("http", "https"):
         problem = _why_no_server(for_mlflow(uri))
-    elif scheme == "file" or not re.match(r"\w[\w+.-]+:", uri):
-        problem = "MLflow keeps runs in no folders of files any more; expected a database, as in sqlite:///mlflow.db"
+    elif scheme == "file":
+        problem = "where MLflow keeps no runs any more, expected a database, as in sqlite:///mlflow.db"
     else:
         plugins = {entry.name for entry in importlib.metadata.entry_points(group="mlflow.tracking_store")}
         known = {*plugins, "databricks", "databricks-uc", "uc"}
-        expected = f"http, https, sqlite, {', '.join(DATABASES)}"
-        problem = None if scheme in known else f"unknown kind of tracking server {scheme!r}, expected one of {expected}"
+        problem = None if scheme in known else "expected an address such as http://host:5000 or sqlite:///mlflow.db"
     if problem:
-        raise InputError(f"tracking address {shown(uri)}: {problem} (MLFLOW_TRACKING_URI)")
+        raise InputError(f"{source}: found {shown(uri)!r}, {problem}")
 
 
 def unreachable(uri: str) -> str | None:
@@ -133,8 +132,9 @@ def shown(uri: str) -> str:
     """The address without its password and other secrets: it may be shown and stored."""
     if uri.startswith("sqlite"):
         return uri
-    address, mark, query = USER.sub(r"\1@", uri).partition("?")
-    kept = [pair for pair in re.split("[&;]", query) if "=" in pair and not SECRET.search(pair.partition("=")[0])]
+    without = re.sub(r"([?&;])([^?&;=]*)=[^&;]*", lambda pair: pair[1] if SECRET.search(pair[2]) else pair[0], uri)
+    address, mark, query = USER.sub(r"\1@", without).partition("?")
+    kept = [pair for pair in re.split("[&;]", query) if "=" in pair]
     return address + mark * bool(kept) + "&".join(kept)
 
 
@@ -169,39 +169,39 @@ def _is_sqlite(url: URL) -> bool:
 
 def _why_no_file(url: URL) -> str | None:
     if url.host:
-        return "found two slashes, expected sqlite:///FILE, or sqlite:////FOLDER/FILE"
+        return "where a slash is missing, expected sqlite:///FILE, or sqlite:////FOLDER/FILE"
     if not url.database or url.database.startswith((":memory:", "file:")):
-        return "found no file, and what is in memory ends with the process; expected a file, as in sqlite:///mlflow.db"
+        return "which is in memory and gone with the process, expected a file, as in sqlite:///mlflow.db"
     return None
 
 
 def _why_not_writable(path: Path) -> str | None:
     try:
         if path.exists() and not path.is_file():
-            return "found a folder or a device, expected a file, as in sqlite:///mlflow.db"
+            return "which is a folder or a device, expected a file, as in sqlite:///mlflow.db"
         path.parent.mkdir(parents=True, exist_ok=True)
         return None
     except (OSError, ValueError) as error:
-        return f"its folder cannot be made ({getattr(error, 'strerror', None) or error}); expected one that can"
+        return f"whose folder cannot be made ({getattr(error, 'strerror', None) or error}), expected another"
 
 
 def _why_no_database(url: URL | None) -> str | None:
     if not url:
-        return "found no such form, expected DATABASE://USER:PASSWORD@HOST:PORT/NAME"
+        return "expected DATABASE://USER:PASSWORD@HOST:PORT/NAME"
     try:
         make_url(for_mlflow(url.render_as_string(hide_password=False))).get_dialect().import_dbapi()
     except NoSuchModuleError:
-        return f"found no driver {url.drivername!r} in SQLAlchemy, expected {url.get_backend_name()}"
+        return f"a driver that SQLAlchemy does not know, expected {url.drivername.partition('+')[0]}"
     except ImportError as error:
         module = error.name or str(error)
         package = {"MySQLdb": "mysqlclient", "psycopg": "'poolnet[postgres]'"}.get(module, module)
-        return f"its driver {module} is not installed; pip install {package}"
+        return f"whose driver {module} is not installed; pip install {package}"
     return None
 
 
 def _why_no_server(uri: str) -> str | None:
     try:
         parts = urlsplit(uri)
-        return None if parts.hostname and parts.port != 0 else "found no host, expected http://HOST:PORT"
-    except ValueError as error:
-        return f"{error}, expected http://HOST:PORT"
+        return None if parts.hostname and parts.port != 0 else "expected http://HOST:PORT"
+    except ValueError:
+        return "expected http://HOST:PORT"

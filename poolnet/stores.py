@@ -315,6 +315,8 @@ def reason(error: Exception) -> str:
     for sign in SIGNS:
         if sign in text:
             return sign.lower()
+    if "response body was not in a valid JSON" in text:
+        return "it is no MLflow server; look at MLFLOW_TRACKING_URI"
     if match := re.search(r"too many (\d{3}) error responses|error code (\d{3})", text):
         status = match[1] or match[2]
         return f"the server answers {status}" + (f"; {CURES[status]}" if status in CURES else "")

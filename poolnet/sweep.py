@@ -103,6 +103,8 @@ class Sweep:
                         result.status, result.run, result.run_id = run.status, run.name, run.run_id
                         result.scores = {name: run.metrics[name] for name in SCORES}
         except (MlflowException, NoAnswer) as error:
+            if self.publisher.journals:
+                return  # which is said already
             where = addresses.shown(self.uri)
             self.warn(
                 f"{where} cannot be asked which runs it has ({stores.reason(error)}); going by the journals alone"

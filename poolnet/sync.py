@@ -72,7 +72,7 @@ def check_input(runs: Iterable[str], to: str | None) -> None:
     for name in runs:
         _found(name)
     if to:
-        addresses.check(to)
+        addresses.check(to, "--to")
 
 
 def _found(name: str) -> Journal:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from poolnet import glyphs, npz
+from poolnet.cli import SETTINGS
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
 import mlflow.db
@@ -57,9 +58,10 @@ def enter(folder, patch):
             patch.delenv(name)
     for name, value in environment.items():
         patch.setenv(name, value)
-    # as importing poolnet has done in a new process
-    patch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    patch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    for name, value in SETTINGS.items():  # as a command does
+        patch.setenv(name, value)
+    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "PGCONNECT_TIMEOUT"):  # that a command sets, in this process too
+        patch.setenv(name, "20")
     patch.chdir(folder)
 
 

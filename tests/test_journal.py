@@ -141,14 +141,6 @@ def test_a_journal_of_a_newer_poolnet_is_refused(run):
         journal.find(run.name)
 
 
-def test_passwords_are_taken_out_of_addresses():
-    clean = journal.without_password
-    assert clean("http://me:secret@host:5000/x") == "http://me@host:5000/x"
-    assert clean("postgresql://me:p@ss@host/db") == "postgresql://me@host/db"
-    for same in ("http://host:5000", "sqlite:////a/b.db", "sqlite:///C:/a/b.db", "databricks", ""):
-        assert clean(same) == same
-
-
 # --- a training that is interrupted anywhere goes on to the same end -------------------------------------------------
 
 

@@ -73,8 +73,8 @@ def test_everything_that_is_imported_is_declared():
                 assert projects.get(module, module) in declared, f"{path.name} imports {module}"
 
 
-def mlflow_run(*args):
-    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "--env-manager", "local", *map(str, args)]
+def mlflow_run(*args, project=ROOT):
+    command = [sys.executable, "-m", "mlflow", "run", str(project), "--env-manager", "local", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
