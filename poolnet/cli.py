@@ -151,8 +151,8 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, drain_ti
         from poolnet import sweep as sweeps
 
         say = (lambda line: None) if as_json or sys.stderr.isatty() else click.echo  # there a bar shows how far it is
-        under_way = sweeps.Sweep(found, publisher, say, warn)
-        under_way.carry_out(int(workers or sweeps.default_workers(found)))
+        under_way = sweeps.opened(found, say, warn)
+        sweeps.carry_out(under_way, int(workers or sweeps.default_workers(found)), publisher, say, warn)
     results = under_way.results.values()
     if as_json:
         click.echo(json.dumps(sweeps.as_json(under_way)))
