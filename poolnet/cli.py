@@ -6,6 +6,7 @@ Modules that import torch or mlflow are imported inside the commands, so that `p
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -139,10 +140,10 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, drain_ti
     from poolnet.study import read
 
     found = read(study, data)
-    if workers and not (workers.isdecimal() and int(workers)):
-        raise InputError(f"--workers: found {workers!r}, expected a whole number from 1")
+    if workers and not (workers.isdecimal() and 0 < int(workers[:5]) < 1000):
+        raise InputError(f"--workers: found {workers!r}, expected a whole number from 1 to 999")
     home()
-    again = f"{study} --data {data}" if data else f"{study}"
+    again = shlex.join([str(study), *(["--data", data] if data else [])])
     signals.last_words = f"stopped; go on with: poolnet sweep {again}"
 
     from poolnet.publisher import Publisher

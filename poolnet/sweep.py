@@ -7,6 +7,7 @@ same command.
 import contextlib
 import dataclasses
 import os
+import shlex
 import statistics
 import time
 from collections import deque
@@ -324,7 +325,7 @@ def _note(sweep: Sweep, experiment_id: str) -> str:
         *piped(spreads),
         "",
         "Mean and standard deviation over seeds. What they say: "
-        f"`poolnet compare --study {study.path.as_posix()} --data {study.data}`",
+        f"`poolnet compare --study {shlex.quote(study.path.as_posix())} --data {shlex.quote(study.data)}`",
         "",
         *piped(runs),
     ]

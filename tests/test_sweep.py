@@ -224,6 +224,7 @@ def test_without_a_server_the_children_are_on_disk_and_published_later(study, mo
         (["no.toml"], ["no.toml: cannot be read"]),
         (["pools.toml", "--data", "no.npz"], ["no.npz"]),
         (["pools.toml", "--workers", "0"], ["--workers: found '0', expected a whole number from 1"]),
+        (["pools.toml", "--workers", "9" * 5000], ["expected a whole number from 1 to 999"]),
     ],
 )
 def test_bad_input_is_refused_in_one_line(study, arguments, said):
