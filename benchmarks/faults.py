@@ -1,14 +1,16 @@
 """What faults do to a run, which is nothing, and what that costs.
 
-    python benchmarks/faults.py [--kills N] [--server-runs N] [--at-once N] [--overhead-runs N] [--json]
+    python benchmarks/faults.py [--kills N] [--sweep-kills N] [--server-runs N] [--at-once N] [--overhead-runs N]
+        [--json]
 
 `kills`: so many trainings, each killed (SIGKILL) at a random moment between its start and its exit, half of them
 together with the process that publishes, then resumed. `server runs`: so many trainings against a real tracking server
 that is killed and restarted, or stopped and continued, at random moments all the while, then `poolnet sync`; their time
 is compared with that of trainings beside which the same happens to a server that is not theirs. Each is compared with
-a run that met no fault: histories, weights, predictions, and the whole record on the server. `at once`: so many
-trainings on a store that does not exist yet. `overhead`: trainings at full size, published to a server on loopback, and
-the same without journal and tracking, in turn.
+a run that met no fault: histories, weights, predictions, and the whole record on the server. `sweep kills`: so many
+sweeps of two poolings and two seeds, killed at a random moment, then begun again by two processes at once. `at once`:
+so many trainings on a store that does not exist yet. `overhead`: trainings at full size, published to a server on
+loopback, and the same without journal and tracking, in turn.
 """
 
 import contextlib
@@ -190,6 +192,53 @@ def measure_kills(folder: Path, kills: int, seed: int, workers: int, epochs: int
     }
 
 
+# --- sweeps that are killed ------------------------------------------------------------------------------------------
+
+STUDY = """question = "Which?"
+seeds = [1, 2]
+[grid]
+pool = ["max", "avg"]
+epochs = {epochs}
+[arms]
+max = {{ pool = "max" }}
+avg = {{ pool = "avg" }}
+"""
+
+
+def measure_sweep_kills(folder: Path, kills: int, seed: int, epochs: int, train: int) -> dict[str, object]:
+    """So many sweeps, each killed at a random moment and begun again by two at once: complete, and nothing twice."""
+    rng = random.Random(seed)
+    data, study = letters(folder / "sweep.npz", train), folder / "study.toml"
+    study.write_text(STUDY.format(epochs=epochs), encoding="utf-8")
+    command = [*POOLNET, "sweep", str(study), "--data", str(data), "--workers", "2"]
+    calm = World(folder / "calm sweep", data, epochs)
+    start = time.perf_counter()
+    calm.finish(command)
+    duration, expected, wrong = time.perf_counter() - start, {}, []
+    for run in calm.journals():
+        expected[run.stem] = (outcome(run), on_server(calm.uri, run)["metrics"])
+    for index in range(kills):
+        world, moment = World(folder / f"sweep{index}", data, epochs), rng.uniform(0, duration)
+        process = world.start(command, stdout=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(moment)
+        process.kill()
+        process.communicate()
+        again = [world.start(command, stdout=subprocess.DEVNULL) for _ in range(2)]  # one waits, or says who is at it
+        codes = sorted((each.communicate(), each.returncode)[1] for each in again)
+        found = {run.stem: (outcome(run), on_server(world.uri, run)["metrics"]) for run in world.journals()}
+        twice = len(world.journals()) - len(found)
+        parents = mlflow.MlflowClient(world.uri).search_runs(["0"], "tags.`poolnet.study` LIKE '%'")
+        status = [parent.info.status for parent in parents]
+        same = found.keys() == expected.keys() and not any(
+            differences(found[stem][0], expected[stem][0]) or found[stem][1] != expected[stem][1] for stem in found
+        )
+        if not same or twice or status != ["FINISHED"] or codes not in ([0, 0], [0, 1]):
+            wrong.append(f"sweep {index} at {moment:.2f} s: {sorted(found)}, {twice} twice, {status}, exits {codes}")
+        shutil.rmtree(world.folder)
+    return {"kills": kills, "identical": kills - len(wrong), "wrong": wrong}
+
+
 # --- a server in trouble ---------------------------------------------------------------------------------------------
 
 
@@ -367,6 +416,7 @@ COUNT = click.IntRange(min=0)
 
 @click.command()
 @click.option("--kills", type=COUNT, default=50, show_default=True, help="Trainings that are killed and resumed.")
+@click.option("--sweep-kills", type=COUNT, default=20, show_default=True, help="Sweeps that are killed, as well.")
 @click.option("--server-runs", type=COUNT, default=10, show_default=True, help="Trainings with a server in trouble.")
 @click.option("--at-once", type=COUNT, default=16, show_default=True, help="Trainings that start at the same time.")
 @click.option("--overhead-runs", type=COUNT, default=7, show_default=True, help="Trainings with and without tracking.")
@@ -378,6 +428,7 @@ COUNT = click.IntRange(min=0)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def main(
     kills: int,
+    sweep_kills: int,
     server_runs: int,
     at_once: int,
     overhead_runs: int,
@@ -393,6 +444,8 @@ def main(
         folder = Path(name)
         if kills:
             result["kills"] = measure_kills(folder, kills, seed, workers, epochs, images)
+        if sweep_kills:
+            result["sweep kills"] = measure_sweep_kills(folder, sweep_kills, seed, epochs, images)
         if server_runs:
             result["server"] = measure_server(folder, server_runs, seed, epochs, 5 * images)
         if at_once:

@@ -7,6 +7,7 @@ the same command again, which has nothing left to train. The script of the noteb
 one and for two epochs, which gives the time of its 30, and that times the number of runs.
 """
 
+import math
 import statistics
 import sys
 import tempfile
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import click
 from train_speed import EPOCHS, notebook_command, process, random_letters, show
+
+from poolnet.journal import Journal
 
 STUDY = """question = "How long does it take?"
 seeds = {seeds}
@@ -34,7 +37,21 @@ def measure(seeds: int, workers: int, scale: float) -> tuple[float, float, float
         study = folder / "speed.toml"
         study.write_text(STUDY.format(seeds=list(range(1, seeds + 1))), encoding="utf-8")
         command = [sys.executable, "-m", "poolnet", "sweep", str(study), "--data", str(data), "--workers", str(workers)]
-        return one + (EPOCHS - 1) * (two - one), process(command, folder)[0], process(command, folder)[0]
+        first, again = process(command, folder)[0], process(command, folder)[0]
+        check(folder, seeds)
+        return one + (EPOCHS - 1) * (two - one), first, again
+
+
+def check(folder: Path, seeds: int) -> None:
+    """What was timed are so many whole runs, each trained once."""
+    losses = {}
+    for run in map(Journal, (folder / "home" / "runs").iterdir()):
+        records = run.by_step()
+        assert sorted(records) == list(range(EPOCHS + 1)), run.name
+        losses[run.stem] = records[EPOCHS]["train_loss"]
+        assert math.isfinite(losses[run.stem]), run.name
+        assert losses[run.stem] < records[1]["train_loss"], run.name
+    assert len(losses) == len(list((folder / "home" / "runs").iterdir())) == 2 * seeds
 
 
 @click.command()

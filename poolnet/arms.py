@@ -2,12 +2,13 @@
 
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import journal, recorded, stores
+from poolnet import data, journal, recorded, stores
 from poolnet.config import InputError, TrainConfig
 from poolnet.recorded import SAME_RUN, Recorded
 from poolnet.study import Study
@@ -17,31 +18,82 @@ Selected = tuple[Arms, set[str]]  # and the options by which the arms may differ
 
 
 def of_study(client: MlflowClient, experiment_ids: list[str], study: Study) -> Selected:
-    """The newest finished run of each arm and seed, on the study's data."""
-    name = Path(study.data).stem
-    wanted = {arm: [_options(config) for config in study.arm(arm)] for arm in study.arms}
-    all_wanted = set(itertools.chain(*wanted.values()))
-    found = [run for run in recorded.search(client, experiment_ids) if _options(run.config) in all_wanted]
-    found = [run for run in found if Path(run.config.data).stem == name]
-    finished = [run for run in found if run.status == "FINISHED"]
-    digests = sorted({run.data_sha256 for run in finished})
-    if len(digests) > 1:
-        one, other = (next(run for run in finished if run.data_sha256 == digest) for digest in digests[:2])
-        raise InputError(
-            f"{study.path}: found two data sets called {name}, SHA-256 {digests[0][:8]}... in {one.name} and "
-            f"{digests[1][:8]}... in {other.name}; name one with --experiment, in which only it was trained on"
-        )
-    newest = {_options(run.config): run for run in reversed(finished)}
-    missing = [(arm, options) for arm in wanted for options in wanted[arm] if options not in newest]
+    """The newest finished run of each arm and seed on the study's data; of device `auto` see `_device`."""
+    configs = {arm: study.arm(arm) for arm in study.arms}
+    sha256 = _digest_here(study.data) or _digest_by_name(client, experiment_ids, study)
+    found = recorded.finished(client, experiment_ids, sha256)
+    device = _device([*itertools.chain(*configs.values())], found.values())
+    missing = [(arm, each) for arm in configs for each in configs[arm] if _key(each, device, sha256) not in found]
     if missing:
-        arm, options = missing[0]
-        begun = [f"{run.name} is {run.status}" for run in found if _options(run.config) == options]
+        arm, config = missing[0]
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        begun = [
+            f", {run.name} is {run.status}"
+            for run in recorded.search(client, experiment_ids, warn=_say_nothing)
+            if run.status != "FINISHED" and run.key == _key(config, run.device, sha256)
+        ]
+        again = shlex.join([str(study.path), "--data", study.data])
         raise InputError(
-            f"{study.path}: found no finished run of {arm} with seed {options[-1]}{more} on {name}"
-            f"{''.join(f', {text}' for text in begun)}; train what is missing with: poolnet sweep {study.path}"
+            f"{study.path}: found no finished run of {arm} with seed {config.seed}{more} on {Path(study.data).stem}, "
+            f"SHA-256 {sha256[:8] or 'unknown'}{''.join(begun)}; train what is missing with: poolnet sweep {again}"
         )
-    return {arm: [newest[options] for options in wanted[arm]] for arm in wanted}, set().union(*study.arms.values())
+    runs = {arm: [found[_key(config, device, sha256)] for config in configs[arm]] for arm in configs}
+    return runs, set().union(*study.arms.values())
+
+
+def _key(config: TrainConfig, auto: str, data_sha256: str) -> tuple:
+    return recorded.key(config, auto if config.device == "auto" else config.device, data_sha256)
+
+
+def _device(configs: list[TrainConfig], runs: Collection[Recorded]) -> str:
+    """With device `auto` a study's runs are those of this machine's device, as a sweep here would make them; where some
+    are missing there, those of another device that has them all."""
+    keys = {run.key for run in runs}
+    sha256 = next(iter(runs)).data_sha256 if runs else ""
+    devices = sorted({run.device for run in runs})
+    whole = [device for device in devices if all(_key(config, device, sha256) in keys for config in configs)]
+    if len(whole) == 1:
+        return whole[0]
+    from poolnet import train  # and with it torch, for which others need not wait
+
+    own = str(train.resolve_device("auto"))
+    return own if own in whole or not whole else whole[0]
+
+
+def _digest_here(name: str) -> str:
+    """The SHA-256 of a data set, if it is on this machine."""
+    try:
+        path = data.locate(name)
+    except InputError:
+        return ""
+    return data.open_splits(path).sha256 if path.exists() else ""
+
+
+def _digest_by_name(client: MlflowClient, experiment_ids: list[str], study: Study) -> str:
+    """The SHA-256 that the study's finished runs have on data of its name; they must agree on it."""
+    wanted = {_key(config, "", "") for arm in study.arms for config in study.arm(arm)}
+    runs = [
+        run
+        for run in recorded.search(client, experiment_ids, "attributes.status = 'FINISHED'", _say_nothing)
+        if recorded.key(run.config, "", "") in wanted and _is_on(run, study.data)
+    ]
+    digests = sorted({run.data_sha256 for run in runs})
+    if len(digests) > 1:
+        one, other = (next(run for run in runs if run.data_sha256 == digest) for digest in digests[:2])
+        raise InputError(
+            f"{study.path}: found two data sets called {Path(study.data).stem}, SHA-256 {digests[0][:8]}... in "
+            f"{one.name} and {digests[1][:8]}... in {other.name}; name the file of one with --data"
+        )
+    return digests[0] if digests else ""
+
+
+def _say_nothing(warning: str) -> None:
+    """What was left out is said by another search."""
+
+
+def _is_on(run: Recorded, name: str) -> bool:
+    """Whether a run was on a data set of that name, in whatever folder."""
+    return Path(run.config.data).stem == Path(name).stem
 
 
 def of_experiment(
@@ -51,9 +103,12 @@ def of_experiment(
     or those named."""
     if by not in SAME_RUN[:-1]:
         raise InputError(f"--by: found {by!r}, expected one of {', '.join(SAME_RUN[:-1])}")
+    if len(set(names)) < len(names):
+        raise InputError(f"--arms: found {names[0]} twice, expected two values of {by}")
+    sha256 = _digest_here(data) if data else ""
     arms: Arms = {}
     for run in recorded.search(client, experiment_ids):
-        if not data or Path(run.config.data).stem == Path(data).stem:
+        if run.data_sha256 == sha256 if sha256 else not data or _is_on(run, data):
             arms.setdefault(str(getattr(run.config, by)), []).append(run)
     for name in names:
         if name not in arms:
@@ -92,19 +147,14 @@ def checked(selected: Selected) -> tuple[Arms, list[str]]:
     """The arms with one run a seed, in the order of seeds, and what a reader should know. Refuses, naming runs, what
     must not be mixed: unfinished runs, other data, other settings than the arm, seeds without a partner."""
     arms, free = selected
+    arms, notes = _finished(arms)
     runs = list(itertools.chain(*arms.values()))
-    for run in runs:
-        if run.status != "FINISHED":
-            raise InputError(
-                f"{run.name}: found it {run.status}, expected finished runs; finish it with: "
-                f"{journal.resume_command(run.name)}, or delete it from MLflow"
-            )
     _refuse_mixed("SHA-256 of the data", runs, operator.attrgetter("data_sha256"))
-    _refuse_mixed("device", runs, lambda run: run.device)
-    for option in SAME_RUN[:-1]:
+    for option in ("device", *SAME_RUN[:-1]):
+        value = operator.attrgetter("device" if option == "device" else f"config.{option}")
         for group in arms.values() if option in free else [runs]:
-            _refuse_mixed(option, group, operator.attrgetter(f"config.{option}"))
-    unique, notes = {}, []
+            _refuse_mixed(option, group, value)
+    unique = {}
     for name, group in arms.items():
         by_seed = {run.config.seed: run for run in sorted(group, key=operator.attrgetter("started"))}
         unique[name] = [by_seed[seed] for seed in sorted(by_seed)]
@@ -120,6 +170,22 @@ def checked(selected: Selected) -> tuple[Arms, list[str]]:
     return unique, notes
 
 
+def _finished(arms: Arms) -> tuple[Arms, list[str]]:
+    """The arms without the runs that did not finish, each of which another one must stand for."""
+    runs = list(itertools.chain(*arms.values()))
+    finished = {run.key for run in runs if run.status == "FINISHED"}
+    left_out = [run for run in runs if run.status != "FINISHED"]
+    for run in left_out:
+        if run.key not in finished:
+            raise InputError(
+                f"{run.name}: found it {run.status}, expected finished runs; finish it with: "
+                f"{journal.resume_command(run.name)}, or delete it from MLflow"
+            )
+    kept = {name: [run for run in group if run.status == "FINISHED"] for name, group in arms.items()}
+    names = ", ".join(f"{run.name} ({run.status})" for run in left_out)
+    return kept, [f"Left out, since a finished run has the same settings: {names}."] if left_out else []
+
+
 def _refuse_mixed(what: str, runs: Sequence[Recorded], value: Callable[[Recorded], object]) -> None:
     for run in runs:
         if value(run) != value(runs[0]):
@@ -127,7 +193,3 @@ def _refuse_mixed(what: str, runs: Sequence[Recorded], value: Callable[[Recorded
                 f"{what}: found {value(runs[0])} in {runs[0].name} and {value(run)} in {run.name}, expected one "
                 "and the same in all runs that are compared"
             )
-
-
-def _options(config: TrainConfig) -> tuple:
-    return tuple(getattr(config, name) for name in SAME_RUN)

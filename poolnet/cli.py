@@ -6,6 +6,7 @@ Modules that import torch or mlflow are imported inside the commands, so that `p
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -162,11 +163,11 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, timeout:
     from poolnet.study import read
 
     found = read(study, data)
-    if workers and not (workers.isdecimal() and int(workers)):
-        raise InputError(f"--workers: found {workers!r}, expected a whole number from 1")
+    if workers and not (workers.isdecimal() and 0 < int(workers[:5]) < 1000):
+        raise InputError(f"--workers: found {workers!r}, expected a whole number from 1 to 999")
     home()
     _look_ahead()
-    again = f"{study} --data {data}" if data else f"{study}"
+    again = shlex.join([str(study), *(["--data", data] if data else [])])
     signals.last_words = f"stopped; go on with: poolnet sweep {again}"
 
     from poolnet.publisher import Publisher
@@ -175,8 +176,8 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, timeout:
         from poolnet import sweep as sweeps
 
         say = (lambda line: None) if as_json or sys.stderr.isatty() else click.echo  # there a bar shows how far it is
-        under_way = sweeps.Sweep(found, publisher, say, warn)
-        under_way.carry_out(int(workers or sweeps.default_workers(found)))
+        under_way = sweeps.opened(found, say, warn)
+        sweeps.carry_out(under_way, int(workers or sweeps.default_workers(found)), publisher, say, warn)
     results = under_way.results.values()
     if as_json:
         click.echo(json.dumps(sweeps.as_json(under_way)))

@@ -108,6 +108,8 @@ def compare(client: MlflowClient, question: str, selected: Selected, margin: flo
     (a, y), (b, other_y) = (_arm(client, name, runs) for name, runs in groups.items())
     if not np.array_equal(y, other_y):
         raise InputError(f"{b.runs[0].name}: found other labels in its predictions than in {a.runs[0].name}")
+    if len(y) < 2:
+        raise InputError(f"{a.runs[0].name}: found {len(y)} test letter in its predictions, expected two or more")
     rng = np.random.default_rng(seed)
     right, nll = 100.0 * (b.right.astype(np.float64) - a.right), b.nll - a.nll
     pairs = len(right) > 1
@@ -151,7 +153,7 @@ def _arm(client: MlflowClient, name: str, runs: Sequence[Recorded]) -> tuple[Arm
 
 def _history(client: MlflowClient, run: Recorded, metric: str) -> list[float]:
     values = {m.step: m.value for m in client.get_metric_history(run.run_id, metric) if m.step > 0}
-    if sorted(values) != list(range(1, run.config.epochs + 1)):
+    if len(values) != run.config.epochs or max(values) != len(values):
         raise InputError(f"{run.name}: found {len(values)} epochs of {metric}, expected {run.config.epochs}")
     return [values[step] for step in sorted(values)]
 
@@ -163,7 +165,7 @@ def _caveats(found: Comparison) -> list[str]:
         notes.append("One training an arm: what another seed would change is not known, only other test examples.")
     elif seeds < 6:
         notes.append(f"With {seeds} seeds no sign-flip test can reach 0.05; six are the least, ten are better.")
-    if (found.acc.estimate > 0) == (found.nll.estimate > 0) and (found.nll.low > 0 or found.nll.high < 0):
+    if min(found.acc.low, found.nll.low) > 0 or max(found.acc.high, found.nll.high) < 0:
         notes.append("Accuracy and loss disagree: the arm that is more often right also pays more for its mistakes.")
     if found.acc.estimate * found.acc.low > 0 and found.verdict == "equivalent":
         notes.append("There is a difference, but it is smaller than the margin.")

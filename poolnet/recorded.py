@@ -5,7 +5,7 @@ import dataclasses
 import shlex
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -14,10 +14,13 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet.config import InputError, TrainConfig
+from poolnet.config import InputError, TrainConfig, warn
 
 # With data and device, all that the figures depend on; the seed is last.
 SAME_RUN = ("pool", "epochs", "batch_size", "lr", "seed")
+SCORES = ("val_acc", "val_loss", "test_acc", "test_loss")  # with the final weights
+# What `mlflow run` may record of a training, the last of which are no settings of it.
+OPTIONS = {field.name for field in dataclasses.fields(TrainConfig)} | {"resume", "optimum", "no_cache", "drain_timeout"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,22 +41,47 @@ class Recorded:
 
     @property
     def key(self) -> tuple:
-        return key(self.config, self.device)
+        return key(self.config, self.device, self.data_sha256)
 
 
-def key(config: TrainConfig, device: str) -> tuple:
-    """What two runs on the same data share if they must give the same figures."""
-    return (*(getattr(config, name) for name in SAME_RUN), device)
+def key(config: TrainConfig, device: str, data_sha256: str) -> tuple:
+    """What two runs share if they must give the same figures."""
+    return (*(getattr(config, name) for name in SAME_RUN), device, data_sha256)
 
 
-def search(client: MlflowClient, experiment_ids: list[str], query: str = "") -> Iterator[Recorded]:
+def finished(
+    client: MlflowClient, experiment_ids: list[str], data_sha256: str, warn: Callable[[str], object] = warn
+) -> dict[tuple, Recorded]:
+    """The newest finished run of each key, on this data: what a sweep need not train, and a comparison compares."""
+    query = f"attributes.status = 'FINISHED' AND tags.`poolnet.data_sha256` = '{data_sha256}'"
+    runs = [run for run in search(client, experiment_ids, query, warn) if set(SCORES) <= set(run.metrics)]
+    return {run.key: run for run in reversed(runs)}
+
+
+def search(
+    client: MlflowClient, experiment_ids: list[str], query: str = "", warn: Callable[[str], object] = warn
+) -> Iterator[Recorded]:
     """The runs of poolnet in these experiments that fit an MLflow filter, the newest first; not those that only
-    reproduce another, which would count twice."""
-    token = None
+    reproduce another, which would count twice, nor those with settings of another version."""
+    token, unknown = None, {}
     while token is None or token:
         page = client.search_runs(experiment_ids, query, max_results=1000, page_token=token)
-        yield from (of(run) for run in page if is_training_run(run) and "poolnet.reproduces" not in run.data.tags)
+        for run in page:
+            if is_training_run(run) and "poolnet.reproduces" not in run.data.tags:
+                try:
+                    yield of(run)
+                except InputError as error:
+                    unknown[run.data.tags["poolnet.run"]] = error
         token = page.token or ""
+    warn_of_unknown(unknown, warn)
+
+
+def warn_of_unknown(unknown: dict[str, Exception], warn: Callable[[str], object]) -> None:
+    """Say once which runs, by name, were left out, and why the first was."""
+    if unknown:
+        name, error = next(iter(unknown.items()))
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        warn(f"left out {name}{more}, which this version of poolnet does not know: {error}")
 
 
 def is_training_run(run: Run) -> bool:
@@ -62,7 +90,11 @@ def is_training_run(run: Run) -> bool:
 
 
 def of(run: Run) -> Recorded:
+    """Raises `InputError` where the run has settings that this version does not know."""
     tags = run.data.tags
+    for name in run.data.params:
+        if name.replace("-", "_") not in OPTIONS:
+            raise InputError(f"run {run.info.run_id}: found a setting that is called {name}")
     datasets = [entry.dataset.name for entry in run.inputs.dataset_inputs]
     return Recorded(
         run.info.run_id,

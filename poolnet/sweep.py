@@ -1,29 +1,31 @@
 """A study's runs, those that are missing: trained by worker processes, published as the children of one parent run.
 
 What is left to do follows from the tracking server and the journals, so that whatever was cut off goes on with the
-same command. Optuna keeps the queue, in a journal file of its own: which combination is taken, and what came of it.
+same command.
 """
 
 import contextlib
 import dataclasses
 import os
+import shlex
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
+from pathlib import Path
 
-from filelock import FileLock, Timeout
 from mlflow.exceptions import MlflowException
 
 from poolnet import addresses, data, journal, parent, recorded, stores, train
-from poolnet.config import InputError, NoAnswer, TrainConfig, aligned, cores, progress, spread
+from poolnet.config import InputError, NoAnswer, TrainConfig, aligned, cores, piped, progress, spread
+from poolnet.files import locked
 from poolnet.journal import Journal
 from poolnet.publisher import Publisher
+from poolnet.recorded import SCORES
 from poolnet.study import Study
-from poolnet.trials import Queue
 from poolnet.worker import Worker
 
-SCORES = ("val_acc", "val_loss", "test_acc", "test_loss")  # with the final weights
 ASK_SECONDS = 2  # that the server has to say what it holds, before training begins without
 ORPHAN_SECONDS = 15  # in which a worker finishes its batch after its sweep was killed
 
@@ -47,244 +49,117 @@ class Result:
         return self.status == "FINISHED"
 
 
+@dataclasses.dataclass
 class Sweep:
     """A study on one data set, and where it stands."""
 
-    def __init__(self, study: Study, publisher: Publisher, say: Say, warn: Say):
-        self.study, self.publisher, self.say, self.warn = study, publisher, say, warn
-        self.path = data.locate(study.data, say=say)
-        splits = data.open_splits(self.path)
-        if splits.overlap:
-            warn(f"{splits.path}: {splits.overlap:,} of {len(splits.test):,} test images also occur in train")
-        self.data_sha256 = splits.sha256
-        self.name = parent.name_of(study.name, splits.sha256)
-        self.uri = addresses.own()
-        self.results = {self._key(config): Result(config) for config in study.configs()}
-        self.begun: dict[tuple, Journal] = {}  # what an earlier sweep began and did not finish
-        self.look = ""  # at the parent run, where there is one
-        self.trouble: str | None = None  # what stands in the way of publishing
-        self.patience = ASK_SECONDS  # with the server
+    study: Study
+    path: Path  # of the data
+    data_sha256: str
+    uri: str  # of the tracking server
+    results: dict[tuple, Result]  # by `recorded.key`, in the order of the study
+    look: str = ""  # at the parent run, where there is one
+    trouble: str | None = None  # what stands in the way of publishing
+    patience: float = ASK_SECONDS  # seconds that the server has for an answer
+
+    @property
+    def name(self) -> str:
+        return parent.name_of(self.study.name, self.data_sha256)
 
     @property
     def missing(self) -> list[Result]:
         return [result for result in self.results.values() if not result.done]
 
-    def _key(self, config: TrainConfig) -> tuple:
-        return recorded.key(config, str(train.resolve_device(config.device)))
+    def result(self, config: TrainConfig) -> Result:
+        return self.results[self.key(config)]
 
-    def carry_out(self, workers: int) -> None:
-        """Train what is missing, and publish it. Of one study and data set, one process at a time."""
+    def key(self, config: TrainConfig) -> tuple:
+        return recorded.key(config, str(train.resolve_device(config.device)), self.data_sha256)
+
+
+def opened(study: Study, say: Say, warn: Say) -> Sweep:
+    """The sweep of a study, nothing of which is known yet."""
+    path = data.locate(study.data, say=say)
+    splits = data.open_splits(path)
+    if splits.overlap:
+        warn(f"{splits.path}: {splits.overlap:,} of {len(splits.test):,} test images also occur in train")
+    sweep = Sweep(study, path, splits.sha256, addresses.own(), {})
+    sweep.results = {sweep.key(config): Result(config) for config in study.configs()}
+    return sweep
+
+
+def carry_out(sweep: Sweep, workers: int, publisher: Publisher, say: Say, warn: Say) -> None:
+    """Train what is missing, and publish it. Of one study and data set, one process at a time."""
+    with locked(parent.folder() / f"{sweep.name}.lock", wait=1), _described(sweep, warn):
+        begun = _look_at_journals(sweep, publisher, warn)
+        if sweep.missing:
+            _train(sweep, begun, workers, publisher, say, warn)
+        if publisher.journals:
+            sweep.trouble = publisher.close()
+            sweep.patience = ASK_SECONDS if sweep.trouble else publisher.drain_timeout
+            with _warned(sweep, "cannot be asked which runs it has now", warn):
+                _look_at_server(sweep, warn)
+
+
+# --- what there is ----------------------------------------------------------------------------------------------------
+
+
+def _ask_server(sweep: Sweep, warn: Say) -> None:
+    """All that is asked before training: which runs there are, and that the parent run says so."""
+    _look_at_server(sweep, warn)
+    with _warned(sweep, OUTDATED, warn):  # which is no reason to train again what the server has
+        _describe(sweep, "RUNNING")
+
+
+def _look_at_server(sweep: Sweep, warn: Say) -> None:
+    """Finished runs of the same data and settings, whoever made them."""
+    client = stores.client_of(sweep.uri)
+    for key, run in recorded.finished(client, [stores.own_experiment(client)], sweep.data_sha256, warn).items():
+        result = sweep.results.get(key)
+        if result and not result.run_id:
+            result.status, result.run, result.run_id = run.status, run.name, run.run_id
+            result.scores = {name: run.metrics[name] for name in SCORES}
+
+
+def _look_at_journals(sweep: Sweep, publisher: Publisher, warn: Say) -> dict[tuple, str]:
+    """Take what the server does not have yet. Returns the runs of this sweep that were cut off, by key."""
+    begun = {}
+    for key, run in _journals(sweep, warn):
+        result, mine = sweep.results[key], run.record.get("sweep") == sweep.name
+        if mine:
+            _wait_for_orphan(run)
+        if run.finished:
+            _take(result, run)
+            publisher.add(run)
+        elif mine and run.is_training():
+            result.status, result.run, result.error = "RUNNING", run.name, "another process is training it"
+        elif mine:
+            begun[key] = run.name
+    return begun
+
+
+def _journals(sweep: Sweep, warn: Say) -> Iterator[tuple[tuple, Journal]]:
+    """The records on this disk of what is missing, on this sweep's data and for its server and experiment."""
+    unknown = {}
+    for name in journal.names():
         try:
-            lock = FileLock(parent.folder() / f"{self.name}.lock").acquire(timeout=1)
-        except Timeout:
-            raise InputError(f"{self.study.path}: another process is sweeping it; wait for it, or end it") from None
-        with lock, self._described():
-            self._look_at_server()
-            self._look_at_journals()
-            if self.missing:
-                self._train(workers)
-            if self.publisher.journals:
-                self.trouble = self.publisher.close()
-                self.patience = ASK_SECONDS if self.trouble else self.publisher.drain_timeout
-                self._look_at_server()
+            run = Journal(journal.folder() / name)
+            key = recorded.key(TrainConfig(**run.record["config"]), run.record["device"], run.record["data"]["sha256"])
+            if key in sweep.results and not sweep.results[key].done and _belongs_here(sweep, run):
+                yield key, run
+        except (InputError, KeyError, TypeError) as error:  # damaged, or of another version
+            unknown[name] = error
+    recorded.warn_of_unknown(unknown, warn)
 
-    # --- what there is ------------------------------------------------------------------------------------------------
 
-    def _look_at_server(self) -> None:
-        """Finished runs of the same data and settings, whoever made them."""
-        query = f"attributes.status = 'FINISHED' AND tags.`poolnet.data_sha256` = '{self.data_sha256}'"
-        try:
-            with stores.within(self.patience):
-                client = stores.client_of(self.uri)
-                for run in recorded.search(client, [stores.own_experiment(client)], query):
-                    result = self.results.get(run.key)
-                    new = result and not result.run_id and result.run in ("", run.name)
-                    if new and set(SCORES) <= set(run.metrics):
-                        result.status, result.run, result.run_id = run.status, run.name, run.run_id
-                        result.scores = {name: run.metrics[name] for name in SCORES}
-        except (MlflowException, NoAnswer) as error:
-            if self.publisher.journals:
-                return  # which is said already
-            where = addresses.shown(self.uri)
-            self.warn(
-                f"{where} cannot be asked which runs it has ({stores.reason(error)}); going by the journals alone"
-            )
-
-    def _look_at_journals(self) -> None:
-        """Runs that the server does not have yet, and those of this sweep that were cut off."""
-        for name in journal.names():
-            with contextlib.suppress(InputError):  # of a newer poolnet
-                run = Journal(journal.folder() / name)
-                key = recorded.key(TrainConfig(**run.record["config"]), run.record["device"])
-                if key not in self.results or self.results[key].done or not self._belongs_here(run):
-                    continue
-                mine = run.record.get("sweep") == self.name
-                if mine:
-                    _wait_for_orphan(run)
-                if run.finished:
-                    self._take(self.results[key], run)
-                    self.publisher.add(run)
-                elif mine and not run.is_training():
-                    self.begun[key] = run
-
-    def _belongs_here(self, run: Journal) -> bool:
-        """Whether a run is on this sweep's data, and for its server and experiment."""
-        told = run.record["tracking"]
-        names = [
-            (os.environ.get("MLFLOW_EXPERIMENT_ID", ""), os.environ.get("MLFLOW_EXPERIMENT_NAME", "")),
-            (told["experiment_id"], told["experiment_name"]),
-        ]
-        mine, its = ({"": "0", "Default": "0"}.get(number or name, number or name) for number, name in names)
-        return run.record["data"]["sha256"] == self.data_sha256 and stores.home_of(run) == self.uri and mine == its
-
-    def _take(self, result: Result, run: Journal) -> None:
-        """The result as the journal has it."""
-        result.run, result.status = run.name, (run.ended() or {"status": "KILLED"})["status"]
-        if result.done:
-            records = run.by_step()
-            last = records[max(records)] | records[0]
-            result.scores = {name: last[name] for name in SCORES}
-
-    # --- training -----------------------------------------------------------------------------------------------------
-
-    def _train(self, count: int) -> None:
-        queue = Queue(self.study, parent.folder() / f"{self.name}.optuna")
-        queue.again(lambda config: not self._result(config).done)
-        workers = [Worker(self.path, self.name) for _ in range(min(count, len(self.missing)))]
-        idle, busy = list(workers), {}
-        total, began = len(self.missing), time.monotonic()
-
-        def rate(_: object) -> str:
-            return f"{60 * (total - len(self.missing)) / (time.monotonic() - began):.1f} runs a minute"
-
-        length = sum(result.config.epochs for result in self.missing)
-        with progress(length=length, label=f"Training {total} runs", item_show_func=rate) as bar:
-            try:
-                while self._give(queue, idle, busy) or busy:
-                    for connection in wait(list(busy)):
-                        worker = busy[connection]
-                        kind, value = worker.hear()
-                        if kind == "begun":
-                            self.publisher.add(journal.find(value))
-                        elif kind == "epoch":
-                            bar.update(value - worker.epoch)
-                            worker.epoch = value
-                        else:
-                            self._ended(queue, worker, value)
-                            bar.update(worker.config.epochs - worker.epoch)
-                            del busy[connection]
-                            if kind == "died":
-                                workers.append(worker := Worker(self.path, self.name))
-                            idle.append(worker)
-            finally:
-                for worker in workers:
-                    worker.process.terminate()  # asked all at once, to finish the batch in hand
-                for worker in workers:
-                    worker.stop()
-
-    def _give(self, queue: Queue, idle: list[Worker], busy: dict[object, Worker]) -> bool:
-        """Something to do for everybody who is idle. Whether there was anything."""
-        given = False
-        while idle and (taken := queue.take(lambda config: self._result(config).scores.get("val_loss"))):
-            worker, (trial, config) = idle.pop(), taken
-            begun = self.begun.get(self._key(config))
-            worker.take(trial, config, begun.name if begun else "")
-            busy[worker.connection] = worker
-            given = True
-        return given
-
-    def _ended(self, queue: Queue, worker: Worker, error: str) -> None:
-        result = self._result(worker.config)
-        result.trained, result.error = True, error
-        if worker.run:
-            self._take(result, journal.find(worker.run))
-        queue.tell(worker.trial, result.scores.get("val_loss"))
-        self.publisher.nudge()
-        if error:
-            self.warn(f"{worker.run or worker.config}: {error}")
-        else:
-            self.say(f"{result.run}: " + ", ".join(f"{name} {result.scores[name]:.4f}" for name in SCORES))
-
-    def _result(self, config: TrainConfig) -> Result:
-        return self.results[self._key(config)]
-
-    # --- the parent run -----------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _described(self) -> Iterator[None]:
-        """The parent run says that the sweep is under way, and in the end where it stands."""
-        self._describe("RUNNING")
-        try:
-            yield
-        except BaseException as error:
-            self._describe("FAILED" if isinstance(error, Exception) else "KILLED")
-            raise
-        self._describe("FAILED" if self.missing else "FINISHED")
-
-    def _describe(self, status: str) -> None:
-        """Of what the server does not take, a later call has it all again."""
-        try:
-            with stores.within(self.patience), stores.as_environment(self.uri):
-                client = stores.client_of(self.uri)
-                experiment_id = stores.own_experiment(client)
-                run_id = parent.find_or_create(client, experiment_id, self.name, os.environ.get("MLFLOW_RUN_ID", ""))
-                text = self.study.path.read_text(encoding="utf-8")
-                parent.describe(client, run_id, text, self._note(experiment_id), self._metrics(), status)
-            self.look = stores.page_of(self.uri, experiment_id, run_id)
-        except (MlflowException, NoAnswer) as error:
-            if status == "RUNNING":
-                return  # the next question says it
-            where = addresses.shown(self.uri)
-            self.warn(
-                f"{where}: the sweep's own run is not up to date ({stores.reason(error)}); sweep again to mend that"
-            )
-
-    def arms(self) -> dict[str, dict[str, list[float]]]:
-        """The scores of each arm, by name, a value a seed, as far as there are."""
-        runs = {arm: [self._result(config) for config in self.study.arm(arm)] for arm in self.study.arms}
-        done = {arm: [result.scores for result in results if result.done] for arm, results in runs.items()}
-        return {arm: {name: [scores[name] for scores in found] for name in SCORES} for arm, found in done.items()}
-
-    def _metrics(self) -> dict[str, float]:
-        values = {"runs_finished": len(self.results) - len(self.missing), "runs_missing": len(self.missing)}
-        for index, scores in enumerate(self.arms().values()):
-            for name, found in scores.items():
-                if found:
-                    values[f"{'ab'[index]}_{name}_mean"] = statistics.mean(found)
-                if len(found) > 1:
-                    values[f"{'ab'[index]}_{name}_sd"] = statistics.stdev(found)
-        return values
-
-    def _note(self, experiment_id: str) -> str:
-        """The parent's description, in Markdown."""
-        options = [name for name, values in self.study.grid.items() if len(values) > 1]
-        lines = [
-            f"**{self.study.question}**",
-            "",
-            f"{len(self.results) - len(self.missing)} of {len(self.results)} runs are finished, on `{self.path.stem}`, "
-            f"SHA-256 `{self.data_sha256}`.",
-            "",
-            "| arm | seeds | val acc | test acc | test loss |",
-            "|---|---|---|---|---|",
-            *(
-                f"| {'ab'[index]}: {arm} | {len(scores['val_acc'])} | {spread(scores['val_acc'])} | "
-                f"{spread(scores['test_acc'])} | {spread(scores['test_loss'])} |"
-                for index, (arm, scores) in enumerate(self.arms().items())
-            ),
-            "",
-            "Mean and standard deviation over seeds. What they say: "
-            f"`poolnet compare --study {self.study.path.as_posix()} --data {self.study.data}`",
-            "",
-            f"| run | {' | '.join(options)} | seed | status |",
-            f"|---|{'---|' * len(options)}---|---|",
-        ]
-        for result in self.results.values():
-            name = result.run or "none yet"
-            if result.run_id:
-                name = f"[{name}](#/experiments/{experiment_id}/runs/{result.run_id})"
-            values = [str(getattr(result.config, option)) for option in options]
-            lines.append(f"| {name} | {' | '.join(values)} | {result.config.seed} | {result.error or result.status} |")
-        return "\n".join(lines)
+def _belongs_here(sweep: Sweep, run: Journal) -> bool:
+    told = run.record["tracking"]
+    names = [
+        (os.environ.get("MLFLOW_EXPERIMENT_ID", ""), os.environ.get("MLFLOW_EXPERIMENT_NAME", "")),
+        (told["experiment_id"], told["experiment_name"]),
+    ]
+    mine, its = ({"": "0", "Default": "0"}.get(number or name, number or name) for number, name in names)
+    return mine == its and stores.home_of(run) == sweep.uri and not run.record.get("reproduces")
 
 
 def _wait_for_orphan(run: Journal) -> None:
@@ -293,14 +168,186 @@ def _wait_for_orphan(run: Journal) -> None:
         time.sleep(0.1)
 
 
-def table(sweep: Sweep) -> str:
-    """The arms for a terminal, means and standard deviations over seeds."""
-    heads = ("arm", "n", "val acc", "test acc", "test loss")
-    lines = [heads]
-    for arm, scores in sweep.arms().items():
+def _take(result: Result, run: Journal) -> None:
+    """The result as the journal has it."""
+    records = run.by_step()
+    scores = records.get(max(records, default=0), {}) | records.get(0, {})
+    result.run, result.status = run.name, (run.ended() or {"status": "KILLED"})["status"]
+    if result.done and set(SCORES) <= set(scores):
+        result.scores = {name: scores[name] for name in SCORES}
+    elif result.done:
+        result.status, result.error = "missing", "found no scores in its record"
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _train(sweep: Sweep, begun: dict[tuple, str], count: int, publisher: Publisher, say: Say, warn: Say) -> None:
+    """Seed by seed, so that a sweep that is cut off has pairs."""
+    left = [result for result in sweep.missing if result.status != "RUNNING"]
+    todo = deque((result.config, begun.get(sweep.key(result.config), "")) for result in left)
+    total, began = len(left), time.monotonic()
+    length = sum(result.config.epochs for result in left)
+
+    def rate(_: object) -> str:
+        return f"{60 * sum(result.done for result in left) / (time.monotonic() - began):.1f} runs a minute"
+
+    with (
+        progress(length=length, label=f"Training {total} runs", item_show_func=rate) as bar,
+        contextlib.closing(_heard(sweep, todo, min(count, total))) as heard,
+    ):
+        for worker, kind, value in heard:
+            if kind == "begun":
+                publisher.add(journal.find(value))
+            elif kind == "epoch":
+                bar.update(value - worker.epoch)
+                worker.epoch = value
+            else:
+                _ended(sweep.result(worker.config), worker, value, say, warn)
+                bar.update(worker.config.epochs - worker.epoch)
+
+
+def _heard(sweep: Sweep, todo: deque[tuple[TrainConfig, str]], count: int) -> Iterator[tuple[Worker, str, str | int]]:
+    """What workers say while they train `todo`, in its order. One that dies is replaced, its run is not tried again."""
+    workers = [Worker(sweep.path, sweep.name) for _ in range(count)]
+    idle, busy = deque(workers), {}
+    try:
+        while todo or busy:
+            while todo and idle:
+                worker = idle.popleft()
+                worker.take(*todo.popleft())
+                busy[worker.connection] = worker
+            for connection in wait(list(busy)):
+                worker = busy[connection]
+                kind, value = worker.hear()
+                yield worker, kind, value
+                if kind in ("ended", "died"):
+                    del busy[connection]
+                if kind == "ended":
+                    idle.append(worker)
+                elif kind == "died" and todo:
+                    workers.append(Worker(sweep.path, sweep.name))
+                    idle.append(workers[-1])
+    finally:
+        for worker in workers:
+            worker.process.terminate()  # asked all at once, to finish the batch in hand
+        for worker in workers:
+            worker.stop()
+
+
+def _ended(result: Result, worker: Worker, error: str, say: Say, warn: Say) -> None:
+    result.trained, result.error = True, error
+    if worker.run:
+        _take(result, journal.find(worker.run))
+    if error:
+        warn(f"{worker.run or worker.config}: {error}")
+    else:
+        say(f"{result.run}: " + ", ".join(f"{name} {result.scores[name]:.4f}" for name in SCORES))
+
+
+# --- the parent run ---------------------------------------------------------------------------------------------------
+
+OUTDATED = "the sweep's own run is not up to date; sweep again to mend that"
+
+
+@contextlib.contextmanager
+def _described(sweep: Sweep, warn: Say) -> Iterator[None]:
+    """The parent run says that the sweep is under way, and in the end where it stands."""
+    status = "FAILED"
+    try:
+        with _warned(sweep, "cannot be asked which runs it has; going by the records on disk alone", warn):
+            _ask_server(sweep, warn)
+        yield
+        status = "FAILED" if sweep.missing else "FINISHED"
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        raise
+    finally:
+        with _warned(sweep, OUTDATED, warn):
+            _describe(sweep, status)
+
+
+@contextlib.contextmanager
+def _warned(sweep: Sweep, what: str, warn: Say) -> Iterator[None]:
+    """What goes wrong with the server meanwhile is a warning: a later call has it all again."""
+    try:
+        with stores.within(sweep.patience):
+            yield
+    except (MlflowException, NoAnswer) as error:
+        warn(f"{addresses.shown(sweep.uri)}: {what} ({stores.reason(error)})")
+
+
+def _describe(sweep: Sweep, status: str) -> None:
+    client = stores.client_of(sweep.uri)
+    experiment_id = stores.own_experiment(client)
+    with stores.as_environment(sweep.uri):
+        run_id = parent.find_or_create(client, experiment_id, sweep.name, os.environ.get("MLFLOW_RUN_ID", ""))
+        parent.describe(client, run_id, sweep.study.text, _note(sweep, experiment_id), _metrics(sweep), status)
+    sweep.look = stores.page_of(sweep.uri, experiment_id, run_id)
+
+
+def arms(sweep: Sweep) -> dict[str, dict[str, list[float]]]:
+    """The scores of each arm, by name, a value a seed, as far as there are."""
+    runs = {arm: [sweep.result(config) for config in sweep.study.arm(arm)] for arm in sweep.study.arms}
+    done = {arm: [result.scores for result in results if result.done] for arm, results in runs.items()}
+    return {arm: {name: [scores[name] for scores in found] for name in SCORES} for arm, found in done.items()}
+
+
+def _metrics(sweep: Sweep) -> dict[str, float]:
+    values = {"runs_finished": len(sweep.results) - len(sweep.missing), "runs_missing": len(sweep.missing)}
+    for letter, scores in zip("ab", arms(sweep).values(), strict=True):
+        for name, found in scores.items():
+            if found:
+                values[f"{letter}_{name}_mean"] = statistics.mean(found)
+            if len(found) > 1:
+                values[f"{letter}_{name}_sd"] = statistics.stdev(found)
+    return values
+
+
+def _note(sweep: Sweep, experiment_id: str) -> str:
+    """The parent's description, in Markdown."""
+    study, spreads = sweep.study, _spreads(sweep)
+    for letter, row in zip("ab", spreads[1:], strict=True):
+        row[0] = f"{letter}: {row[0]}"
+    options = [name for name, values in study.grid.items() if len(values) > 1]
+    runs = [["run", *options, "seed", "status"]]
+    for result in sweep.results.values():
+        name = result.run or "none yet"
+        if result.run_id:
+            name = f"[{name}](#/experiments/{experiment_id}/runs/{result.run_id})"
+        values = [str(getattr(result.config, option)) for option in options]
+        runs.append([name, *values, str(result.config.seed), result.error or result.status])
+    lines = [
+        f"**{study.question}**",
+        "",
+        f"{len(sweep.results) - len(sweep.missing)} of {len(sweep.results)} runs are finished, on `{sweep.path.stem}`, "
+        f"SHA-256 `{sweep.data_sha256}`.",
+        "",
+        *piped(spreads),
+        "",
+        "Mean and standard deviation over seeds. What they say: "
+        f"`poolnet compare --study {shlex.quote(study.path.as_posix())} --data {shlex.quote(study.data)}`",
+        "",
+        *piped(runs),
+    ]
+    return "\n".join(lines)
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def _spreads(sweep: Sweep) -> list[list[str]]:
+    """The arms, means and standard deviations over seeds."""
+    rows = [["arm", "n", "val acc", "test acc", "test loss"]]
+    for arm, scores in arms(sweep).items():
         spreads = (spread(scores[name]) for name in ("val_acc", "test_acc", "test_loss"))
-        lines.append((arm, str(len(scores["val_acc"])), *spreads))
-    return "\n".join(aligned(lines))
+        rows.append([arm, str(len(scores["val_acc"])), *spreads])
+    return rows
+
+
+def table(sweep: Sweep) -> str:
+    """The arms for a terminal."""
+    return "\n".join(aligned(_spreads(sweep)))
 
 
 def default_workers(study: Study) -> int:

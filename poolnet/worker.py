@@ -12,7 +12,7 @@ from poolnet.config import TrainConfig
 
 
 class Worker:
-    """Such a process, from outside, and what it has in hand: a trial, its settings and, once begun, its journal."""
+    """Such a process, from outside, and what it has in hand: settings and, once begun, a journal."""
 
     def __init__(self, path: Path, sweep: str):
         context = multiprocessing.get_context("spawn")  # the same on every system
@@ -20,11 +20,11 @@ class Worker:
         self.process = context.Process(target=_work, args=(theirs, path, sweep), daemon=True)
         self.process.start()
         theirs.close()  # so that its death is the end of the connection
-        self.trial, self.config, self.run, self.epoch = None, None, "", 0
+        self.config, self.run, self.epoch = None, "", 0
 
-    def take(self, trial: object, config: TrainConfig, begun: str) -> None:
+    def take(self, config: TrainConfig, begun: str) -> None:
         """Train this, or go on with the run of that name."""
-        self.trial, self.config, self.run, self.epoch = trial, config, "", 0
+        self.config, self.run, self.epoch = config, "", 0
         with contextlib.suppress(OSError):  # it is dead, and will be heard of
             self.connection.send((config, begun))
 

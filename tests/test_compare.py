@@ -13,7 +13,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from test_cli import assert_refused, run
 from test_project import mlflow_run
 
-from poolnet import arms, compare, stores, study
+from poolnet import arms, compare, stores, study, train
+from poolnet.data import open_splits
 
 N, SHA = 800, "5" * 64
 STUDY = """question = "Which pooling loses less?"
@@ -44,15 +45,19 @@ def predictions(seeds, accuracy, seed=0, n=N):
         yield logits
 
 
+(SOME,) = predictions(1, 0.8)
+BY_POOL = ("--experiment", "Default", "--by", "pool")
+
+
 def plant(client, logits, experiment="0", status="FINISHED", **options):
     """A run on the server, with what the record of a run has of it."""
     config = {"data": "letters.npz", "pool": "max", "epochs": 2, "batch_size": 128, "lr": 0.001, "seed": 1}
     config |= {"device": "auto", "register": True}
-    sha256 = options.pop("sha256", SHA)
+    sha256, ran_on = options.pop("sha256", SHA), options.pop("ran_on", "cpu")
     config |= options
     name = f"{config['pool']}-seed{config['seed']}-{uuid.uuid4().hex[:8]}"
     run_id = client.create_run(experiment, run_name=name).info.run_id
-    tags = {"poolnet.run": name, "poolnet.data_sha256": sha256, "poolnet.device": "cpu"}
+    tags = {"poolnet.run": name, "poolnet.data_sha256": sha256, "poolnet.device": ran_on}
     metrics = [Metric(key, 0.5, 1, step) for key in compare.HISTORIES for step in (1, 2)]
     metrics += [Metric("test_acc", 0.5, 1, 0), Metric("test_loss", 0.5, 1, 0)]
     params = [Param(key, str(value)) for key, value in config.items()]
@@ -156,6 +161,62 @@ def test_mlflow_run_compares_in_the_run_that_it_made(client):
     assert found[0].data.tags["mlflow.source.type"] == "PROJECT"
 
 
+# --- which runs count ------------------------------------------------------------------------------------------------
+
+
+def test_the_data_set_is_told_by_its_contents_and_not_by_its_name(client, letters):
+    sha256 = open_splits(letters).sha256
+    plant_arms(client, seeds=2, lead=0.05, data="elsewhere/copy.npz", sha256=sha256)
+    plant_arms(client, seeds=2, lead=-0.05, data="letters.npz", sha256="6" * 64)  # newer, of the same name
+    for arguments in (("--study", write_study(2)), (*BY_POOL, "--data", "letters.npz")):
+        found = compared(*arguments)
+        assert found["data_sha256"] == sha256
+        assert (found["arms"][1]["name"], found["effects"]["acc"]["estimate"] > 2) == ("avg", True)
+
+
+def test_of_a_study_the_runs_of_this_machines_device_count_or_those_of_another_that_has_all(client):
+    plant_arms(client, seeds=2, lead=0.05, ran_on="cuda")
+    plant(client, SOME, ran_on="cpu")
+    found = study.read(write_study(2))
+    selected, _ = arms.of_study(client, ["0"], found)
+    assert {run.device for group in selected.values() for run in group} == {"cuda"}
+    plant_arms(client, seeds=2, lead=0.05)
+    selected, _ = arms.of_study(client, ["0"], found)
+    own = str(train.resolve_device("auto"))
+    assert {run.device for group in selected.values() for run in group} == {own if own in ("cpu", "cuda") else "cpu"}
+
+
+def test_runs_of_another_version_are_left_out_with_one_warning_that_names_one(client, capsys):
+    plant_arms(client, seeds=2, lead=0.05)
+    plant(client, SOME, pool="median")
+    plant(client, SOME, seed=2, momentum=0.9)
+    newest = plant(client, SOME, pool="avg", epochs="2.5", sha256=SHA)
+    for arguments in (("--study", write_study(2)), BY_POOL):
+        code, out, err = run(capsys, "compare", *arguments)
+        assert code == 0
+        assert "avg is better than max" in " ".join(out.split())
+        assert err.count("\n") == 1
+        assert f"poolnet: warning: left out {newest} and 2 more, which this version of poolnet does not know" in err
+
+
+def test_an_unfinished_run_is_left_out_where_a_finished_one_stands_for_it(client, capsys):
+    killed = plant(client, SOME, status="KILLED")
+    plant_arms(client, seeds=2)
+    code, out, _ = run(capsys, "compare", *BY_POOL)
+    assert code == 0
+    assert f"Note: Left out, since a finished run has the same settings: {killed} (KILLED)." in " ".join(out.split())
+
+
+def test_letters_that_are_not_in_test_are_no_hindrance_but_a_single_image_is(client, capsys):
+    one, other = (plant(client, SOME[:1], pool=pool, seed=9) for pool in ("max", "avg"))
+    assert "found 1 test letter in its predictions, expected two or more" in refused(capsys, one, other)
+    for pool in ("max", "avg"):
+        for seed, logits in enumerate(predictions(2, 0.5, n=3), 1):
+            plant(client, logits, pool=pool, seed=seed)
+    found = compared("--study", write_study(2))
+    assert [entry["n"] for entry in found["per_class"]] == [1, 1, 1] + 7 * [0]
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -167,27 +228,24 @@ def refused(capsys, *arguments):
     return err
 
 
-(SOME,) = predictions(1, 0.8)
-BY_POOL = ("--experiment", "Default", "--by", "pool")
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"sha256": "6" * 64}, "SHA-256 of the data: found 555"),
-        ({"lr": 0.01}, "lr: found 0.001 in"),
-        ({"epochs": 3}, "epochs: found 2 in"),
-        ({"status": "KILLED"}, "found it KILLED, expected finished runs; finish it with: poolnet train --resume avg-"),
-        ({"status": "RUNNING"}, "found it RUNNING"),
-        ({"seed": 7}, "found its seed 1 in one arm only"),
+        ({"sha256": "6" * 64}, f"SHA-256 of the data: found {SHA} in {{one}} and {'6' * 64} in {{other}}"),
+        ({"lr": 0.01}, "lr: found 0.001 in {one} and 0.01 in {other}"),
+        ({"epochs": 3}, "epochs: found 2 in {one} and 3 in {other}"),
+        ({"ran_on": "cuda"}, "device: found cpu in {one} and cuda in {other}"),
+        (
+            {"status": "KILLED"},
+            "{other}: found it KILLED, expected finished runs; finish it with: poolnet train --resume",
+        ),
+        ({"status": "RUNNING"}, "{other}: found it RUNNING"),
+        ({"seed": 7}, "{one}: found its seed 1 in one arm only"),
     ],
 )
 def test_what_must_not_be_mixed_is_refused_naming_the_runs(client, capsys, options, said):
-    plant(client, SOME)
-    other = plant(client, SOME, **{"pool": "avg"} | options)
-    err = refused(capsys, *BY_POOL)
-    assert said in err
-    assert other in err or "max-seed1-" in err
+    names = {"one": plant(client, SOME), "other": plant(client, SOME, **{"pool": "avg"} | options)}
+    assert said.format(**names) in refused(capsys, *BY_POOL)
 
 
 def test_a_study_whose_runs_are_not_all_there_is_refused(client, capsys):
@@ -223,6 +281,7 @@ def test_a_run_without_readable_predictions_is_refused_by_name(client, capsys):
         (("--experiment", "Default", "--by", "colour"), "--by: found 'colour', expected one of pool"),
         ((*BY_POOL, "--margin", "-1"), "--margin: found '-1'"),
         ((*BY_POOL, "--arms", "max", "min"), "--arms: found no run whose pool is max"),
+        ((*BY_POOL, "--arms", "max", "max"), "--arms: found max twice, expected two values of pool"),
         (("--study", "no.toml"), "no.toml: cannot be read"),
     ],
 )

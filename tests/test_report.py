@@ -151,6 +151,24 @@ def test_verdicts(c, estimate, low, high, verdict, winner):
     assert found.sentence.startswith(says.get(verdict, "Inconclusive whether avg is better than max"))
 
 
+@pytest.mark.parametrize(
+    ("acc", "nll", "said"),
+    [
+        ((1, 3), (0.1, 0.3), True),  # more often right, and surer where it is wrong
+        ((-3, -1), (-0.3, -0.1), True),
+        ((1, 3), (-0.3, -0.1), False),  # better in both
+        ((-1, 2), (0.1, 0.3), False),  # accuracy may be either's
+        ((-2, 1), (-0.3, -0.1), False),
+        ((0, 0), (-0.3, -0.1), False),  # equally often right, and less to pay
+        ((1, 3), (-0.1, 0.3), False),
+    ],
+)
+def test_accuracy_and_loss_disagree_only_where_both_are_sure(c, acc, nll, said):
+    effects = [stats.Effect(sum(ends) / 2, *ends, 0.1, 100, 0.5) for ends in (acc, nll)]
+    notes = compare._caveats(dataclasses.replace(c, acc=effects[0], nll=effects[1]))
+    assert any("also pays more" in note for note in notes) == said
+
+
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_figures_show_long_names_whole_and_odd_ones_as_they_are(seeds):
     c = made(seeds, ("_of a long name, $\\frac$", "as long: $x_1$, 20%, a|b"))

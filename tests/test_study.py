@@ -1,5 +1,8 @@
 """Studies: what a file may hold, and what is said of one that holds something else."""
 
+import os
+import sys
+
 import pytest
 from conftest import ROOT
 
@@ -77,6 +80,23 @@ def test_the_shipped_studies_have_ten_seeds_and_two_arms(path):
         ("lr = 0.01 }", "lr = 0.01, size = 1 }", ["arms.slow.size: unknown"]),
         ('{ pool = "max", lr = 0.01 }', '{ pool = "avg", lr = 1 }', ["arms.fast, avg: the same as arms.slow"]),
         ("[grid]", "[gird]", ["gird: unknown; did you mean grid?"]),
+        ("epochs = 2", "register = [true, false]", ["grid.register: found true and false"]),
+        # what is too much, and what a screen must not show
+        ("seeds = [3, 1]", "seeds = [1" + 400 * "0" + "]", ["seeds: found a number of 1329 bits"]),
+        ("seeds = [3, 1]", "seeds = [1" + 5000 * "0" + "]", ["digits"]),
+        ("seeds = [3, 1]", "seeds = 0x" + 5000 * "f", ["seeds: found a number of 20000 bits"]),
+        ("lr = [0.01, 1]", "lr = 1" + 400 * "0", ["grid.lr: found a number of"]),
+        ("lr = [0.01, 1]", "lr = inf", ["lr: found inf"]),
+        ("seeds = [3, 1]", "seeds = [1]\nmargin = inf", ["margin: found inf"]),
+        ("seeds = [3, 1]", f"seeds = {list(range(2501))}", ["grid: found 10,004 runs, seeds and combinations"]),
+        ("seeds = [3, 1]", "seeds = " + 5000 * "[" + 5000 * "]", ["nested too deep"]),
+        ("seeds = [3, 1]", "seeds = " + 50 * "[" + 50 * "]", ["seeds: found [[[", "expected a whole number"]),
+        ("lr = 0.01 }", "lr = { " + ".".join(5000 * "a") + " = 1 } }", ["arms.slow.lr: found {'a'", "a number"]),
+        ('"fast, avg" =', r'"\u001b[31m" =', [r"arms: found '\x1b[31m', expected text that a screen can show"]),
+        ('"fast, avg" =', r'"\u009b31m" =', ["arms: found"]),
+        ('question = "Which?"', r'question = "\u001b]0;a\u0007?"', ["question: found"]),
+        ("epochs = 2", r'"\u001b" = 2', [r"a key: found '\x1b'"]),
+        ("letters.npz", r"\u001b[2J.npz", ["data: found"]),
     ],
 )
 def test_a_bad_file_is_refused_with_file_key_and_cure(tmp_path, old, new, said):
@@ -90,6 +110,28 @@ def test_a_bad_file_is_refused_with_file_key_and_cure(tmp_path, old, new, said):
         assert part in line
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"no\.toml: cannot be read"):
-        study.read(tmp_path / "no.toml")
+def test_what_is_no_file_of_a_studys_size_is_refused(tmp_path):
+    large = tmp_path / "large.toml"
+    with large.open("wb") as file:
+        file.truncate(2**30)
+    (tmp_path / "words.toml").write_bytes(WHOLE.encode("utf-16"))
+    cases = {
+        "no.toml": "found no file",
+        ".": "found no file",
+        "large.toml": "1,073,741,824 bytes",
+        "words.toml": "utf-8",
+    }
+    if sys.platform != "win32":
+        os.mkfifo(tmp_path / "pipe.toml")
+        cases |= {"pipe.toml": "found no file", "/dev/zero": "found no file", "\udcff.toml": "udcff", "\x1b[31m": "x1b"}
+    for name, said in cases.items():
+        with pytest.raises(InputError) as refused:
+            study.read(tmp_path / name)
+        assert said in str(refused.value)
+        str(refused.value).encode()
+
+
+def test_a_question_over_several_lines_and_the_mark_of_windows_editor_are_read(tmp_path):
+    path = tmp_path / "trial.toml"
+    path.write_text(WHOLE.replace('"Which?"', '"""Which\n\tone?"""'), encoding="utf-8-sig")
+    assert study.read(path).question == "Which one?"

@@ -1,19 +1,25 @@
 """Sweeps as a user types them: what is missing is trained once, whatever happens meanwhile."""
 
+import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import deque
 
 import mlflow
 import pytest
 from conftest import poolnet
 from test_faults import hears_ctrl_c
 
-from poolnet import journal
+from poolnet import files, journal
+from poolnet import sweep as sweeps
 from poolnet.journal import Journal
+from poolnet.study import read
 
 pytestmark = pytest.mark.usefixtures("letters")
 posix = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals to process groups")
@@ -107,6 +113,7 @@ def test_a_sweep_that_is_killed_goes_on_with_the_same_command(study):
         time.sleep(0.3)
         process.kill()
     begun = set(journal.names())
+    assert {name[: len("max-seed1")] for name in begun} == {"max-seed1", "avg-seed1"}  # a pair
     swept(path)
     assert begun <= set(journal.names())
     children, (parent,) = runs()
@@ -133,6 +140,46 @@ def test_ctrl_c_ends_a_sweep_and_its_workers_and_says_how_to_go_on(study):
     assert ended == ["KILLED", "KILLED"]
     _, (parent,) = runs()
     assert parent.info.status == "KILLED"
+
+
+def test_runs_begin_seed_by_seed_and_one_whose_process_dies_is_left_for_the_next_sweep(study, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
+    sweep = sweeps.opened(read(study()), print, print)
+    begun, died = [], []
+    with contextlib.closing(sweeps._heard(sweep, deque((config, "") for config in sweep.study.configs()), 1)) as heard:
+        for worker, kind, value in heard:
+            if kind == "begun":
+                begun.append(worker.config)
+                if len(begun) == 2:
+                    worker.process.kill()
+            elif kind == "died":
+                died.append((worker.config, value))
+    assert begun == sweep.study.configs()
+    ((config, why),) = died
+    assert config == begun[1]
+    assert why.startswith("its process died, exit code")
+    ended = {name: Journal(journal.folder() / name).finished for name in journal.names()}
+    assert list(ended.values()).count(True) == 3
+
+
+def test_what_only_resembles_a_run_of_the_study_is_left_out_and_named(study, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
+    done = poolnet("train", "--data", "letters.npz", "--seed", 1, "--epochs", 3, "--drain-timeout", 0)
+    assert done.returncode == 3, done.stderr
+    (name,) = journal.names()
+    its = journal.folder() / name
+    for index, change in enumerate(
+        [{"config": {"momentum": 0.9}}, {"config": {"pool": "median"}}, {"reproduces": "0" * 32}, {"data": None}]
+    ):
+        other = shutil.copytree(its, journal.folder() / f"max-seed1-0000000{index}")
+        record = files.read_json(other / "record.json")
+        for key, value in change.items():
+            record[key] = {**record[key], **value} if isinstance(value, dict) else value
+        files.write_json(other / "record.json", record)
+    shutil.rmtree(its)
+    result, err = swept(study(), "--drain-timeout", 0, code=3)
+    assert [run["trained"] for run in result["runs"]] == [True] * 4
+    assert re.search(r"warning: left out max-seed1-0000000\d and 2 more, which this version of poolnet does not", err)
 
 
 def _until(condition):
@@ -177,6 +224,7 @@ def test_without_a_server_the_children_are_on_disk_and_published_later(study, mo
         (["no.toml"], ["no.toml: cannot be read"]),
         (["pools.toml", "--data", "no.npz"], ["no.npz"]),
         (["pools.toml", "--workers", "0"], ["--workers: found '0', expected a whole number from 1"]),
+        (["pools.toml", "--workers", "9" * 5000], ["expected a whole number from 1 to 999"]),
     ],
 )
 def test_bad_input_is_refused_in_one_line(study, arguments, said):
