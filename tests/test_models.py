@@ -139,6 +139,19 @@ def test_the_table_says_the_same(capsys, trained):
     assert f"Agrees with its run {trained.data.tags['poolnet.run']}" in out
 
 
+@pytest.mark.parametrize(("device", "agrees"), [("cpu", False), ("cuda:0", True), ("mps", True)])
+def test_another_device_may_turn_a_letter_round(capsys, alone, device, agrees):
+    """One letter of 110, and a loss in its fifth digit, as sums in another order do."""
+    client, run_id = mlflow.MlflowClient(), alone.info.run_id
+    client.set_tag(run_id, "poolnet.device", device)
+    client.log_metric(run_id, "test_loss", alone.data.metrics["test_loss"] + 5e-5)
+    client.log_metric(run_id, "test_acc", alone.data.metrics["test_acc"] - 1 / 110)
+    found, _ = scored(capsys, "models:/poolnet/1")
+    assert found["agrees"] is agrees
+    client.log_metric(run_id, "test_acc", alone.data.metrics["test_acc"] - 2 / 110)
+    assert scored(capsys, "models:/poolnet/1")[0]["agrees"] is False
+
+
 def test_other_data_are_scored_and_not_compared(capsys, trained):
     np.savez("other.npz", **make_arrays(seed=5))
     found, err = scored(capsys, "models:/poolnet/1", "--data", "other.npz")
@@ -479,3 +492,27 @@ def test_files_that_are_no_weights_are_one_line(capsys, content):
         Path("weights.pt").write_bytes(content)
     code, _, err = run(capsys, "register", "weights.pt", "--pool", "max")
     assert_refused(code, err, "weights.pt")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes among the files of this system")
+def test_pipes_and_devices_in_place_of_weights_are_refused_at_once(capsys):
+    os.mkfifo("pipe.pt")
+    for name in ("pipe.pt", "/dev/zero"):
+        code, _, err = run(capsys, "register", name, "--pool", "max")
+        assert_refused(code, err, f"{name}: found no regular file")
+
+
+def test_data_without_some_letters_or_with_one_image_are_scored_or_refused_in_one_line(capsys):
+    arrays = make_arrays()
+    few = arrays | {"y_test": arrays["y_test"] % 3}
+    one = arrays | {"X_test": arrays["X_test"][:1], "y_test": arrays["y_test"][:1]}
+    torch.save(registry_weights("max"), "weights.pt")
+    for number, (name, changed) in enumerate({"few": few, "one": one}.items(), start=1):
+        np.savez(f"{name}.npz", **changed)
+        registered(capsys, "weights.pt", "--pool", "max", "--data", f"{name}.npz")
+        code, out, err = run(capsys, "evaluate", f"models:/poolnet/{number}", "--json")
+        if name == "one":
+            assert_refused(code, err, "one.npz")
+        else:
+            classes = json.loads(out)["per_class"]
+            assert [each["n"] > 0 for each in classes] == [True] * 3 + [False] * 7
