@@ -76,7 +76,7 @@ def evaluate(model: str, data: str, split: str, seed: int, timeout: float, as_js
         from poolnet import registry, scorecard, stores
 
         client = stores.own_client()
-        card = scorecard.score(client, registry.load(model), data, split, seed)
+        card = scorecard.score(client, registry.load(model, check_export=True), data, split, seed)
         run_id = scorecard.publish(client, card)
         look = stores.page_of(client.uri, client.get_run(run_id).info.experiment_id, run_id)
     if as_json:

@@ -1,213 +1,120 @@
-"""An exported network (`.pt2`) read as data: which of poolnet's networks it is, and its weights.
+"""A model's folder: the weights, which poolnet reads, and the export, which MLflow serves.
 
-Nothing of the file is run: operations are compared with the known ones, and weights are bytes. Torch's own loader, by
-which MLflow serves models, unpickles parts of an archive, and evaluates text of it as Python (shape guards and
-expressions), which MLflow's check for pickles does not see. So an archive is refused that holds anything else than an
-export of these networks does, or that torch's reader of zips could read otherwise than Python's. The layout is that of
-PyTorch's PT2 archives, version 0.
+Torch executes more of an export than its pickles (shape guards, for one), so poolnet never loads one. It reads
+`weights.safetensors`, which names the pool too. Two exports of one network by one torch are equal byte for byte once
+the nodes' metadata are gone: stack traces, with the folders of whoever trained. So an export that differs is not ours.
 """
 
-import io
 import json
 import math
-import pickletools
-import re
-import struct
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from poolnet.data import FLOAT_LIMIT
-from poolnet.model import PIXELS, SimpleConvNet, SimplePoolNet, build_model
+from poolnet.config import POOLS
+from poolnet.model import Checked, SimpleConvNet, SimplePoolNet, build_model
 
-BROKEN = (struct.error, zlib.error, zipfile.BadZipFile)  # what readers say of damaged bytes
-LIMIT = 4 << 20  # bytes of an archive; the largest of these networks has 150 kB
-MEMBERS = re.compile(  # below the root of an archive
-    r"data/weights/(weight_\d+|model_weights_config\.json)|data/constants/model_constants_config\.json|"
-    r"models/model\.json|data/sample_inputs/model\.pt|archive_format|archive_version|byteorder|version|"
-    r"\.data/(version|serialization_id)|\.format_version|\.storage_alignment"
-)
-SAVED = re.compile(  # the same of the example inputs, which torch.save wrote
-    r"data\.pkl|data/\d+|byteorder|version|\.data/serialization_id|\.format_version|\.storage_alignment"
-)
-TEXT = re.compile(r'[\w.+:,"\[\]{} ]*|Symbol\(\'s\d+\', positive=True, integer=True\)')  # nothing that calls
-# What a pickle can call anything by, and what that of a tensor does so.
-IMPORTS = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "BUILD"}
-TENSOR = {
-    f"GLOBAL {name}" for name in ("torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections OrderedDict")
-}
-METADATA = {"stack_trace", "nn_module_stack", "torch_fn"}  # of a node; what torch only keeps
-FLOAT32 = 7  # in the archive's numbering of types
-CHECK = (  # that of `model.Checked`
-    "abs.default(self=x)",
-    f"le.Scalar(self=%, other={FLOAT_LIMIT})",
-    "all.default(self=%)",
-    f"_assert_async.msg(self=%, assert_msg={PIXELS})",
-)
-TAIL = (
-    "relu.default(self=%)",
-    "flatten.using_ints(self=%, start_dim=1)",
-    "linear.default(input=%, weight=fc.weight, bias=fc.bias)",
-)
-# Each network as its operations in order: x are the images, % is what the operation before gave.
-OPERATIONS = {
-    **{
-        pool: (
-            f"{pool}_pool2d.default(self=x, kernel_size=[2, 2], stride=[2, 2])",
-            "relu.default(self=%)",
-            f"{pool}_pool2d.default(self=%, kernel_size=[2, 2], stride=[2, 2])",
-            *TAIL,
-        )
-        for pool in ("max", "avg")
-    },
-    "conv": (
-        "conv2d.default(input=x, weight=layer1.weight, bias=layer1.bias, stride=[2, 2], padding=[1, 1])",
-        "relu.default(self=%)",
-        "conv2d.default(input=%, weight=layer2.weight, bias=layer2.bias, stride=[2, 2], padding=[1, 1])",
-        *TAIL,
-    ),
-}
+EXPORT, WEIGHTS = "data/model.pt2", "data/weights.safetensors"
+FLOAT32 = 7  # in the numbering of types in an export
+LAYERS = {"max": "max_pool2d.default", "avg": "avg_pool2d.default", "conv": "conv2d.default"}
+CHECK = ["abs.default", "le.Scalar", "all.default", "_assert_async.msg"]  # the operations of `Checked`
+
+Net = SimplePoolNet | SimpleConvNet
 
 
-def read(path: Path) -> tuple[str, SimplePoolNet | SimpleConvNet]:
-    """The name of the network as in `--pool`, and the network itself, on the CPU. `ValueError` says what is wrong."""
+def write(folder: Path, pool: str, net: Net) -> None:
+    """Write export and weights, instead of the export that MLflow has made."""
+    _export(net, folder / EXPORT)
+    save_file(net.state_dict(), folder / WEIGHTS, {"pool": pool})
+
+
+def read(folder: Path) -> tuple[str, Net]:
+    """The pool and the network, on the CPU. `ValueError` says what is wrong."""
+    if not (folder / WEIGHTS).exists():
+        return _read_older(folder / EXPORT)
     try:
-        with path.open("rb") as file:
-            return _read(_members(file.read(LIMIT + 1), MEMBERS))
-    except (OSError, EOFError, RuntimeError, MemoryError, *BROKEN) as error:
-        raise ValueError(f"found no whole archive ({error})") from None
-    except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"found a program of another form ({type(error).__name__} {error})") from None
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            pool, weights = (file.metadata() or {}).get("pool"), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"found no readable {WEIGHTS} ({error})") from None
+    return pool, _network(pool, weights)
 
 
-def _read(members: dict[str, bytes]) -> tuple[str, SimplePoolNet | SimpleConvNet]:
-    program = json.loads(members["models/model.json"])
-    config = json.loads(members["data/weights/model_weights_config.json"])["config"]
-    _check_inert(members, program)
-    prefix = "net." if "net.fc.weight" in config else ""  # of a network in `model.Checked`
-    operations = tuple(_operations(program["graph_module"], prefix))
-    plain = operations[len(CHECK) :] if operations[: len(CHECK)] == CHECK else operations
-    pool = next((pool for pool, known in OPERATIONS.items() if known == plain), None)
-    if not pool:
-        raise ValueError(f"found a network that is none of {', '.join(OPERATIONS)}: {'; '.join(plain)[:200]}")
+def is_ours(folder: Path, net: Net) -> bool:
+    """Whether the export is the one that this torch makes of this network. Nothing of it is executed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / Path(EXPORT).name  # a name that the archive repeats
+        _export(net, path)
+        return path.read_bytes() == (folder / EXPORT).read_bytes()
+
+
+def _export(net: Net, path: Path) -> None:
+    """Export for any batch size, as MLflow does, without the nodes' metadata."""
+    images = torch.zeros(2, 1, 28, 28)  # of one, the export would take only one
+    program = torch.export.export(Checked(net).eval(), (images,), dynamic_shapes=[{0: torch.export.Dim.AUTO}])
+    for node in program.graph.nodes:
+        node.meta = {key: value for key, value in node.meta.items() if key == "val"}
+    torch.export.save(program, path)
+
+
+def _network(pool: str | None, weights: Mapping[str, torch.Tensor]) -> Net:
+    if pool not in POOLS:
+        raise ValueError(f"found weights of pool {pool!r}, expected one of {', '.join(POOLS)}")
     net = build_model(pool, seed=0)
-    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-    named = {f"data/weights/{entry['path_name']}" for entry in config.values()}
-    held = {name for name in members if name.startswith("data/weights/weight_")}
-    if set(config) != {prefix + name for name in shapes} or named != held or len(named) != len(config):
-        raise ValueError(f"found weights {', '.join(config)}, expected {', '.join(shapes)}, each once")
-    weights = {name: _weight(members, name, config[prefix + name], shape) for name, shape in shapes.items()}
-    net.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
-    return pool, net.eval()
+    expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if found != expected or any(tensor.dtype != torch.float32 for tensor in weights.values()):
+        raise ValueError(f"found weights {found}, expected float32 {expected}")
+    net.load_state_dict(weights)
+    return net.eval()
 
 
-# --- the archive ------------------------------------------------------------------------------------------------------
+# --- models of earlier versions, which hold the export alone ----------------------------------------------------------
 
 
-def _members(data: bytes, allowed: re.Pattern) -> dict[str, bytes]:
-    """The members of a zip by their names below its one root, if each is stored as it is and may be there."""
-    if len(data) > LIMIT:
-        raise ValueError(f"found more than {LIMIT:,} bytes")
-    _check_directory(data)
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        infos = archive.infolist()
-        if len({info.filename.partition("/")[0] for info in infos}) != 1:
-            raise ValueError("found an archive of several roots, expected one")
-        found: dict[str, bytes] = {}
-        for info in infos:
-            name = info.filename.partition("/")[2]
-            plain = info.compress_type == zipfile.ZIP_STORED and info.orig_filename == info.filename
-            if not (plain and allowed.fullmatch(name)) or name in found:
-                raise ValueError(f"found {info.filename} in the archive, which no export of these networks holds so")
-            found[name] = archive.read(info)
-        return found
+def _read_older(path: Path) -> tuple[str, Net]:
+    """The same from the export's members, read as text and bytes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+            stored = all(info.compress_type == zipfile.ZIP_STORED for info in infos)
+            if not stored or sum(info.file_size for info in infos) > path.stat().st_size:
+                raise ValueError("found an export that is larger once it is unpacked")
+            members = {info.filename.removeprefix("model/"): archive.read(info) for info in infos}
+        pool = _pool(json.loads(members["models/model.json"]))
+        config = json.loads(members["data/weights/model_weights_config.json"])["config"]
+        weights = {name.removeprefix("net."): _weight(members, name, entry) for name, entry in config.items()}
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"found no whole export ({error})") from None
+    except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"found an export of another form ({type(error).__name__} {error})") from None
+    return pool, _network(pool, weights)
 
 
-def _check_directory(data: bytes) -> None:
-    """Refuse a zip whose directory two readers might find in two places: it must end where its end records begin."""
-    end, places = len(data) - 22, None
-    if data[:4] == b"PK\3\4" and data[end : end + 4] == b"PK\5\6":
-        _, _, _, count, size, offset, comment = struct.unpack("<4H2LH", data[end + 4 :])
-        places = (count, size, offset) if not comment else None
-    if places and data[end - 20 : end - 16] == b"PK\6\7":  # the records for large archives, which torch always writes
-        _, start, _ = struct.unpack("<LQL", data[end - 16 : end])
-        *_, count, size, offset = struct.unpack("<Q2H2L4Q", data[start + 4 : start + 56])
-        same = all(
-            small in (wide, limit)
-            for small, wide, limit in zip(places, (count, size, offset), (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF), strict=True)
-        )
-        places = (count, size, offset) if same and start == end - 76 and data[start : start + 4] == b"PK\6\6" else None
-        end = start
-    if not places or places[1] + places[2] != end:
-        raise ValueError("found no whole archive, or one that two readers may read in two ways")
+def _pool(program: dict) -> str:
+    """The pool of a program by its operations."""
+    nodes = program["graph_module"]["graph"]["nodes"]
+    found = [node["target"].removeprefix("torch.ops.aten.") for node in nodes]
+    found = found[len(CHECK) :] if found[: len(CHECK)] == CHECK else found
+    for pool, layer in LAYERS.items():
+        if found == [layer, "relu.default", layer, "relu.default", "flatten.using_ints", "linear.default"]:
+            return pool
+    raise ValueError(f"found a network that is none of {', '.join(LAYERS)}: {'; '.join(found)[:200]}")
 
 
-def _check_inert(members: dict[str, bytes], program: dict) -> None:
-    """Refuse what torch's own loader would execute."""
-    if program.get("guards_code") or json.loads(members["data/constants/model_constants_config.json"])["config"]:
-        raise ValueError("found shape guards or constants, which no export of these networks holds")
-    for text in _texts(program):
-        if not TEXT.fullmatch(text) or "__" in text:
-            raise ValueError(f"found {text[:60]!r} in the program, which torch may execute")
-    example = _members(members["data/sample_inputs/model.pt"], SAVED)
-    opcodes = pickletools.genops(example["data.pkl"])
-    imported = {f"{opcode.name} {argument}" for opcode, argument, _ in opcodes if opcode.name in IMPORTS}
-    if not imported <= TENSOR:
-        raise ValueError(f"found {min(imported - TENSOR)} in the pickle of its example inputs, which are to be tensors")
-
-
-def _texts(node: object) -> Iterator[str]:
-    """Every name and text of a program, but for the metadata that torch only keeps."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield key
-            if key != "metadata" or not value.keys() <= METADATA:
-                yield from _texts(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _texts(value)
-    elif isinstance(node, str):
-        yield node
-
-
-# --- the network ------------------------------------------------------------------------------------------------------
-
-
-def _operations(module: dict, prefix: str) -> Iterator[str]:
-    """Each node of the graph as text: the operation with its arguments; weights without their prefix."""
-    graph, names = module["graph"], {}
-    for spec in module["signature"]["input_specs"]:
-        if parameter := spec.get("parameter"):
-            name = parameter["parameter_name"]
-            names[parameter["arg"]["name"]] = name.removeprefix(prefix) if name.startswith(prefix) else f"other {name}"
-        else:
-            names[spec["user_input"]["arg"]["as_tensor"]["name"]] = "x"
-    for node in graph["nodes"]:
-        arguments = ", ".join(f"{item['name']}={_argument(item['arg'], names)}" for item in node["inputs"])
-        yield f"{node['target'].removeprefix('torch.ops.aten.')}({arguments})"
-        names = {name: known for name, known in names.items() if known != "%"}
-        names |= {output["as_tensor"]["name"]: "%" for output in node["outputs"]}
-    if [names.get(output["as_tensor"]["name"]) for output in graph["outputs"]] != ["%"]:
-        raise ValueError("found a program that gives something else than its last operation")
-
-
-def _argument(argument: dict, names: dict[str, str]) -> str:
-    ((kind, value),) = argument.items()
-    return str(names.get(value["name"])) if kind == "as_tensor" else str(value)
-
-
-def _weight(members: dict[str, bytes], name: str, entry: dict, shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor, (shape) float32, from its bytes."""
-    meta, strides = entry["tensor_meta"], [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    found = [[size["as_int"] for size in meta[key]] for key in ("sizes", "strides")]
-    if entry["use_pickle"] or meta["dtype"] != FLOAT32 or found != [list(shape), strides]:
-        raise ValueError(f"found {name} of another type or shape than {shape} float32, stored plainly")
-    size = 4 * math.prod(shape)
-    data = members[f"data/weights/{entry['path_name']}"]
-    if len(data) != size or meta["storage_offset"]["as_int"]:
-        raise ValueError(f"found {len(data):,} bytes of {name}, expected {size:,}")
-    return np.frombuffer(data, "<f4").reshape(shape).astype(np.float32)
+def _weight(members: dict[str, bytes], name: str, entry: dict) -> torch.Tensor:
+    meta, data = entry["tensor_meta"], members[f"data/weights/{entry['path_name']}"]
+    shape, strides = (tuple(int(size["as_int"]) for size in meta[key]) for key in ("sizes", "strides"))
+    plain = strides == tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    if entry["use_pickle"] or meta["dtype"] != FLOAT32 or not plain or meta["storage_offset"]["as_int"]:
+        raise ValueError(f"found {name} of another type than float32, stored plainly")
+    if len(data) != 4 * math.prod(shape):
+        raise ValueError(f"found {len(data):,} bytes of {name}, expected {4 * math.prod(shape):,}")
+    return torch.from_numpy(np.frombuffer(data, "<f4").reshape(shape).astype(np.float32))

@@ -32,6 +32,8 @@ class Registered:
 def read(path: Path, pool: str) -> SimplePoolNet | SimpleConvNet:
     """The network of this pool with the `state_dict` in a file that `torch.save` wrote, unpickled as tensors only."""
     cure = "expected what torch.save(model.state_dict(), FILE) writes"
+    if path.exists() and not path.is_file():  # a pipe or a device, which never ends
+        raise InputError(f"{path}: found no regular file, {cure}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # at a pickle that torch.save did not write

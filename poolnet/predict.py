@@ -8,6 +8,7 @@ images of letters in 20 other fonts, drawn as `benchmarks/unseen_fonts.py` does.
 
 import csv
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -61,7 +62,8 @@ def find(paths: Iterable[Path]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            raise InputError(f"{path}: no such file or folder, expected an image or a folder of images")
+            found_what = "no regular file" if path.exists() else "no such file or folder"
+            raise InputError(f"{path}: {found_what}, expected an image or a folder of images")
     return found
 
 
@@ -232,14 +234,26 @@ def table(predictions: Iterable[Prediction]) -> str:
     for p in predictions:
         turned = "dark on bright" if p.inverted else ""
         rows.append(
-            (str(p.path), p.letter, f"{p.probability:.4f}", p.runner_up, f"{p.runner_up_probability:.4f}", turned)
+            (
+                _printable(p.path),
+                p.letter,
+                f"{p.probability:.4f}",
+                p.runner_up,
+                f"{p.runner_up_probability:.4f}",
+                turned,
+            )
         )
     return "\n".join(aligned(rows))
 
 
+def _printable(path: Path) -> str:
+    """The name with escapes for what a terminal would obey or cannot show."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(path))
+
+
 def as_json(prediction: Prediction) -> dict[str, str | float | bool]:
-    """A plain dict, the path as text."""
-    return {**asdict(prediction), "path": str(prediction.path)}
+    """A plain dict, the path as text: escapes stand for bytes that are not UTF-8."""
+    return {**asdict(prediction), "path": os.fsencode(prediction.path).decode(errors="backslashreplace")}
 
 
 def csv_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
@@ -251,5 +265,5 @@ def csv_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
         yield text.getvalue()
         text.seek(0)
         text.truncate()
-        writer.writerow(as_json(prediction))
+        writer.writerow({**asdict(prediction), "path": _printable(prediction.path)})
     yield text.getvalue()

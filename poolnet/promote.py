@@ -135,7 +135,7 @@ def _challenger(client: MlflowClient, uri: str, alias: str) -> tuple[ModelVersio
     """The version that is to be promoted, and its pool, as the model itself has it."""
     pool = alias.removeprefix("champion-")
     newest = "" if uri else registry.newest(client, pool=pool if pool in POOLS else "").version
-    loaded = registry.load(uri or f"models:/{NAME}/{newest}")
+    loaded = registry.load(uri or f"models:/{NAME}/{newest}", check_export=True)
     if not loaded.version or loaded.version.name != NAME:
         raise InputError(f"{loaded.uri}: found no version of {NAME}, expected a registered one, as in models:/{NAME}/1")
     own = registry.logged(client, _run(client, loaded.version))

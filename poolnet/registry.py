@@ -16,11 +16,12 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking.client import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
 from poolnet import stores
-from poolnet.config import InputError
+from poolnet.config import InputError, warn
 from poolnet.data import SIDE
 
 if TYPE_CHECKING:  # torch only where a network is made
@@ -67,12 +68,13 @@ def logged(client: MlflowClient, run: Run) -> LoggedModel | None:
 
 
 def export(arrays: dict[str, np.ndarray], pool: str, run_id: str, model: LoggedModel, path: Path) -> None:
-    """Write the network to a new folder as an exported program, free of pickle, for any batch size.
+    """Write the network to a new folder: its weights, and an exported program, free of pickle, for any batch size.
 
     `arrays` holds its weights by name and, as `example`, two images: of one, the export would take only one.
     """
     import torch
 
+    from poolnet import exported
     from poolnet.model import Checked, build_model
 
     example = arrays["example"]
@@ -91,6 +93,7 @@ def export(arrays: dict[str, np.ndarray], pool: str, run_id: str, model: LoggedM
         serialization_format="pt2",
         pip_requirements=[f"{name}=={version}" for name, version in versions.items()],  # inferring takes 10 s
     )
+    exported.write(path, pool, net)
     # An exported program stays on the device that it was exported on; MLflow would take cuda wherever there is one.
     saved.flavors[mlflow.pyfunc.FLAVOR_NAME][mlflow.pyfunc.MODEL_CONFIG] = {"device": "cpu"}
     saved.save(str(path / MLMODEL_FILE_NAME))
@@ -120,10 +123,14 @@ def version_of(client: MlflowClient, run_id: str, model_id: str) -> int | None:
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's codes for an address of nothing
 PYFUNC = {"loader_module": "mlflow.pytorch", "data": "data"}  # by what MLflow serves it
 SCHEME = "Could not find a registered artifact repository"  # what MLflow says of an address that it does not know
-CURE = (
-    "expected an exported program, as poolnet train logs it, or mlflow.pytorch.log_model(..., "
-    'serialization_format="pt2"); weights in a file: poolnet register FILE --pool POOL'
-)
+FILES = {  # all that the folder of a model may hold
+    *("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta"),
+    *("input_example.json", "serving_input_example.json", "data/model.pt2", "data/weights.safetensors"),
+}
+READ = ("MLmodel", "data/model.pt2", "data/weights.safetensors")
+UNCHECKED = "its weights are used, and its export, which MLflow serves, was not checked"
+LIMIT = 4 << 20  # bytes of a file; the largest of these models has 150 kB
+CURE = "expected a model that poolnet train logged; weights in a file: poolnet register FILE --pool POOL"
 
 
 @dataclass(frozen=True)
@@ -138,29 +145,58 @@ class Loaded:
     version: ModelVersion | None  # of the registered model that it is, if it is one
 
 
-def load(uri: str) -> Loaded:
-    """The model at any address that MLflow resolves: `models:/poolnet@champion`, `models:/poolnet/3`, `models:/m-...`,
-    `runs:/RUN/model`, a folder. Nothing is unpickled or executed, see `exported.read`; `InputError` where that would be
-    needed, or nothing is found."""
+def load(uri: str, check_export: bool = False) -> Loaded:
+    """The model at any address that MLflow resolves, such as `models:/poolnet@champion`, or in a folder.
+
+    Its weights are read; nothing is unpickled or executed. `InputError` where that would be needed, or nothing is
+    found, and with `check_export` where MLflow would serve another network. Where that cannot be told, it is warned.
+    """
     client = stores.own_client()
     with tempfile.TemporaryDirectory() as scratch:
         try:
             model_id, version = _identify(client, uri)
-            # by its number, since an alias may have moved on
-            exact = f"models:/{version.name}/{version.version}" if uri.startswith("models:/") and version else uri
-            folder = Path(uri)
-            if not (uri and folder.is_dir()):
-                if ":/" not in uri:
-                    raise ValueError("no such folder")
-                with stores.answering(client.uri):
-                    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=exact, dst_path=scratch))
+            if uri.startswith("models:/") and version:  # by its number, since an alias may have moved on
+                place = f"models:/{version.name}/{version.version}"
+            elif uri and Path(uri).is_dir():
+                place = Path(uri).absolute().as_uri()
+            elif ":/" not in uri:
+                raise ValueError("no such folder")
+            else:
+                place = f"models:/{model_id}" if model_id else uri.rstrip("/")
+            with stores.answering(client.uri):
+                _fetch(place, Path(scratch), uri)
         except (MlflowException, ImportError, OSError, ValueError) as error:  # s3:// asks for a library, say
+            if isinstance(error, InputError):
+                raise
             if isinstance(error, MlflowException) and error.error_code not in MISSING and SCHEME not in str(error):
                 raise
             why = stores.reason(error).rstrip(".")  # MLflow's own is a sentence
             raise InputError(f"{uri}: {why}; expected a model, as in models:/{NAME}/1") from None
-        pool, net, run_id = _read(folder, uri)
+        pool, net, run_id = _read(Path(scratch), uri, check_export)
     return Loaded(uri, pool, net, version.run_id if version else run_id, model_id, version)
+
+
+def _fetch(place: str, folder: Path, uri: str) -> None:
+    """Copy the files of a model that are read. What else is there, or too large, is refused before that."""
+    files = get_artifact_repository(place)
+    found = {entry.path: entry.file_size for entry in files.list_artifacts(None)}
+    if "MLmodel" not in found:
+        raise InputError(f"{uri}: found no model of MLflow's there; {CURE}")
+    found |= {entry.path: entry.file_size for entry in files.list_artifacts("data")}
+    found.pop("data", None)
+    if "data/model.pth" in found or "data/model.pt2" not in found:
+        raise InputError(f"{uri}: found a pickled model, which runs what its maker put in when it is loaded; {CURE}")
+    local = getattr(getattr(files, "repo", files), "artifact_dir", None)  # of a store on this machine
+    for name, size in found.items():
+        if local and not Path(local, name).is_file():  # a pipe or a device, which never ends
+            size = None
+        if name not in FILES:
+            raise InputError(f"{uri}: found {name} beside the model, which may bring code along; {CURE}")
+        if size is None or size > LIMIT:  # None also of a folder
+            found_size = "unknown size" if size is None else f"{size:,} bytes"
+            raise InputError(f"{uri}: found {name} of {found_size}, expected a file of {LIMIT:,} at most")
+    for name in found.keys() & set(READ):
+        files.download_artifacts(name, str(folder))
 
 
 def _identify(client: MlflowClient, uri: str) -> tuple[str, ModelVersion | None]:
@@ -205,25 +241,30 @@ def newest(client: MlflowClient, name: str = NAME, pool: str = "") -> ModelVersi
     return found[0]
 
 
-def _read(folder: Path, uri: str) -> tuple[str, "SimplePoolNet | SimpleConvNet", str]:
+def _read(folder: Path, uri: str, check_export: bool) -> tuple[str, "SimplePoolNet | SimpleConvNet", str]:
     """Pool, network and run id of a model in its folder."""
+    import torch
+
     from poolnet import exported
 
     try:
         model = Model.load(str(folder))
         torch_flavor, flavor = model.flavors["pytorch"], model.flavors.get("python_function", PYFUNC)
+        own = (torch_flavor.get("model_data"), torch_flavor.get("code"), flavor.get("code")) == ("data", None, None)
+        served = {key: flavor.get(key) for key in PYFUNC} == PYFUNC
     except Exception as error:  # whatever a parser may raise of a file that anybody may have written
         raise InputError(f"{uri}: found no pytorch model of MLflow's ({stores.reason(error)}); {CURE}") from None
-    if not (folder / "data" / "model.pt2").is_file() or (folder / "data" / "model.pth").exists():
-        raise InputError(f"{uri}: found a pickled model, which runs what its maker put in when it is loaded; {CURE}")
-    own = (torch_flavor.get("model_data"), torch_flavor.get("code"), flavor.get("code")) == ("data", None, None)
-    served = {key: flavor.get(key) for key in PYFUNC} == PYFUNC and model.flavors.keys() <= {
-        "pytorch",
-        "python_function",
-    }
-    if not (own and served):
+    if not (own and served and model.flavors.keys() <= {"pytorch", "python_function"}):
         raise InputError(f"{uri}: found a model that brings code along, which is not run; {CURE}")
     try:
-        return *exported.read(folder / "data" / "model.pt2"), model.run_id or ""
+        pool, net = exported.read(folder)
     except ValueError as error:
-        raise InputError(f"{uri}: {error}; {CURE}") from None
+        raise InputError(f"{uri}: {' '.join(str(error).split())}; {CURE}") from None
+    maker, here = torch_flavor.get("pytorch_version"), torch.__version__
+    if check_export and not (folder / exported.WEIGHTS).exists():
+        warn(f"{uri}: {UNCHECKED}, as an earlier version of poolnet logged it")
+    elif check_export and maker != here:
+        warn(f"{uri}: {UNCHECKED}, as torch {maker} made it and this is {here}")
+    elif check_export and not exported.is_ours(folder, net):
+        raise InputError(f"{uri}: found an export, which MLflow would serve, that is not that of its weights; {CURE}")
+    return pool, net, model.run_id or ""

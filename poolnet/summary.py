@@ -40,5 +40,6 @@ def of_run(run: Journal, version: int | None) -> str:
             f"{once['optimality_gap']:.6f} above it"
         )
     if version:
-        lines.append(f'- Use: `mlflow.pytorch.load_model("models:/{registry.NAME}/{version}")`')
+        model = f"models:/{registry.NAME}/{version}"
+        lines.append(f'- Use: `poolnet evaluate {model}`, or in Python `poolnet.registry.load("{model}").net`')
     return "\n".join(lines)

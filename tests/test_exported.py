@@ -1,4 +1,4 @@
-"""Exported models are read as data, whatever somebody has put into the file."""
+"""Models are read as data, whatever somebody has put into their files."""
 
 import io
 import json
@@ -10,90 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 from poolnet import exported
 from poolnet.config import POOLS
 from poolnet.model import Checked, build_model
-
-
-def export(net, path):
-    """As MLflow writes what poolnet registers."""
-    batch = {0: torch.export.Dim("batch", min=1)}
-    torch.export.save(
-        torch.export.export(Checked(net).eval(), (torch.zeros(2, 1, 28, 28),), dynamic_shapes=(batch,)), path
-    )
-
-
-@pytest.fixture(scope="module", params=POOLS)
-def archive(request, tmp_path_factory):
-    net, path = build_model(request.param, seed=1), tmp_path_factory.mktemp("exported") / "model.pt2"
-    export(net, path)
-    return request.param, net, path
-
-
-@pytest.fixture(scope="module")
-def avg(tmp_path_factory):
-    path = tmp_path_factory.mktemp("avg") / "model.pt2"
-    export(build_model("avg", seed=1), path)
-    return path
-
-
-def rewritten(path, change):
-    """A copy of an archive in whose members `change(name, data)` has put something else."""
-    copy = path.with_name("changed.pt2")
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w") as new:
-        for name in old.namelist():
-            new.writestr(name, change(name, old.read(name)))
-    return copy
-
-
-def test_what_is_read_is_what_was_exported(archive):
-    pool, net, path = archive
-    found, read = exported.read(path)
-    assert found == pool
-    assert not read.training
-    for name, tensor in net.state_dict().items():
-        assert torch.equal(tensor, read.state_dict()[name])
-
-
-def test_it_says_what_the_exported_program_says(archive):
-    _, _, path = archive
-    images = torch.rand(7, 1, 28, 28)
-    with torch.inference_mode():
-        assert torch.equal(exported.read(path)[1](images), torch.export.load(path).module()(images))
-
-
-def test_python_in_the_archive_is_refused_and_not_executed(avg, tmp_path):
-    """Torch's own loader executes shape guards and expressions, though MLflow finds no pickle in them."""
-    touched = tmp_path / "touched"
-    payload = f"__import__('pathlib').Path({str(touched)!r}).touch() or True"
-
-    def guard(name, data):
-        if not name.endswith("models/model.json"):
-            return data
-        return json.dumps({**json.loads(data), "guards_code": [payload]})
-
-    def expression(name, data):
-        if not name.endswith("models/model.json"):
-            return data
-        return data.replace(b"Symbol('s77', positive=True, integer=True)", payload.replace('"', "'").encode())
-
-    with pytest.raises(ValueError, match="found shape guards"):
-        exported.read(rewritten(avg, guard))
-    with pytest.raises(ValueError, match=r"found \"__import__.*which torch may execute"):
-        exported.read(rewritten(avg, expression))
-    assert not touched.exists()
-    torch.export.load(rewritten(avg, guard)).module()(torch.zeros(2, 1, 28, 28))
-    assert touched.exists()  # so the threat is real
-
-
-def test_more_members_than_an_export_has_are_refused(avg):
-    path = rewritten(avg, lambda name, data: data)
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("model/data/aotinductor/model/library.so", b"")
-    with pytest.raises(ValueError, match=r"library\.so in the archive"):
-        exported.read(path)
 
 
 class Payload:
@@ -104,43 +26,165 @@ class Payload:
         return exec, (f"open({str(self.path)!r}, 'w').close()",)
 
 
-def test_pickles_in_the_archive_are_not_loaded(avg, tmp_path):
+@pytest.fixture(scope="module", params=POOLS)
+def written(request, tmp_path_factory):
+    """A network, and the folder that it was written to."""
+    net, folder = build_model(request.param, seed=1).eval(), tmp_path_factory.mktemp("written")
+    (folder / "data").mkdir()
+    exported.write(folder, request.param, net)
+    return request.param, net, folder
+
+
+@pytest.fixture
+def avg(tmp_path):
+    """A folder of the test's own."""
+    folder = tmp_path / "avg"
+    (folder / "data").mkdir(parents=True)
+    exported.write(folder, "avg", build_model("avg", seed=1))
+    return folder
+
+
+def same_weights(one, other):
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+def rewritten(path, change):
+    """The archive with members in which `change(name, data)` has put something else."""
+    with zipfile.ZipFile(path) as old:
+        members = {name: change(name, old.read(name)) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, data in members.items():
+            new.writestr(name, data)
+
+
+def test_what_is_read_is_what_was_written(written):
+    pool, net, folder = written
+    found, read = exported.read(folder)
+    assert found == pool
+    assert not read.training
+    assert same_weights(read, net)
+    assert exported.is_ours(folder, read)
+
+
+def test_the_export_says_what_the_weights_say(written):
+    _, net, folder = written
+    program = torch.export.load(folder / exported.EXPORT).module()
+    with torch.inference_mode():
+        for n in (1, 2, 7):
+            images = torch.rand(n, 1, 28, 28)
+            assert torch.equal(program(images), net(images))
+
+
+def test_the_export_says_nothing_of_who_made_it(written):
+    """Torch's stack traces name home and user."""
+    _, _, folder = written
+    (member,) = [name for name in zipfile.ZipFile(folder / exported.EXPORT).namelist() if name.endswith("model.json")]
+    text = zipfile.ZipFile(folder / exported.EXPORT).read(member).decode()
+    assert "linear.default" in text
+    for word in ("stack_trace", "File ", ".py", "site-packages", "poolnet"):
+        assert word not in text
+
+
+def test_an_export_that_is_not_ours_is_found_out_and_not_executed(avg, tmp_path):
     touched = tmp_path / "touched"
-    bomb = pickle.dumps(Payload(touched))
+    payload = f"__import__('pathlib').Path({str(touched)!r}).touch() or True"
+    export = avg / exported.EXPORT
+    whole = export.read_bytes()
 
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+    def guard(name, data):
+        return json.dumps({**json.loads(data), "guards_code": [payload]}) if name.endswith("model.json") else data
 
-        def sample_inputs(name, data, protocol=protocol):
-            if "sample_inputs" not in name:
-                return data
-            with zipfile.ZipFile(content := io.BytesIO(), "w") as saved:
-                saved.writestr("archive/data.pkl", pickle.dumps(Payload(touched), protocol))
-            return content.getvalue()
-
-        with pytest.raises(ValueError, match="in the pickle of its example inputs, which are to be tensors"):
-            exported.read(rewritten(avg, sample_inputs))
-    with pytest.raises(ValueError, match="found no whole archive"):
-        exported.read(rewritten(avg, lambda name, data: bomb if "sample_inputs" in name else data))
-
-    def beside(name, data):
-        """Torch's reader of zips does not tell capitals from small letters."""
+    def pickled(name, data):
         if "sample_inputs" not in name:
             return data
-        with zipfile.ZipFile(content := io.BytesIO(data), "a") as saved:
-            saved.writestr("archive/DATA.PKL", bomb)
+        with zipfile.ZipFile(content := io.BytesIO(), "w") as saved:
+            saved.writestr("archive/data.pkl", pickle.dumps(Payload(touched)))
         return content.getvalue()
 
-    with pytest.raises(ValueError, match=r"found archive/DATA\.PKL"):
-        exported.read(rewritten(avg, beside))
+    def second_directory():
+        """Of two archives in one file Python finds the last, and a reader of absolute places the first."""
+        with zipfile.ZipFile(other := io.BytesIO(), "w") as archive:
+            archive.writestr("model/models/model.json", b"{}")
+        return whole + other.getvalue()
 
-    def weights(name, data):
-        if name.endswith("weight_0"):
-            return bomb
-        return data.replace(b'"use_pickle": false', b'"use_pickle": true') if name.endswith("config.json") else data
+    def extra():
+        with zipfile.ZipFile(content := io.BytesIO(whole), "a") as archive:
+            archive.writestr("model/data/aotinductor/model/library.so", b"")
+        return content.getvalue()
 
-    with pytest.raises(ValueError, match=r"fc\.weight of another type"):
-        exported.read(rewritten(avg, weights))
+    net = exported.read(avg)[1]
+    for change in (guard, pickled):
+        export.write_bytes(whole)
+        rewritten(export, change)
+        assert not exported.is_ours(avg, net), change
+    for content in (second_directory(), extra(), whole + b" ", b"\x80\x04N." + whole, whole[:-1], b""):
+        export.write_bytes(content)
+        assert not exported.is_ours(avg, net)
+    exported.write(avg, "avg", build_model("avg", seed=2))  # another network's
+    assert not exported.is_ours(avg, net)
     assert not touched.exists()
+
+    export.write_bytes(whole)
+    rewritten(export, guard)
+    torch.export.load(export).module()(torch.zeros(2, 1, 28, 28))
+    assert touched.exists()  # so the threat is real
+
+
+WEIGHTS = {"fc.weight": torch.zeros(10, 49), "fc.bias": torch.zeros(10)}
+BAD_WEIGHTS = {
+    "another pool": ({"pool": "conv"}, WEIGHTS, "expected float32"),
+    "no pool": (None, WEIGHTS, "found weights of pool None"),
+    "an unknown pool": ({"pool": "min"}, WEIGHTS, "found weights of pool 'min'"),
+    "one missing": ({"pool": "max"}, {"fc.weight": WEIGHTS["fc.weight"]}, "expected float32"),
+    "one more": ({"pool": "max"}, WEIGHTS | {"zz": torch.zeros(1)}, "expected float32"),
+    "another shape": ({"pool": "max"}, WEIGHTS | {"fc.bias": torch.zeros(10, 1)}, "expected float32"),
+    "another type": ({"pool": "max"}, WEIGHTS | {"fc.bias": torch.zeros(10).double()}, "expected float32"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WEIGHTS)
+def test_weights_that_are_no_networks_are_refused(avg, case):
+    metadata, weights, said = BAD_WEIGHTS[case]
+    save_file(weights, avg / exported.WEIGHTS, metadata)
+    with pytest.raises(ValueError, match=said):
+        exported.read(avg)
+
+
+def test_a_file_that_holds_no_weights_is_refused(avg, tmp_path):
+    touched, path = tmp_path / "touched", avg / exported.WEIGHTS
+    whole = path.read_bytes()
+    for content in (b"", b"text", pickle.dumps(Payload(touched)), whole[:100], whole[:-1], b"\xff" * 8 + whole[8:]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="found no readable data/weights"):
+            exported.read(avg)
+    assert not touched.exists()
+
+
+# --- models of earlier versions, which hold the export alone ----------------------------------------------------------
+
+
+def older(net, path):
+    """As MLflow writes what earlier versions registered."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    batch = {0: torch.export.Dim.AUTO}
+    torch.export.save(torch.export.export(net.eval(), (torch.zeros(2, 1, 28, 28),), dynamic_shapes=(batch,)), path)
+    return path
+
+
+@pytest.fixture
+def avg_older(tmp_path):
+    return older(Checked(build_model("avg", seed=1)), tmp_path / "older" / exported.EXPORT)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_models_of_earlier_versions_are_read_from_the_export(tmp_path, pool):
+    net = build_model(pool, seed=1)
+    for name, form in (("checked", Checked(net)), ("plain", net)):  # the first versions did not check pixels
+        older(form, tmp_path / name / exported.EXPORT)
+        found, read = exported.read(tmp_path / name)
+        assert found == pool
+        assert same_weights(read, net)
 
 
 @pytest.mark.parametrize(
@@ -154,18 +198,23 @@ def test_pickles_in_the_archive_are_not_loaded(avg, tmp_path):
     ids=["linear", "no relu", "two kinds", "one pooling"],
 )
 def test_another_network_is_none_of_ours(net, tmp_path):
-    export(net, tmp_path / "model.pt2")
-    with pytest.raises(ValueError, match=r"none of max, avg, conv: .*\(self=x"):
-        exported.read(tmp_path / "model.pt2")
+    older(Checked(net), tmp_path / exported.EXPORT)
+    with pytest.raises(ValueError, match="found a network that is none of max, avg, conv: "):
+        exported.read(tmp_path)
 
 
-def test_a_member_that_is_there_twice_is_refused(avg):
-    for name in ("model/models/model.json", "model/byteorder"):
-        path = rewritten(avg, lambda name, data: data)
-        with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
-            archive.writestr(name, archive.read(name))
-        with pytest.raises(ValueError, match=f"found {name} in the archive"):
-            exported.read(path)
+def test_pickles_in_the_weights_are_not_loaded(avg_older, tmp_path):
+    touched = tmp_path / "touched"
+
+    def weights(name, data):
+        if name.endswith("weight_0"):
+            return pickle.dumps(Payload(touched))
+        return data.replace(b'"use_pickle": false', b'"use_pickle": true') if name.endswith("config.json") else data
+
+    rewritten(avg_older, weights)
+    with pytest.raises(ValueError, match=r"found net\.fc\.weight of another type"):
+        exported.read(tmp_path / "older")
+    assert not touched.exists()
 
 
 def changed_config(change):
@@ -181,63 +230,54 @@ def changed_config(change):
     return apply
 
 
-def test_weights_that_are_not_the_networks_are_refused(avg):
-    """Torch loads every entry, by pickle if it says so; and a second bias may be the one that is served."""
-
-    def more(config):
-        config["zz"] = {**config["net.fc.bias"], "use_pickle": True, "path_name": "weight_9"}
-
-    def decoy(config):
-        config["fc.bias"] = config["net.fc.bias"]
-
-    def shared(config):
-        config["net.fc.bias"]["path_name"] = config["net.fc.weight"]["path_name"]
-
-    for change in (more, decoy, shared):
-        with pytest.raises(ValueError, match="found weights net"):
-            exported.read(rewritten(avg, changed_config(change)))
-
-
-def test_an_archive_that_another_reader_reads_otherwise_is_refused(avg, tmp_path):
-    whole, other = avg.read_bytes(), tmp_path / "other.pt2"
-    for content in (b"\x80\x04N." + whole, whole + b" ", whole[:-2] + b"\x01\x00 "):
-        other.write_bytes(content)
-        with pytest.raises(ValueError, match="no whole archive"):
-            exported.read(other)
-    # a directory that only a reader of absolute offsets finds
-    end = whole.rindex(b"PK\x05\x06")
-    other.write_bytes(whole[:end] + whole[end : end + 16] + b"\x00\x00\x00\x00" + whole[end + 20 :])
-    with pytest.raises(ValueError, match="no whole archive"):
-        exported.read(other)
-    compressed = tmp_path / "compressed.pt2"
-    with zipfile.ZipFile(avg) as old, zipfile.ZipFile(compressed, "w", zipfile.ZIP_DEFLATED) as new:
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-    with pytest.raises(ValueError, match="in the archive, which no export"):
-        exported.read(compressed)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda config: config.update(zz=config["net.fc.bias"]), "expected float32"),
+        (lambda config: config.pop("net.fc.bias"), "expected float32"),
+        (lambda config: config["net.fc.bias"].update(path_name="weight_0"), "1,960 bytes of net.fc.bias, expected 40"),
+        (lambda config: config["net.fc.bias"]["tensor_meta"].update(dtype=8), "another type"),
+        (lambda config: config["net.fc.weight"]["tensor_meta"]["strides"].reverse(), "another type"),
+        (
+            lambda config: config["net.fc.bias"]["tensor_meta"].update(sizes=[{"as_int": 10**30}]),
+            "another form|bytes of",
+        ),
+    ],
+)
+def test_entries_that_are_not_the_networks_are_refused(avg_older, tmp_path, change, said):
+    rewritten(avg_older, changed_config(change))
+    with pytest.raises(ValueError, match=said):
+        exported.read(tmp_path / "older")
 
 
-def test_a_bomb_of_a_member_is_not_unpacked(avg):
-    for size, said in (
-        (1 << 22, "more than 4,194,304 bytes"),
-        (1 << 20, r"1,048,576 bytes of fc.weight, expected 1,960"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            exported.read(rewritten(avg, lambda name, data, size=size: bytes(size) if "weight_0" in name else data))
+def test_a_bomb_is_not_unpacked(avg_older, tmp_path):
+    with zipfile.ZipFile(avg_older) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(avg_older, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, data in members.items():
+            new.writestr(name, bytes(1 << 24) if "weight_0" in name else data)
+    with pytest.raises(ValueError, match="larger once it is unpacked"):
+        exported.read(tmp_path / "older")
+
+
+@pytest.fixture(scope="module")
+def older_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("damaged")
+    older(Checked(build_model("avg", seed=1)), folder / exported.EXPORT)
+    return folder, (folder / exported.EXPORT).read_bytes()
 
 
 @given(data=st.data())
-def test_a_damaged_archive_is_refused_or_read_as_it_was(avg, data):
+def test_a_damaged_export_is_refused_or_read_as_it_was(older_folder, data):
     """Cut anywhere, or with a byte changed: a `ValueError`, or, where the byte says nothing, the same weights."""
-    whole = avg.read_bytes()
+    folder, whole = older_folder
     at = data.draw(st.integers(0, len(whole) - 1))
     changed = bytearray(whole)
     changed[at] ^= 1 << data.draw(st.integers(0, 7))
-    damaged = avg.with_name("damaged.pt2")
     for content in (whole[:at], bytes(changed)):
-        damaged.write_bytes(content)
+        (folder / exported.EXPORT).write_bytes(content)
         try:
-            pool, net = exported.read(damaged)
+            pool, net = exported.read(folder)
         except ValueError:
             continue
         assert pool == "avg"

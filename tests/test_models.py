@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import re
+import sys
+import tempfile
 from pathlib import Path
 
 import mlflow
@@ -11,7 +14,7 @@ import mlflow.pytorch
 import numpy as np
 import pytest
 import torch
-from conftest import enter, make_arrays
+from conftest import ROOT, enter, make_arrays
 from test_cli import assert_refused, run
 from test_exported import Payload
 from test_tracking import journaled, publish
@@ -21,6 +24,7 @@ from poolnet import registry
 from poolnet.config import InputError, TrainConfig
 from poolnet.data import open_splits
 from poolnet.evaluate import evaluate
+from poolnet.exported import EXPORT, WEIGHTS
 
 CONFIG = TrainConfig(data="letters.npz", pool="avg", epochs=3, batch_size=32, lr=0.01)
 
@@ -135,6 +139,19 @@ def test_the_table_says_the_same(capsys, trained):
     assert f"Agrees with its run {trained.data.tags['poolnet.run']}" in out
 
 
+@pytest.mark.parametrize(("device", "agrees"), [("cpu", False), ("cuda:0", True), ("mps", True)])
+def test_another_device_may_turn_a_letter_round(capsys, alone, device, agrees):
+    """One letter of 110, and a loss in its fifth digit, as sums in another order do."""
+    client, run_id = mlflow.MlflowClient(), alone.info.run_id
+    client.set_tag(run_id, "poolnet.device", device)
+    client.log_metric(run_id, "test_loss", alone.data.metrics["test_loss"] + 5e-5)
+    client.log_metric(run_id, "test_acc", alone.data.metrics["test_acc"] - 1 / 110)
+    found, _ = scored(capsys, "models:/poolnet/1")
+    assert found["agrees"] is agrees
+    client.log_metric(run_id, "test_acc", alone.data.metrics["test_acc"] - 2 / 110)
+    assert scored(capsys, "models:/poolnet/1")[0]["agrees"] is False
+
+
 def test_other_data_are_scored_and_not_compared(capsys, trained):
     np.savez("other.npz", **make_arrays(seed=5))
     found, err = scored(capsys, "models:/poolnet/1", "--data", "other.npz")
@@ -154,16 +171,75 @@ def test_data_that_changed_or_vanished_are_not_taken_for_those_of_the_training(c
 
 
 def test_a_model_whose_weights_were_changed_is_found_out(capsys, alone):
-    """The archive of another network of the same kind, put in the place of the registered one."""
+    """The files of another network of the same kind, put in the place of the registered one's."""
     other = publish(journaled(dataclasses.replace(CONFIG, seed=7, epochs=1)))
     client = mlflow.MlflowClient()
-    paths = [Path(registry.logged(client, each).artifact_location) for each in (alone, other)]
-    archives = [path / "data" / "model.pt2" for path in paths]
-    archives[0].write_bytes(archives[1].read_bytes())
+    ours, theirs = (Path(registry.logged(client, each).artifact_location) for each in (alone, other))
+    (ours / EXPORT).write_bytes((theirs / EXPORT).read_bytes())
+    for command in (["evaluate", "models:/poolnet/1"], ["promote", "models:/poolnet/1", "--force"]):
+        code, _, err = run(capsys, *command)
+        assert_refused(code, err, "models:/poolnet/1: found an export, which MLflow would serve")
+    (ours / WEIGHTS).write_bytes((theirs / WEIGHTS).read_bytes())
     found, err = scored(capsys, "models:/poolnet/1")
     assert found["agrees"] is False
     assert err.startswith("poolnet: warning: Differs from its run ")
     assert err.count("\n") == 1
+
+
+UNCHECKED = {  # what is done to a model's folder, and why its export is not checked then
+    "older": (lambda folder: (folder / WEIGHTS).unlink(), "an earlier version of poolnet logged it"),
+    "another torch": (
+        lambda folder: in_mlmodel(folder, f"pytorch_version: {torch.__version__}", "pytorch_version: 2.9.0"),
+        f"torch 2.9.0 made it and this is {torch.__version__}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNCHECKED)
+def test_an_export_that_cannot_be_checked_is_said(capsys, alone, case):
+    change, why = UNCHECKED[case]
+    change(Path(registry.logged(mlflow.MlflowClient(), alone).artifact_location))
+    found, err = scored(capsys, "models:/poolnet/1")
+    assert found["agrees"] is True
+    assert err.count("\n") == 1
+    assert err.startswith("poolnet: warning: models:/poolnet/1: its weights are used, and its export,")
+    assert why in err
+    code, _, err = run(capsys, "promote", "models:/poolnet/1")
+    assert code == 0
+    assert why in err
+
+
+def test_what_mlflow_loads_says_the_same(trained):
+    images = torch.from_numpy(open_splits("letters.npz").test.images(slice(None)))
+    net = registry.load("models:/poolnet/1").net
+    served = mlflow.pytorch.load_model("models:/poolnet/1")
+    with torch.inference_mode():
+        for n in (1, 2, 110):
+            assert torch.equal(served(images[:n]), net(images[:n]))
+
+
+def test_a_model_says_nothing_of_the_folders_it_was_made_in(trained):
+    """Torch's stack traces name home and user."""
+    folder = Path(registry.logged(mlflow.MlflowClient(), trained).artifact_location)
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert files.keys() | {"registered_model_meta"} == registry.FILES  # which MLflow adds when it loads a model
+    for name, content in files.items():
+        for place in (str(ROOT), sys.prefix, str(Path.home()), "stack_trace"):
+            assert place.encode() not in content.replace(str(folder).encode(), b""), (name, place)
+
+
+@pytest.mark.parametrize("place", ["absolute", "file"])
+def test_a_folder_that_is_no_model_is_not_fetched(capsys, tmp_path, monkeypatch, place):
+    """What is there is looked at first: nothing of it is copied, and nothing left."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    folder = tmp_path / "etc"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "secret").write_text("secret")
+    code, _, err = run(capsys, "evaluate", folder.as_uri() if place == "file" else folder)
+    assert_refused(code, err, "found no model of MLflow's there", "poolnet register FILE")
+    assert list(scratch.rglob("*")) == []
 
 
 @pytest.mark.parametrize("command", [["evaluate", "models:/poolnet/1"], ["promote"]], ids=" ".join)
@@ -265,18 +341,45 @@ def test_the_library_refuses_it_too(pickled):
     assert not pickled.exists()
 
 
-SMUGGLED = {  # what is changed in a model's folder, and the word of the refusal
+SMUGGLED = {  # what is changed in a model's folder, and the words of the refusal
     "a pickle beside the program": (lambda folder: (folder / "data" / "model.pth").write_bytes(b""), "pickled model"),
+    "no program": (lambda folder: (folder / EXPORT).unlink(), "pickled model"),
+    "code beside the model": (lambda folder: (folder / "code").mkdir(), "found code beside the model"),
+    "a file in its data": (lambda folder: (folder / "data" / "x.so").write_bytes(b""), "found data/x.so beside"),
+    "a huge file": (lambda folder: os.truncate(folder / WEIGHTS, 5 << 20), "weights.safetensors of 5,242,880 bytes"),
+    "a folder for a file": (
+        lambda folder: swapped(folder / WEIGHTS, Path.mkdir),
+        "safetensors of unknown size",
+    ),
+    "a pipe": (lambda folder: swapped(folder / WEIGHTS, pipe), "safetensors of unknown size"),
+    "damaged weights": (lambda folder: (folder / WEIGHTS).write_bytes(b"\x80\x04N."), "no readable data/weights"),
+    "no MLmodel": (lambda folder: (folder / "MLmodel").unlink(), "found no model of MLflow's"),
+    "a damaged MLmodel": (lambda folder: (folder / "MLmodel").write_bytes(b"\xff: ["), "found no pytorch model"),
     "a loader of its own": (
         lambda folder: in_mlmodel(folder, "loader_module: mlflow.pytorch", "loader_module: evil"),
-        "code",
+        "brings code along",
     ),
     "code": (lambda folder: in_mlmodel(folder, "code: null", "code: code"), "brings code along"),
     "another program": (
         lambda folder: in_mlmodel(folder, "model_data: data", "model_data: other"),
         "brings code along",
     ),
+    "another flavor": (
+        lambda folder: in_mlmodel(folder, "flavors:", "flavors:\n  sklearn: {pickled_model: x}"),
+        "brings code along",
+    ),
 }
+
+
+def swapped(path, make):
+    path.unlink()
+    make(path)
+
+
+def pipe(path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("no pipes among the files of this system")
+    os.mkfifo(path)
 
 
 def in_mlmodel(folder, old, new):
@@ -288,7 +391,8 @@ def in_mlmodel(folder, old, new):
 @pytest.mark.parametrize("case", SMUGGLED)
 def test_what_mlflow_would_run_of_a_models_folder_is_refused(trained, tmp_path, case):
     change, word = SMUGGLED[case]
-    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri="models:/poolnet/1", dst_path=str(tmp_path)))
+    uri = "models:/poolnet/1"
+    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(tmp_path / "model")))
     assert registry.load(str(folder)).pool == "avg"
     change(folder)
     with pytest.raises(InputError, match=word):
@@ -388,3 +492,27 @@ def test_files_that_are_no_weights_are_one_line(capsys, content):
         Path("weights.pt").write_bytes(content)
     code, _, err = run(capsys, "register", "weights.pt", "--pool", "max")
     assert_refused(code, err, "weights.pt")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes among the files of this system")
+def test_pipes_and_devices_in_place_of_weights_are_refused_at_once(capsys):
+    os.mkfifo("pipe.pt")
+    for name in ("pipe.pt", "/dev/zero"):
+        code, _, err = run(capsys, "register", name, "--pool", "max")
+        assert_refused(code, err, f"{name}: found no regular file")
+
+
+def test_data_without_some_letters_or_with_one_image_are_scored_or_refused_in_one_line(capsys):
+    arrays = make_arrays()
+    few = arrays | {"y_test": arrays["y_test"] % 3}
+    one = arrays | {"X_test": arrays["X_test"][:1], "y_test": arrays["y_test"][:1]}
+    torch.save(registry_weights("max"), "weights.pt")
+    for number, (name, changed) in enumerate({"few": few, "one": one}.items(), start=1):
+        np.savez(f"{name}.npz", **changed)
+        registered(capsys, "weights.pt", "--pool", "max", "--data", f"{name}.npz")
+        code, out, err = run(capsys, "evaluate", f"models:/poolnet/{number}", "--json")
+        if name == "one":
+            assert_refused(code, err, "one.npz")
+        else:
+            classes = json.loads(out)["per_class"]
+            assert [each["n"] > 0 for each in classes] == [True] * 3 + [False] * 7

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -405,6 +407,28 @@ def test_the_table_has_a_line_for_each_image():
     header, line = predict.table([AWKWARD]).splitlines()
     assert header.split() == ["image", "letter", "probability", "or", "probability"]
     assert line == 'a "big", blue.png  A       0.7500       B   0.1250       dark on bright'
+
+
+def test_names_that_a_terminal_would_obey_are_escaped():
+    odd = Prediction(Path("\x1b[31m$HOME\n\udcff.png"), "A", 0.75, "B", 0.125, True)
+    csv_text = "".join(predict.csv_lines([odd]))
+    for text in (predict.table([odd]), csv_text):
+        assert r"\x1b[31m$HOME\n\udcff.png" in text
+        assert text.encode().isascii()
+        assert "\x1b" not in text
+    (row,) = csv.DictReader(io.StringIO(csv_text))
+    assert row["letter"] == "A"
+    plain = json.loads(json.dumps(predict.as_json(odd)))
+    assert plain["path"] == "\x1b[31m$HOME\n\\xff.png"
+    plain["path"].encode()  # which a lone surrogate could not be
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes among the files of this system")
+def test_pipes_and_devices_are_refused_at_once():
+    os.mkfifo("pipe.png")
+    for name in ("pipe.png", "/dev/zero"):
+        with pytest.raises(InputError, match=rf"^{name}: no regular file, expected an image"):
+            predict.find([Path(name)])
 
 
 def test_most_letters_of_an_unseen_font_are_recognised(model):
