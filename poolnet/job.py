@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from poolnet import data, features, journal, linear, provenance, signals, train
 from poolnet.config import InputError, RunError, TrainConfig
@@ -70,8 +69,15 @@ def open_data(config: TrainConfig, cache: bool, say: Say, path: Path | None = No
     return features.open_pooled(path, config.pool, cache=cache, say=say)
 
 
-def create(config: TrainConfig, optimum: bool, splits: Splits, sweep: str = "", reproduces: str = "") -> Journal:
-    """The journal of a new run, which may belong to a sweep, or reproduce the run of an id."""
+def create(
+    config: TrainConfig,
+    optimum: bool,
+    splits: Splits,
+    sweep: str = "",
+    reproduces: str = "",
+    threads: int = train.CONV_THREADS,
+) -> Journal:
+    """The journal of a new run, which may belong to a sweep, or reproduce the run of an id with its threads."""
     commit, dirty, diff = provenance.code_state()
     record = {
         "config": dataclasses.asdict(config),
@@ -81,7 +87,7 @@ def create(config: TrainConfig, optimum: bool, splits: Splits, sweep: str = "", 
         "device": str(train.resolve_device(config.device)),
         "data": splits.described(),
         "code": {"commit": commit, "dirty": dirty},
-        "environment": provenance.environment(),
+        "environment": {**provenance.environment(), "threads": threads if config.pool == "conv" else 1},
         "tracking": {  # as MLflow reads it from the environment; its default lies in the working folder
             "uri": journal.without_password(os.environ.get("MLFLOW_TRACKING_URI", "")),
             "folder": str(Path.cwd()),
@@ -149,9 +155,7 @@ def carry_out(
 def _train(
     run: Journal, splits: Splits, pooled: Pooled, publisher: Publisher | None, say: Say, warn: Say
 ) -> tuple[FitResult, linear.Optimum | None]:
-    # What `auto` meant then, and as many threads: the digits depend on both.
-    config = dataclasses.replace(settings(run), device=run.record["device"])
-    torch.set_num_threads(run.record["environment"]["threads"])
+    config = dataclasses.replace(settings(run), device=run.record["device"])  # what `auto` meant then
     start = _start(run, warn)
     if start:
         say(f"Resuming {run.name} after epoch {len(start.history)} of {config.epochs}")
@@ -171,7 +175,7 @@ def _train(
 
     hooks = {"on_epoch": on_epoch, "on_state": run.save_checkpoint, "start": start}
     if pooled is None:
-        return train.fit(config, splits, **hooks), None
+        return train.fit(config, splits, **hooks, conv_threads=run.record["environment"]["threads"]), None
     result = linear.fit(config, splits, pooled, **hooks)
     best = linear.optimum(result, splits.train, pooled["train"]) if run.record["optimum"] else None
     if best and not best.converged:

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from threadpoolctl import threadpool_limits
 from torch import nn
 
 from poolnet.config import TrainConfig
 from poolnet.data import LETTERS, Split, Splits
-from poolnet.evaluate import Evaluation, score_logits
+from poolnet.evaluate import Evaluation, score_logits, threads
 from poolnet.features import WIDTH
 from poolnet.model import build_model
 from poolnet.train import (
@@ -51,8 +50,7 @@ def fit(
     model = build_model(config.pool, config.seed).to(device)
     learner_type = SoftmaxRegression if device.type == "cpu" else Autograd
     learner = learner_type(model, config.lr, features, splits.train.y)
-    # With large batches BLAS would start threads, which gain nothing here and stall while another process holds a core.
-    with threadpool_limits(1, user_api="blas"):
+    with threads():
         history = run_epochs(config, splits, learner, on_epoch, on_state, start)
         learner.finish()
         return FitResult(model, history, learner.evaluate(splits.val), learner.evaluate(splits.test))
@@ -67,6 +65,7 @@ class Optimum:
     converged: bool  # otherwise the minimum is lower still
 
 
+@threads()
 def optimum(result: FitResult, train: Split, features: np.ndarray) -> Optimum:
     """The global minimum of the train loss on these features, which is convex, by L-BFGS from the trained weights.
 

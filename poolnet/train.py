@@ -4,7 +4,6 @@
 the training was interrupted.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from torch.nn import functional as F
 from poolnet import signals
 from poolnet.config import InputError, RunError, TrainConfig
 from poolnet.data import Split, Splits
-from poolnet.evaluate import Evaluation, evaluate, fetcher
+from poolnet.evaluate import Evaluation, evaluate, fetcher, threads
 from poolnet.model import build_model
 
+CONV_THREADS = 2  # on any machine, since the digits of a convolution's gradient depend on the number
 PLATEAU_MARGIN = 0.002  # of accuracy: what 30 epochs gain once the published run has flattened
 
 
@@ -85,13 +85,14 @@ def fit(
     on_epoch: OnEpoch = lambda record: None,
     on_state: OnState = lambda state: None,
     start: Start | None = None,
+    conv_threads: int = CONV_THREADS,
 ) -> FitResult:
     """Train for `config.epochs`, report each epoch to `on_epoch` and the state after it to `on_state`, evaluate val and
     test with the final weights. With `start`, a state reported before, the rest is trained, to the same result."""
     device = resolve_device(config.device)
     model = build_model(config.pool, config.seed).to(device)
     learner = WholeNet(model, config.lr, splits, device)
-    with threads(torch.get_num_threads() if config.pool == "conv" else 1):
+    with threads(conv_threads if config.pool == "conv" else 1):
         history = run_epochs(config, splits, learner, on_epoch, on_state, start)
         return FitResult(model, history, learner.evaluate(splits.val), learner.evaluate(splits.test))
 
@@ -162,18 +163,6 @@ def _position(epochs: int, order: torch.Tensor, parts: list[Part], spent: float)
     columns = [_numbers(column) for column in zip(*parts, strict=True)]
     numbers = np.array(columns, np.float64).reshape(3, -1).T
     return {"epochs": np.array(epochs), "order": order.numpy(), "parts": numbers, "spent": np.array(spent)}
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Torch's threads within one operation. The small ones of a pooled model gain nothing from a second thread, and
-    wait for it some forty times as long as they take when another process holds its core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def train_one_epoch(

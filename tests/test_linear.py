@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_arrays
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
 from poolnet import linear
@@ -142,3 +143,14 @@ def test_the_gap_is_what_training_is_above_the_optimum(letters):
     logits = torch.from_numpy(arrays["train"]) @ linear._weights(result.model)
     loss = F.cross_entropy(logits, torch.from_numpy(splits.train.y)).item()
     assert loss - found.train_loss == pytest.approx(found.gap, abs=1e-5)
+
+
+def test_neither_digits_nor_time_depend_on_the_number_of_blas_threads(tmp_path):
+    np.savez(tmp_path / "more.npz", **make_arrays((3000, 50, 50)))
+    splits, arrays = open_pooled(tmp_path / "more.npz", "avg")
+    found = []
+    for count in (1, 4):
+        with threadpool_limits(count, user_api="blas"):
+            result = linear.fit(TrainConfig(pool="avg", epochs=1, batch_size=3000), splits, arrays)
+            found.append((figures(result.history).tolist(), optimum(result, splits.train, arrays["train"])))
+    assert found[0] == found[1]
