@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 
-from poolnet import npz, signals
+from poolnet import npz
 from poolnet.data import Split, windows
 
 EVAL_BATCH = 4096  # images; bounds memory, changes no figure
@@ -72,11 +72,8 @@ def evaluate(model: nn.Module, split: Split, fetch: Fetch | None = None) -> Eval
     device = next(model.parameters()).device
     fetch = fetch or fetcher(split, device)
     rows = torch.arange(len(split), device=device)
-    logits = []
-    for part in rows.split(EVAL_BATCH):
-        logits.append(model(fetch(part)[0]).cpu())
-        signals.check()
-    return score_logits(torch.cat(logits).numpy(), split.y)
+    logits = torch.cat([model(fetch(part)[0]).cpu() for part in rows.split(EVAL_BATCH)])
+    return score_logits(logits.numpy(), split.y)
 
 
 def score_logits(logits: np.ndarray, y: np.ndarray) -> Evaluation:

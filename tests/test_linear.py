@@ -14,9 +14,9 @@ from poolnet import linear
 from poolnet.config import RunError, TrainConfig
 from poolnet.data import open_splits
 from poolnet.features import open_pooled
-from poolnet.linear import Autograd, SoftmaxRegression, optimum
+from poolnet.linear import SoftmaxRegression, optimum
 from poolnet.model import build_model
-from poolnet.train import _totals, fit
+from poolnet.train import Autograd, _totals, fit
 
 
 def figures(history):
@@ -91,13 +91,16 @@ def test_the_path_for_other_devices_equals_torchs_own_loop(letters):
     splits, arrays = open_pooled(letters, "avg")
     order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))
     fast = SoftmaxRegression(build_model("avg", 1), 0.01, arrays, splits.train.y)
-    other = Autograd(build_model("avg", 1), 0.01, arrays, splits.train.y)
+    net = build_model("avg", 1).classifier
+    cpu = torch.device("cpu")
+    other = Autograd(
+        net, 0.01, {split.name: linear.fetcher_of_features(arrays[split.name], split.y, cpu) for split in splits}
+    )
     for _ in range(3):
         totals = [_totals(list(learner.train_epoch(order, 32))) for learner in (other, fast)]
         np.testing.assert_allclose(*totals, atol=1e-5)
-    fast.finish()
     np.testing.assert_allclose(other.evaluate(splits.test).logits, fast.evaluate(splits.test).logits, atol=1e-4)
-    torch.testing.assert_close(other.classifier.weight, fast.model.classifier.weight, atol=1e-4, rtol=0)
+    torch.testing.assert_close(net.weight, fast.model.classifier.weight, atol=1e-4, rtol=0)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_as_on_the_slow_path(letters):
