@@ -24,12 +24,12 @@ class Locked(RunError):
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: float = LOCK_SECONDS) -> Iterator[None]:
+def locked(path: Path, wait: float = LOCK_SECONDS, poll: float = 0.05) -> Iterator[None]:
     """Hold the lock file at `path`. Raises `Locked`, which names the holder, after `wait` seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = path.with_name(f"{path.name}.holder")
     try:
-        lock = FileLock(path).acquire(timeout=wait)
+        lock = FileLock(path).acquire(timeout=wait, poll_interval=poll)
     except Timeout:
         raise Locked(f"{path}: held by {_read_holder(holder)}; wait for it, or end it, then try again") from None
     with lock:

@@ -6,14 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from poolnet import addresses, data, features, journal, linear, provenance, signals, train
 from poolnet.config import InputError, RunError, TrainConfig
 from poolnet.data import Splits
 from poolnet.journal import Journal
 from poolnet.publisher import Publisher
-from poolnet.signals import Stop
 from poolnet.train import EpochRecord, FitResult, Start, State
 
 Say = Callable[[object], object]
@@ -31,7 +29,7 @@ def run(
     new = create(config, optimum, splits)
     signals.last_words = f"stopped; go on with: {journal.resume_command(new.name)}"
     with new.training():
-        publisher.watch(new)
+        publisher.add(new)
         carry_out(new, splits, pooled, publisher, say, warn)
     return new
 
@@ -42,22 +40,23 @@ def resume(
     """Go on with a run, by its name or MLflow run id, and end as if nothing had happened."""
     old, carrier = journal.find(name), os.environ.get("MLFLOW_RUN_ID", "")
     if not old:
-        from poolnet import sync  # seconds of import, for what only the server knows
-
-        old = sync.restore(name, publisher.drain_timeout)
+        raise InputError(
+            f"{name}: no such run in {journal.folder()}; if its folder is gone, train it anew with the command in the "
+            "run's description in MLflow"
+        )
     if carrier:  # `mlflow run` passes its defaults on, and records them, as if they had been typed
         defaults = {**dataclasses.asdict(TrainConfig()), "optimum": False}
         given = {option: value for option, value in given.items() if value != defaults[option]}
     check_options(old, given)
-    if old.finished and old.load_tensors("model"):
-        publisher.watch(old, carrier)
+    if old.finished and _is_whole(old):
+        publisher.add(old, carrier)
         say(f"{old.name} is finished")
         return old
     signals.last_words = f"stopped; go on with: {journal.resume_command(old.name)}"
     with old.training():
         train.resolve_device(old.record["device"])
         splits, pooled = open_recorded_data(old, cache, say)
-        publisher.watch(old, carrier)
+        publisher.add(old, carrier)
         carry_out(old, splits, pooled, publisher, say, warn)
     return old
 
@@ -70,8 +69,15 @@ def open_data(config: TrainConfig, cache: bool, say: Say, path: Path | None = No
     return features.open_pooled(path, config.pool, cache=cache, say=say)
 
 
-def create(config: TrainConfig, optimum: bool, splits: Splits, sweep: str = "", reproduces: str = "") -> Journal:
-    """The journal of a new run, which may belong to a sweep, or reproduce the run of an id."""
+def create(
+    config: TrainConfig,
+    optimum: bool,
+    splits: Splits,
+    sweep: str = "",
+    reproduces: str = "",
+    threads: int = train.CONV_THREADS,
+) -> Journal:
+    """The journal of a new run, which may belong to a sweep, or reproduce the run of an id with its threads."""
     commit, dirty, diff = provenance.code_state()
     record = {
         "config": dataclasses.asdict(config),
@@ -81,7 +87,7 @@ def create(config: TrainConfig, optimum: bool, splits: Splits, sweep: str = "", 
         "device": str(train.resolve_device(config.device)),
         "data": splits.described(),
         "code": {"commit": commit, "dirty": dirty},
-        "environment": provenance.environment(),
+        "environment": {**provenance.environment(), "threads": threads if config.pool == "conv" else 1},
         "tracking": {  # as MLflow reads it from the environment; its default lies in the working folder
             "uri": addresses.shown(os.environ.get("MLFLOW_TRACKING_URI", "")),
             "folder": str(Path.cwd()),
@@ -95,7 +101,19 @@ def create(config: TrainConfig, optimum: bool, splits: Splits, sweep: str = "", 
 
 
 def settings(run: Journal) -> TrainConfig:
+    """The settings of a run that is to be trained; `InputError` if they are not this version's."""
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown := run.record["config"].keys() - known:
+        raise InputError(f"{run.name}: {', '.join(sorted(unknown))}: no setting of this version; update poolnet")
     return TrainConfig(**run.record["config"])
+
+
+def _is_whole(run: Journal) -> bool:
+    try:
+        run.check_results()
+    except RunError:
+        return False
+    return True
 
 
 def check_options(run: Journal, given: dict[str, object]) -> None:
@@ -131,14 +149,7 @@ def carry_out(
     warn: Say = print,
 ) -> None:
     """Train what is left of a run, and write its results."""
-    try:
-        result, best = _train(run, splits, pooled, publisher, say, warn)
-    except Stop as stop:
-        if stop.state:  # none before the first batch and after the last
-            run.save_checkpoint(stop.state)
-        raise
-    if publisher:
-        publisher.nudge()
+    result, best = _train(run, splits, pooled, publisher, say, warn)
     say(f"TEST: loss={result.test.loss:.4f}, acc={result.test.acc:.4f}")
     if best:
         say(f"Optimum: train loss={best.train_loss:.6f}, {best.gap:.6f} below that of the trained weights")
@@ -149,29 +160,38 @@ def carry_out(
 def _train(
     run: Journal, splits: Splits, pooled: Pooled, publisher: Publisher | None, say: Say, warn: Say
 ) -> tuple[FitResult, linear.Optimum | None]:
-    # What `auto` meant then, and as many threads: the digits depend on both.
-    config = dataclasses.replace(settings(run), device=run.record["device"])
-    torch.set_num_threads(run.record["environment"]["threads"])
-    start = _start(run, warn)
-    if start:
-        say(f"Resuming {run.name} after epoch {len(start.history)} of {config.epochs}")
+    config = dataclasses.replace(settings(run), device=run.record["device"])  # what `auto` meant then
+    records = run.by_step()
+    if records and (differences := _differences(run)):
+        warn(f"{run.name} was begun with {differences}: the last digits may differ")
+
+    names = {field.name for field in dataclasses.fields(EpochRecord)} - {"epoch"}
+
+    def go_on(new: State) -> Start | None:
+        for state in run.checkpoints():
+            epochs = range(1, int(state["epochs"]) + 1) if _form(state) == _form(new) else ()
+            if epochs and all(names <= records.get(epoch, {}).keys() for epoch in epochs):
+                say(f"Resuming {run.name} after epoch {len(epochs)} of {config.epochs}")
+                figures = [(epoch, {name: records[epoch][name] for name in names}) for epoch in epochs]
+                return Start(tuple(EpochRecord(epoch, **known) for epoch, known in figures), state)
+        return None  # every epoch is trained again, to the same figures; those recorded stay
 
     def on_epoch(record: EpochRecord) -> None:
         values = dataclasses.asdict(record)
         known = run.append(values.pop("epoch"), values)["metrics"]
         say(record)  # after the journal: a screen that is gone must not cost the record
         for name in ("train_loss", "train_acc", "val_loss", "val_acc"):
-            if known[name] != values[name]:
+            if known.get(name) != values[name]:
                 raise RunError(
-                    f"epoch {record.epoch}: {name}: found {values[name]!r}, but {known[name]!r} in the record of "
+                    f"epoch {record.epoch}: {name}: found {values[name]!r}, but {known.get(name)!r} in the record of "
                     f"{run.name}, begun elsewhere ({_differences(run) or 'with the same packages'}); start a new run"
                 )
         if publisher:
             publisher.check()
 
-    hooks = {"on_epoch": on_epoch, "on_state": run.save_checkpoint, "start": start}
+    hooks = {"on_epoch": on_epoch, "on_state": run.save_checkpoint, "go_on": go_on}
     if pooled is None:
-        return train.fit(config, splits, **hooks), None
+        return train.fit(config, splits, **hooks, conv_threads=run.record["environment"]["threads"]), None
     result = linear.fit(config, splits, pooled, **hooks)
     best = linear.optimum(result, splits.train, pooled["train"]) if run.record["optimum"] else None
     if best and not best.converged:
@@ -179,15 +199,11 @@ def _train(
     return result, best
 
 
-def _start(run: Journal, warn: Say) -> Start | None:
-    """The last state that is whole, with the epochs behind it."""
-    records = run.by_step()
-    if records and (differences := _differences(run)):
-        warn(f"{run.name} was begun with {differences}: the last digits may differ")
-    state: State | None = run.checkpoint()
-    if not state or not set(range(1, int(state["epochs"]) + 1)) <= records.keys():
-        return None  # every epoch is trained again, to the same figures; those recorded stay
-    return Start(tuple(EpochRecord(step, **records[step]) for step in range(1, int(state["epochs"]) + 1)), state)
+def _form(state: State) -> dict[str, tuple]:
+    """Names, types and shapes, which two states of one training share."""
+    # Earlier versions wrote states within an epoch too, with its `parts`, of which those at an end have none.
+    old = {"spent"} if len(state.get("parts", ())) else {"spent", "parts"}
+    return {name: (array.dtype, array.shape) for name, array in state.items() if name not in old}
 
 
 def _differences(run: Journal) -> str:

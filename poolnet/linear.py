@@ -12,26 +12,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from threadpoolctl import threadpool_limits
 from torch import nn
 
 from poolnet.config import TrainConfig
 from poolnet.data import LETTERS, Split, Splits
-from poolnet.evaluate import Evaluation, score_logits
+from poolnet.evaluate import Evaluation, Fetch, score_logits, threads
 from poolnet.features import WIDTH
 from poolnet.model import build_model
 from poolnet.train import (
+    Autograd,
     FitResult,
+    GoOn,
     OnEpoch,
     OnState,
     Part,
-    Start,
     State,
-    load_module_state,
-    module_state,
     resolve_device,
     run_epochs,
-    train_one_epoch,
 )
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch.optim.Adam's defaults
@@ -44,18 +41,25 @@ def fit(
     features: dict[str, np.ndarray],
     on_epoch: OnEpoch = lambda record: None,
     on_state: OnState = lambda state: None,
-    start: Start | None = None,
+    go_on: GoOn = lambda state: None,
 ) -> FitResult:
     """As `train.fit`, from the feature array (N, 50) of each split. For `max` and `avg` only."""
     device = resolve_device(config.device)
     model = build_model(config.pool, config.seed).to(device)
-    learner_type = SoftmaxRegression if device.type == "cpu" else Autograd
-    learner = learner_type(model, config.lr, features, splits.train.y)
-    # With large batches BLAS would start threads, which gain nothing here and stall while another process holds a core.
-    with threadpool_limits(1, user_api="blas"):
-        history = run_epochs(config, splits, learner, on_epoch, on_state, start)
-        learner.finish()
+    if device.type == "cpu":
+        learner = SoftmaxRegression(model, config.lr, features, splits.train.y)
+    else:  # where the features stay, and nothing waits within an epoch
+        fetch = {split.name: fetcher_of_features(features[split.name], split.y, device) for split in splits}
+        learner = Autograd(model.classifier, config.lr, fetch)
+    with threads():
+        history = run_epochs(config, splits, learner, on_epoch, on_state, go_on)
         return FitResult(model, history, learner.evaluate(splits.val), learner.evaluate(splits.test))
+
+
+def fetcher_of_features(features: np.ndarray, y: np.ndarray, device: torch.device) -> Fetch:
+    """As `evaluate.fetcher`, for the classifier: the 49 features (n, 49) of those images, and their labels."""
+    x, labels = torch.tensor(features[:, :-1], device=device), torch.tensor(y, device=device)
+    return lambda rows: (x[rows], labels[rows])
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Optimum:
     converged: bool  # otherwise the minimum is lower still
 
 
+@threads()
 def optimum(result: FitResult, train: Split, features: np.ndarray) -> Optimum:
     """The global minimum of the train loss on these features, which is convex, by L-BFGS from the trained weights.
 
@@ -133,6 +138,7 @@ class SoftmaxRegression:
             with np.errstate(all="ignore"):  # a loss that is not finite is reported for the whole epoch
                 loss, right = self._steps(x, y)
             yield y.size, loss, right
+        self._to_model()
 
     def _gathered(self, order: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Some batches at a time, x (k, n, 50), y (k, n); the last, short one by itself.
@@ -218,38 +224,9 @@ class SoftmaxRegression:
 
     def load(self, state: State) -> None:
         self.W[:], self.M[:], self.V[:], self.t = state["W"], state["M"], state["V"], int(state["t"])
+        self._to_model()
 
-    def finish(self) -> None:
-        """Give the weights back to the model."""
+    def _to_model(self) -> None:
         with torch.no_grad():
             self.model.classifier.weight.copy_(torch.from_numpy(self.W[:-1].T))
             self.model.classifier.bias.copy_(torch.from_numpy(self.W[-1]))
-
-
-class Autograd:
-    """The same for a device other than the CPU: the features live there, and nothing waits within an epoch."""
-
-    def __init__(self, model: nn.Module, lr: float, features: dict[str, np.ndarray], y: np.ndarray):
-        self.classifier = model.classifier
-        self.device = self.classifier.weight.device
-        self.features = {name: torch.tensor(array[:, :-1], device=self.device) for name, array in features.items()}
-        self.y = torch.tensor(y, device=self.device)
-        self.optimizer = torch.optim.Adam(self.classifier.parameters(), lr=lr)
-
-    def train_epoch(self, order: torch.Tensor, batch_size: int) -> Iterator[Part]:
-        x = self.features["train"]
-        batches = ((x[rows], self.y[rows]) for rows in order.to(self.device).split(batch_size))
-        return train_one_epoch(self.classifier, batches, self.optimizer)
-
-    @torch.inference_mode()
-    def evaluate(self, split: Split) -> Evaluation:
-        return score_logits(self.classifier(self.features[split.name]).cpu().numpy(), split.y)
-
-    def state(self) -> State:
-        return module_state(self.classifier, self.optimizer)
-
-    def load(self, state: State) -> None:
-        load_module_state(state, self.classifier, self.optimizer)
-
-    def finish(self) -> None:
-        """The model's own classifier was trained."""

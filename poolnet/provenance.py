@@ -17,12 +17,9 @@ def differences(record: dict) -> list[str]:
 
 
 def environment() -> dict[str, object]:
-    import torch  # not for those who only ask for the user
-
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("numpy", "torch", "mlflow")},
-        "threads": torch.get_num_threads(),
         "system": platform.system(),
         "machine": platform.machine(),
         "host": socket.gethostname(),

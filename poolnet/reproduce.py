@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import torch
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
@@ -120,12 +119,11 @@ def reproduce(original: Original, data: str, publisher: Publisher, say: Say = pr
     splits, pooled = _open(original, config, data, say)
     differences += _code_differences(original) + provenance.differences(original.record)
     threads = original.record["environment"]["threads"]
-    if threads != torch.get_num_threads():
-        differences.append(f"threads {threads} (here {torch.get_num_threads()}; trained with {threads} all the same)")
-        torch.set_num_threads(threads)
+    if config.pool == "conv" and threads != train.CONV_THREADS:
+        differences.append(f"threads {threads} (here {train.CONV_THREADS}; trained with {threads} all the same)")
     for difference in differences:
         warn(f"{original.name} was trained with {difference}")
-    again = job.create(config, original.record["optimum"], splits, reproduces=original.run.info.run_id)
+    again = job.create(config, original.record["optimum"], splits, "", original.run.info.run_id, threads)
     signals.last_words = f"stopped; reproduce it again, or go on with: {journal.resume_command(again.name)}"
     with again.training():
         publisher.watch(again)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
@@ -30,9 +30,7 @@ def is_final(error: Exception) -> bool:
 
 def mark_if_dead(run: Journal) -> None:
     """A run whose process died without a word is KILLED, and can be resumed."""
-    with contextlib.suppress(Timeout), FileLock(run.folder / "lock", timeout=0):
-        if not run.ended():
-            run.end("KILLED", "its process died")
+    run.mark_if_dead()
 
 
 # --- poolnet sync ----------------------------------------------------------------------------------------------------

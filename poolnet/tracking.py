@@ -239,6 +239,8 @@ class Publication:
 
     def _upload(self, name: str) -> None:
         """A file, or the files of a folder."""
+        if name == "predictions":
+            self.run.check_results()
         for path, folder in self.files(name):
             self.client.log_artifact(self.held["run_id"], str(path), folder)
             self.on_bytes(path.stat().st_size)

@@ -4,9 +4,8 @@
 the training was interrupted.
 """
 
-import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,12 +14,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from poolnet import signals
 from poolnet.config import InputError, RunError, TrainConfig
 from poolnet.data import Split, Splits
-from poolnet.evaluate import Evaluation, evaluate, fetcher
+from poolnet.evaluate import Evaluation, Fetch, evaluate, fetcher, threads
 from poolnet.model import build_model
 
+CONV_THREADS = 2  # on any machine, since the digits of a convolution's gradient depend on the number
 PLATEAU_MARGIN = 0.002  # of accuracy: what 30 epochs gain once the published run has flattened
 
 
@@ -66,11 +65,14 @@ class Start:
     state: State
 
 
+GoOn = Callable[[State], Start | None]  # told the state of a new training, gives one of that form to go on from
+
+
 class Learner(Protocol):
     """What `run_epochs` trains."""
 
     def train_epoch(self, order: torch.Tensor, batch_size: int) -> Iterator[Part]:
-        """Steps through the images in this order, and stands still after each part with its weights whole."""
+        """Steps through the images in this order, part by part."""
 
     def evaluate(self, split: Split) -> Evaluation: ...
 
@@ -84,96 +86,57 @@ def fit(
     splits: Splits,
     on_epoch: OnEpoch = lambda record: None,
     on_state: OnState = lambda state: None,
-    start: Start | None = None,
+    go_on: GoOn = lambda state: None,
+    conv_threads: int = CONV_THREADS,
 ) -> FitResult:
     """Train for `config.epochs`, report each epoch to `on_epoch` and the state after it to `on_state`, evaluate val and
-    test with the final weights. With `start`, a state reported before, the rest is trained, to the same result."""
+    test with the final weights. With `go_on`, from a state reported before, the rest is trained, to the same result."""
     device = resolve_device(config.device)
     model = build_model(config.pool, config.seed).to(device)
-    learner = WholeNet(model, config.lr, splits, device)
-    with threads(torch.get_num_threads() if config.pool == "conv" else 1):
-        history = run_epochs(config, splits, learner, on_epoch, on_state, start)
+    learner = Autograd(model, config.lr, {split.name: fetcher(split, device) for split in splits})
+    with threads(conv_threads if config.pool == "conv" else 1):
+        history = run_epochs(config, splits, learner, on_epoch, on_state, go_on)
         return FitResult(model, history, learner.evaluate(splits.val), learner.evaluate(splits.test))
 
 
 def run_epochs(
-    config: TrainConfig,
-    splits: Splits,
-    learner: Learner,
-    on_epoch: OnEpoch,
-    on_state: OnState,
-    start: Start | None,
+    config: TrainConfig, splits: Splits, learner: Learner, on_epoch: OnEpoch, on_state: OnState, go_on: GoOn
 ) -> tuple[EpochRecord, ...]:
-    """The history of `config.epochs` passes over train, each followed by validation; a loss must be finite.
-
-    When the process is asked to stop, `signals.Stop` comes after the batch in hand, with the state as it then is.
-    """
+    """The history of `config.epochs` passes over train, each followed by validation; a loss must be finite."""
     n = len(splits.train)
-    order = torch.Generator().manual_seed(config.seed)
-    history, parts, spent = [], [], 0.0
-    if start:
+    generator = torch.Generator().manual_seed(config.seed)
+    history: list[EpochRecord] = []
+    if start := go_on(_state(0, generator, learner)):
         history = list(start.history)
         learner.load(start.state)
-        order.set_state(torch.from_numpy(start.state["order"]))
-        parts = [(int(images), loss, int(right)) for images, loss, right in start.state["parts"]]
-        spent = float(start.state["spent"])
-    with signals.held():
-        while len(history) < config.epochs:
-            began, before = time.perf_counter() - spent, order.get_state()
-            try:
-                left = torch.randperm(n, generator=order)[sum(images for images, *_ in parts) :]
-                for part in learner.train_epoch(left, config.batch_size) if len(left) else ():
-                    parts.append(part)
-                    spent = time.perf_counter() - began
-                    signals.check()
-                train_loss, train_acc = _totals(parts)
-                spent = time.perf_counter() - began  # on another device the batches are done only now
-                val = learner.evaluate(splits.val)
-            except signals.Stop as stop:
-                stop.state = learner.state() | _position(len(history), before, parts, spent)
-                raise
-            epoch = len(history) + 1
-            if not np.isfinite([train_loss, val.loss]).all():
-                losses = f"train loss={train_loss:g}, val loss={val.loss:g}"
-                raise RunError(f"epoch {epoch}: {losses}, expected finite ones; lr={config.lr:g} may be too high")
-            history.append(EpochRecord(epoch, train_loss, train_acc, val.loss, val.acc, spent, n / spent))
-            parts, spent = [], 0.0
-            on_epoch(history[-1])
-            on_state(learner.state() | _position(epoch, order.get_state(), parts, spent))
+        generator.set_state(torch.from_numpy(start.state["order"]))
+    for epoch in range(len(history) + 1, config.epochs + 1):
+        began = time.perf_counter()
+        order = torch.randperm(n, generator=generator)
+        train_loss, train_acc = _totals(list(learner.train_epoch(order, config.batch_size)))
+        spent = time.perf_counter() - began
+        val = learner.evaluate(splits.val)
+        if not np.isfinite([train_loss, val.loss]).all():
+            losses = f"train loss={train_loss:g}, val loss={val.loss:g}"
+            raise RunError(f"epoch {epoch}: {losses}, expected finite ones; lr={config.lr:g} may be too high")
+        history.append(EpochRecord(epoch, train_loss, train_acc, val.loss, val.acc, spent, n / spent))
+        on_epoch(history[-1])
+        on_state(_state(epoch, generator, learner))
     return tuple(history)
 
 
 def _totals(parts: list[Part]) -> tuple[float, float]:
     """Mean loss and accuracy of an epoch, from those of its parts."""
-    images, losses, rights = (_numbers(column) for column in zip(*parts, strict=True))
+    images, losses, rights = zip(*parts, strict=True)
+    if isinstance(losses[0], torch.Tensor):  # which may be on a device, where no batch had to wait for them
+        losses, rights = torch.stack(losses).tolist(), torch.stack(rights).tolist()
     shares = np.array(images) / sum(images)
-    return float(shares @ np.array(losses)), int(sum(rights)) / sum(images)
+    return float(shares @ np.array(losses)), sum(rights) / sum(images)
 
 
-def _numbers(column: Sequence[torch.Tensor | float]) -> list[float]:
-    """Numbers, of which the later ones may still be on a device, where no batch had to wait for them."""
-    waiting = [number for number in column if isinstance(number, torch.Tensor)]
-    known = [float(number) for number in column[: len(column) - len(waiting)]]
-    return known + (torch.stack(waiting).tolist() if waiting else [])
-
-
-def _position(epochs: int, order: torch.Tensor, parts: list[Part], spent: float) -> State:
-    """Where a training stands: its whole epochs, the generator as it was after them, and the parts of the next."""
-    columns = [_numbers(column) for column in zip(*parts, strict=True)]
-    numbers = np.array(columns, np.float64).reshape(3, -1).T
-    return {"epochs": np.array(epochs), "order": order.numpy(), "parts": numbers, "spent": np.array(spent)}
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Torch's threads within one operation. The small ones of a pooled model gain nothing from a second thread, and
-    wait for it some forty times as long as they take when another process holds its core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _state(epochs: int, generator: torch.Generator, learner: Learner) -> State:
+    """Where a training stands after so many epochs."""
+    return {**learner.state(), "epochs": np.array(epochs), "order": generator.get_state().numpy()}
 
 
 def train_one_epoch(
@@ -190,46 +153,37 @@ def train_one_epoch(
         yield len(y), loss.detach(), (logits.argmax(1) == y).sum()  # these stay on the device: no waiting for each
 
 
-class WholeNet:
-    """A network trained as it stands, on the images."""
+class Autograd:
+    """A module trained by torch, on its device; `fetch` gives inputs and labels of each split by their rows."""
 
-    def __init__(self, model: nn.Module, lr: float, splits: Splits, device: torch.device):
-        self.model, self.device = model, device
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-        self.fetch = {split.name: fetcher(split, device) for split in splits}
+    def __init__(self, module: nn.Module, lr: float, fetch: dict[str, Fetch]):
+        self.module, self.fetch = module, fetch
+        self.device = next(module.parameters()).device
+        self.optimizer = torch.optim.Adam(module.parameters(), lr=lr)
+        for weight in module.parameters():  # what Adam makes at its first step, so that every state has one form
+            zeros = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[weight] = {"step": torch.tensor(0.0), **zeros}
 
     def train_epoch(self, order: torch.Tensor, batch_size: int) -> Iterator[Part]:
         batches = map(self.fetch["train"], order.to(self.device).split(batch_size))
-        return train_one_epoch(self.model, batches, self.optimizer)
+        return train_one_epoch(self.module, batches, self.optimizer)
 
     def evaluate(self, split: Split) -> Evaluation:
-        return evaluate(self.model.eval(), split, self.fetch[split.name])
+        return evaluate(self.module.eval(), split, self.fetch[split.name])
 
     def state(self) -> State:
-        return module_state(self.model, self.optimizer)
+        """Weights, and Adam's running means and step count of each."""
+        state = {f"model.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            state |= {f"adam.{index}.{name}": tensor for name, tensor in moments.items()}
+        return {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items()}
 
     def load(self, state: State) -> None:
-        load_module_state(state, self.model, self.optimizer)
-
-
-def module_state(model: nn.Module, optimizer: torch.optim.Adam) -> State:
-    """Weights, and Adam's running means and step count of each."""
-    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        state |= {f"adam.{index}.{name}": tensor for name, tensor in moments.items()}
-    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items()}
-
-
-def load_module_state(state: State, model: nn.Module, optimizer: torch.optim.Adam) -> None:
-    tensors = {name: torch.from_numpy(array) for name, array in state.items() if name.startswith(("model.", "adam."))}
-    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("adam."):
-            _, index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = tensor
-    model.load_state_dict(weights)
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        tensors = {name: torch.from_numpy(array) for name, array in state.items()}
+        self.module.load_state_dict({name: tensors[f"model.{name}"] for name in self.module.state_dict()})
+        adam = self.optimizer.state_dict()
+        moments = {i: {name: tensors[f"adam.{i}.{name}"] for name in known} for i, known in adam["state"].items()}
+        self.optimizer.load_state_dict({**adam, "state": moments})
 
 
 def score(history: tuple[EpochRecord, ...]) -> dict[str, float]:

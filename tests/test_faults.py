@@ -109,43 +109,42 @@ def test_a_signal_ends_the_run_as_killed_within_seconds_and_says_how_to_go_on(lo
     assert process.returncode == code
     assert err.splitlines()[-1] == f"poolnet: error: stopped; go on with: poolnet train --resume {run.name}"
     assert run.ended()["status"] == "KILLED"
-    assert int(run.checkpoint()["epochs"]) == run.metrics()[-1]["step"]
+    assert run.metrics()[-1]["step"] - int(run.checkpoints()[0]["epochs"]) in (0, 1)  # perhaps just before it was saved
     if not uri:
         assert only_run().info.status == "KILLED"
 
 
 @posix
-def test_ctrl_c_in_the_middle_of_a_long_epoch_keeps_the_batches(tmp_path):
-    np.savez(tmp_path / "letters.npz", **make_arrays((40_000, 50, 50)))
-    process = start("--pool", "conv", "--batch-size", 1, "--epochs", 2)
-    wait_for(lambda: server_of(journal.find(journal.names()[0])))  # then torch imports the rest of its optimisers
-    time.sleep(6)
+def test_ctrl_c_in_the_middle_of_a_long_epoch_ends_it_at_once_and_the_epoch_is_trained_again(tmp_path):
+    np.savez(tmp_path / "letters.npz", **make_arrays((20_000, 50, 50)))
+    process = start("--pool", "conv", "--batch-size", 1, "--epochs", 1)  # of several seconds
+    wait_for(lambda: journal.names())
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
+    begun = time.monotonic()
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "finishing the batch" in err
-    assert "Epoch" not in out
-    kept = journal.find(journal.names()[0]).checkpoint()
-    assert int(kept["epochs"]) == 0
-    assert 0 < len(kept["parts"]) < 40_000
+    assert time.monotonic() - begun < 5
+    assert (process.returncode, out) == (130, "")
+    run = journal.find(journal.names()[0])
+    assert err == f"poolnet: error: stopped; go on with: poolnet train --resume {run.name}\n"
+    assert (run.ended()["status"], run.metrics(), run.checkpoints()) == ("KILLED", [], [])
 
 
 @posix
 def test_a_second_ctrl_c_and_a_checkpoint_cut_in_half_and_the_run_goes_on_all_the_same(letters):
-    process = start("--epochs", 1000)
+    process = start("--epochs", 1000, "--drain-timeout", 30)
     assert any(line.startswith("Epoch 05") for line in process.stdout)
-    # between the two the process is about to finish its batch: stopped meanwhile, so that it cannot
-    for signum in (signal.SIGSTOP, signal.SIGINT, signal.SIGCONT, signal.SIGINT):
-        process.send_signal(signum)
-    time.sleep(0.01)
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)  # in which it tells the publisher to finish, which takes longer
+    process.send_signal(signal.SIGINT)
+    begun = time.monotonic()
     _, err = process.communicate()
+    assert time.monotonic() - begun < 1
     assert process.returncode == 130, err
     (name,) = journal.names()
     assert f"go on with: poolnet train --resume {name}" in err
     run = journal.find(name)
-    newest = max(run.folder.glob("checkpoint-*"), key=lambda path: int(run.load_tensors(path.stem)["serial"]))
+    newest = max(run.folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime_ns)
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     resumed = poolnet("train", "--resume", name)
     assert resumed.returncode == 0, resumed.stderr
@@ -362,11 +361,12 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path_factory
 
 
 def test_a_run_that_is_being_trained_is_not_resumed(long_run):
-    _, run = long_run()
+    process, run = long_run()
     second = poolnet("train", "--resume", run.name)
     assert second.returncode == 2
-    assert (
-        second.stderr == f"poolnet: error: {run.name}: another process is training it; wait for it, or end it first\n"
+    assert second.stderr.count("\n") == 1
+    assert re.search(
+        f"error: {run.name}: another process is training it, .*held by process {process.pid} on", second.stderr
     )
 
 

@@ -1,25 +1,49 @@
-"""The record on disk: whole or absent whatever is cut off, in whatever order the clock runs."""
+"""The record on disk: whole or absent whatever is cut off, named where damaged, in whatever order the clock runs."""
 
+import copy
+import dataclasses
 import json
+import os
+import re
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from poolnet import job, journal, linear, signals, train
+from poolnet import files, job, journal, linear, provenance, signals, train
 from poolnet.config import InputError, RunError, TrainConfig
 from poolnet.data import open_splits
 from poolnet.features import open_pooled
 from poolnet.journal import Journal
 from poolnet.train import Start
 
+RECORD = {
+    "config": dataclasses.asdict(TrainConfig()),
+    "device": "cpu",
+    "data": {
+        "path": "/letters.npz",
+        "name": "letters",
+        "sha256": "0" * 64,
+        "overlap": 0,
+        "splits": [
+            {"name": name, "sha256": "0" * 64, "shape": [9, 28, 28], "dtype": "uint8"}
+            for name in ("train", "val", "test")
+        ],
+    },
+    "code": {"commit": None, "dirty": "unknown"},
+    "environment": {**provenance.environment(), "threads": 1},
+    "tracking": dict.fromkeys(("uri", "folder", "experiment_id", "experiment_name", "run_id"), ""),
+}
+
 
 @pytest.fixture
 def run():
-    return journal.create("max-seed42", {"config": {}})
+    return journal.create("max-seed42", RECORD)
 
 
 def state(number):
@@ -27,7 +51,7 @@ def state(number):
 
 
 def test_a_new_run_has_a_name_of_its_own_and_a_format(run):
-    other = journal.create("max-seed42", {"config": {}})
+    other = journal.create("max-seed42", RECORD)
     assert run.name != other.name
     assert run.name.startswith("max-seed42-")
     assert run.record["format"] == 1
@@ -82,12 +106,12 @@ def test_the_newest_checkpoint_counts_and_the_one_before_is_kept(run):
     with run.training():
         for number in (1, 2, 3):
             run.save_checkpoint(state(number))
-    assert int(run.checkpoint()["t"]) == 3
-    assert run.checkpoint()["t"].shape == ()
-    with Journal(run.folder).training() as _:
-        pass
-    files = sorted(run.folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime_ns)
-    assert len(files) == 2
+    assert [int(kept["t"]) for kept in run.checkpoints()] == [3, 2]
+    assert run.checkpoints()[0]["t"].shape == ()
+    again = Journal(run.folder)
+    with again.training():
+        again.save_checkpoint(state(4))
+    assert [int(kept["t"]) for kept in run.checkpoints()] == [4, 3]
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "zeros", "one bit", "gone"])
@@ -102,12 +126,12 @@ def test_a_damaged_checkpoint_is_not_used(run, damage):
     newest.write_bytes(damaged[damage])
     if damage == "gone":
         newest.unlink()
-    assert int(run.checkpoint()["t"]) == 1
+    assert [int(kept["t"]) for kept in run.checkpoints()] == [1]
     with run.training():
         run.save_checkpoint(state(3))  # in the place of the damaged one
-        assert int(run.checkpoint()["t"]) == 3
+        assert int(run.checkpoints()[0]["t"]) == 3
         run.save_checkpoint(state(4))
-    assert int(run.checkpoint()["t"]) == 4
+    assert int(run.checkpoints()[0]["t"]) == 4
 
 
 def test_only_one_process_trains_a_run(run):
@@ -115,7 +139,11 @@ def test_only_one_process_trains_a_run(run):
     with run.training():
         assert run.is_training()
         second = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert f"InputError: {run.name}: another process is training it" in second.stderr.replace("poolnet.config.", "")
+    holder = f"held by process {os.getpid()} on "
+    assert re.search(
+        f"InputError: {run.name}: another process is training it, .*lock: {holder}",
+        second.stderr.replace("poolnet.config.", ""),
+    )
     assert not run.is_training()
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
@@ -132,13 +160,188 @@ def test_what_ends_a_training_early_is_its_end(run, error, status):
 
 
 def test_a_journal_of_a_newer_poolnet_is_refused(run):
-    record = json.loads((run.folder / "record.json").read_text())
-    (run.folder / "record.json").write_text(json.dumps(record | {"format": 2}))
+    files.write_json(run.folder / "record.json", {"format": 2, "all": "else is new"})
     with pytest.raises(InputError, match="found journal format 2, expected at most 1; update poolnet"):
         journal.find(run.name)
-    (run.folder / "record.json").write_text("{")
-    with pytest.raises(InputError, match=r"found no readable record\.json"):
+
+
+def without(record, *keys):
+    """A copy of a record without what stands there."""
+    changed = copy.deepcopy(record)
+    part = changed
+    for key in keys[:-1]:
+        part = part[key]
+    del part[keys[-1]]
+    return changed
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "",
+        "[]",
+        "[" * 100_000,
+        '{"format": "1"}',
+        '{"format": 1}',
+        json.dumps(RECORD | {"format": True, "started": 1}),
+        json.dumps(RECORD | {"format": 1, "started": "now"}),
+        json.dumps(RECORD | {"format": 1, "started": 1, "config": {"epochs": "3"}}),
+        json.dumps(RECORD | {"format": 1, "started": 1, "code": []}),
+        json.dumps(RECORD | {"format": 1, "started": 1, "data": RECORD["data"] | {"splits": []}}),
+        json.dumps(RECORD | {"format": 1, "started": 1, "data": RECORD["data"] | {"overlap": None}}),
+        json.dumps(without(RECORD, "environment", "user") | {"format": 1, "started": 1}),
+        json.dumps(files.sealed(RECORD | {"format": 1, "started": 1})).replace('"epochs": 30', '"epochs": 31'),
+    ],
+)
+def test_a_damaged_record_is_refused_in_one_line_and_the_others_are_found(run, content):
+    other = journal.create("max-seed42", RECORD)
+    files.write_json(other.folder / "published.json", {"home": "u", "servers": {"u": held("0" * 32)}})
+    (run.folder / "record.json").write_text(content)
+    (run.folder / "published.json").write_text('{"servers": []}')
+    with pytest.raises(
+        InputError, match=rf"{run.name}: found no readable record\.json \(.*\); .* have a copy"
+    ) as refused:
         journal.find(run.name)
+    assert "\n" not in str(refused.value)
+    assert sorted(journal.names()) == sorted([run.name, other.name])
+    assert journal.find("0" * 32).name == other.name
+
+
+def held(run_id):
+    return {"run_id": run_id, "experiment_id": "0", "done": [], "metrics": 0}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"servers": []}',
+        '{"servers": {"u": []}}',
+        '{"servers": {"u": {"run_id": 5}}}',
+        '{"home": []}',
+        "[]",
+        "null",
+        "{",
+    ],
+)
+def test_what_servers_are_remembered_to_have_is_forgotten_where_it_is_damaged(run, content):
+    (run.folder / "published.json").write_text(content)
+    assert journal.read_published(run.folder) == {"home": "", "servers": {}}
+    assert journal.find("5") is None
+
+
+@pytest.mark.parametrize(
+    "content", ['{"t": 1}', '{"t": "1", "status": "FINISHED"}', '{"t": 1, "status": "DONE"}', "[]"]
+)
+def test_an_end_that_is_damaged_is_none(run, content):
+    (run.folder / "end.json").write_text(content)
+    assert run.ended() is None
+    assert not run.finished
+    run.mark_if_dead()
+    assert run.ended()["status"] == "KILLED"
+
+
+def test_settings_of_another_version_stop_nothing_but_training(run):
+    """A later one has `dropout`, an earlier one had no `register`."""
+    config = without(RECORD, "config", "register")["config"] | {"dropout": 0.5}
+    files.write_json(run.folder / "record.json", run.record | {"config": config})
+    found = journal.find(run.name)
+    assert found.record["config"] == RECORD["config"] | {"dropout": 0.5}
+    with pytest.raises(InputError, match=f"{run.name}: dropout: no setting of this version; update poolnet"):
+        job.settings(found)
+
+
+# --- damaged metrics -------------------------------------------------------------------------------------------------
+
+
+VALUES = {"train_loss": 0.5, "train_acc": 0.9, "val_loss": 0.25, "val_acc": 0.8, "examples_per_second": 7.0}
+
+
+def damaged_line(run):
+    with pytest.raises(RunError, match=f"made again by: poolnet train --resume {run.name}") as raised:
+        run.metrics()
+    return int(re.search(r"metrics\.jsonl: line (\d+) is damaged", str(raised.value))[1])
+
+
+@given(at=st.integers(0), byte=st.integers(0, 255))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_changed_byte_is_found_and_the_lines_behind_it_are_kept(run, at, byte):
+    path = run.folder / "metrics.jsonl"
+    path.unlink(missing_ok=True)
+    with run.training():
+        written = [run.append(step, VALUES) for step in range(1, 5)]
+    data = path.read_bytes()
+    at %= len(data) - len(data.splitlines(keepends=True)[-1])  # the last line may be taken for one that is torn
+    changed = data[:at] + bytes([byte]) + data[at + 1 :]
+    path.write_bytes(changed)
+    if changed == data:
+        return
+    line = data[:at].count(b"\n") + 1
+    again = Journal(run.folder)
+    assert damaged_line(again) == line
+    lost = {line, line + 1} if data[at] == ord("\n") else {line}
+    good = [record for record in written if record["step"] not in lost]
+    with again.training():
+        assert again.metrics() == good
+        for step in range(1, 5):
+            again.append(step, VALUES)
+    assert again.by_step() == dict.fromkeys(range(1, 5), VALUES)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"val_acc": 0.8', '"val_acc": 8.8'),
+        ('"val_acc": 0.8', '"val_acc": "0.8"'),
+        ('"val_loss": 0.25', '"val_loss": NaN'),
+        ('"train_loss": 0.5', '"train_loss": -0.5'),
+        ('"step": 2', '"step": 3'),
+        ('"step": 2', '"step": -2'),
+        ('"step": 2', '"step": 2.0'),
+        ('"t": 2', '"t": "2"'),
+        ('"metrics"', '"netrics"'),
+    ],
+)
+def test_lines_of_earlier_versions_have_no_checksum_and_must_be_what_they_can_be(run, old, new):
+    lines = [json.dumps({"t": step or 4, "step": step, "metrics": VALUES}) for step in (1, 2, 3, 0)]
+    path = run.folder / "metrics.jsonl"
+    path.write_text("\n".join([*lines, ""]))
+    assert [record["step"] for record in run.metrics()] == [1, 2, 3, 0]
+    path.write_text("\n".join([lines[0], lines[1].replace(old, new), *lines[2:], ""]))
+    assert damaged_line(run) == 2
+    with run.training():
+        assert [record["step"] for record in run.metrics()] == [1, 3, 0]
+    assert [record["step"] for record in Journal(run.folder).metrics()] == [1, 3, 0]
+
+
+# --- who trains a run ------------------------------------------------------------------------------------------------
+
+
+LOOK = """
+import sys
+from poolnet import journal
+run = journal.find(sys.argv[1])
+print(sum(run.is_training() for _ in range(400)))
+"""
+
+
+def test_who_only_looks_is_never_taken_for_the_trainer_and_never_in_its_way(run):
+    command = [sys.executable, "-c", LOOK, run.name]
+    lookers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [looker.communicate()[0] for looker in lookers] == ["0\n"] * 4
+    with run.training():
+        lookers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        assert [looker.communicate()[0] for looker in lookers] == ["400\n"] * 2
+    lookers = [subprocess.Popen([*command[:2], LOOK.replace("400", "10**9"), run.name]) for _ in range(3)]
+    time.sleep(1)
+    try:
+        for _ in range(20):
+            with Journal(run.folder).training():
+                pass
+    finally:
+        for looker in lookers:
+            looker.kill()
+            looker.wait()
 
 
 # --- a training that is interrupted anywhere goes on to the same end -------------------------------------------------
@@ -171,32 +374,88 @@ def test_from_every_epochs_state_the_rest_is_the_same(letters, run, pool):
     for epochs, kept in enumerate(states, 1):
         with run.training():
             run.save_checkpoint(kept)
-        start = Start(tuple(history[:epochs]), run.checkpoint())
-        assert_identical(fit(config, start=start), expected)
+        start = Start(tuple(history[:epochs]), run.checkpoints()[0])
+        assert_identical(fit(config, go_on=lambda new, start=start: start), expected)
 
 
-@pytest.mark.parametrize("pool", ["max", "conv"])
-def test_stopped_after_any_batch_the_rest_is_the_same(letters, monkeypatch, pool):
-    monkeypatch.setattr(linear, "BLOCK", 32)
-    fit, config = fits(pool, letters), TrainConfig(pool=pool, epochs=3, batch_size=32, lr=0.01)
-    expected = fit(config)
-    batches = 3 * 10
-    for stop_after in (1, 9, 10, 11, 17, 25, batches):
-        checks = iter(range(1, 10**6))
+def journaled(path, pool="max"):
+    """A new run, its data, and the features of them."""
+    config = TrainConfig(data=str(path), pool=pool, epochs=3, batch_size=32)
+    splits, pooled = job.open_data(config, cache=False, say=lambda line: None)
+    return job.create(config, False, splits), splits, pooled
 
-        def check(stop_after=stop_after, checks=checks):
-            if next(checks) == stop_after:
-                raise signals.Stop(2)
 
-        monkeypatch.setattr(signals, "check", check)
-        history = []
-        with pytest.raises(signals.Stop) as stopped:
-            fit(config, on_epoch=history.append)
-        monkeypatch.setattr(signals, "check", lambda: None)
-        kept = stopped.value.state
-        assert int(kept["epochs"]) == len(history)
-        result = fit(config, start=Start(tuple(history), kept))
-        assert_identical(result, expected)
+def without_times(run):
+    return {step: {k: v for k, v in found.items() if "second" not in k} for step, found in run.by_step().items()}
+
+
+def changed(state, name):
+    """States that are no state of this training, though whole."""
+    old = {"parts": np.ones((2, 3)), "spent": np.array(0.5)}
+    return {
+        "dtype": {**state, name: state[name].astype(np.float64)},
+        "shape": {**state, name: state[name][:1]},
+        "missing": {key: array for key, array in state.items() if key != name},
+        "no epochs": {key: array for key, array in state.items() if key != "epochs"},
+        "too many epochs": {**state, "epochs": state["epochs"] + 1},
+        "in the middle of an epoch": {**state, **old},
+    }
+
+
+@pytest.mark.parametrize(("pool", "name"), [("max", "M"), ("conv", "adam.0.exp_avg")])
+def test_a_checkpoint_that_is_none_of_this_training_is_passed_over(letters, pool, name):
+    run, splits, pooled = journaled(letters, pool)
+
+    def trained():
+        said = []
+        with run.training():
+            result, _ = job._train(run, splits, pooled, None, said.append, pytest.fail)
+        return result, str(said[0])
+
+    expected, _ = trained()
+    newest, before = run.checkpoints()
+    assert [int(state["epochs"]) for state in (newest, before)] == [3, 2]
+    for kind, state in changed(newest, name).items():
+        for slots, says in (((before, state), "after epoch 2 of 3"), ((state, state), "Epoch 01")):
+            for slot in slots:
+                run.save_checkpoint(slot)
+            result, said = trained()
+            assert says in said, kind
+            assert_identical(result, expected)
+    # as earlier versions wrote it at the end of an epoch
+    run.save_checkpoint({**newest, "parts": np.empty((0, 3)), "spent": np.array(0.0)})
+    assert "after epoch 3 of 3" in trained()[1]
+
+
+def flipped(data):
+    return data[:60] + bytes([data[60] ^ 1]) + data[61:]
+
+
+def test_what_is_damaged_of_a_finished_run_is_named_and_made_again_by_resuming_it(letters):
+    run, splits, pooled = journaled(letters)
+    with run.training():
+        job.carry_out(run, splits, pooled, say=lambda line: None)
+    expected, weights = without_times(run), run.load_tensors("model")
+    for name, damaged in (
+        ("metrics.jsonl", flipped),
+        ("metrics.jsonl", lambda data: data[:-1]),  # which alone would be torn: but what is finished has all
+        ("model.safetensors", flipped),
+        ("predictions/val.npz", flipped),
+        ("predictions/test.npz", lambda data: b""),
+    ):
+        path = run.folder / name
+        path.write_bytes(damaged(path.read_bytes()))
+        named = f"{path.name}: .*damaged; made again by: poolnet train --resume {run.name}"
+        with pytest.raises(RunError, match=named):
+            run.check_results()
+        publisher = SimpleNamespace(add=lambda *args: None, check=lambda: None)
+        job.resume(run.name, {}, False, publisher, say=lambda line: None)
+        run.check_results()
+        assert run.finished
+        assert without_times(run) == expected
+        assert {key: array.tolist() for key, array in run.load_tensors("model").items()} == {
+            key: array.tolist() for key, array in weights.items()
+        }
 
 
 def test_a_run_whose_checkpoints_are_lost_is_trained_again_and_its_record_stays(letters):

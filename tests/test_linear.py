@@ -7,15 +7,16 @@ import pytest
 import torch
 from conftest import make_arrays
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
 from poolnet import linear
 from poolnet.config import RunError, TrainConfig
 from poolnet.data import open_splits
 from poolnet.features import open_pooled
-from poolnet.linear import Autograd, SoftmaxRegression, optimum
+from poolnet.linear import SoftmaxRegression, optimum
 from poolnet.model import build_model
-from poolnet.train import _totals, fit
+from poolnet.train import Autograd, _totals, fit
 
 
 def figures(history):
@@ -90,13 +91,16 @@ def test_the_path_for_other_devices_equals_torchs_own_loop(letters):
     splits, arrays = open_pooled(letters, "avg")
     order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))
     fast = SoftmaxRegression(build_model("avg", 1), 0.01, arrays, splits.train.y)
-    other = Autograd(build_model("avg", 1), 0.01, arrays, splits.train.y)
+    net = build_model("avg", 1).classifier
+    cpu = torch.device("cpu")
+    other = Autograd(
+        net, 0.01, {split.name: linear.fetcher_of_features(arrays[split.name], split.y, cpu) for split in splits}
+    )
     for _ in range(3):
         totals = [_totals(list(learner.train_epoch(order, 32))) for learner in (other, fast)]
         np.testing.assert_allclose(*totals, atol=1e-5)
-    fast.finish()
     np.testing.assert_allclose(other.evaluate(splits.test).logits, fast.evaluate(splits.test).logits, atol=1e-4)
-    torch.testing.assert_close(other.classifier.weight, fast.model.classifier.weight, atol=1e-4, rtol=0)
+    torch.testing.assert_close(net.weight, fast.model.classifier.weight, atol=1e-4, rtol=0)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_as_on_the_slow_path(letters):
@@ -142,3 +146,14 @@ def test_the_gap_is_what_training_is_above_the_optimum(letters):
     logits = torch.from_numpy(arrays["train"]) @ linear._weights(result.model)
     loss = F.cross_entropy(logits, torch.from_numpy(splits.train.y)).item()
     assert loss - found.train_loss == pytest.approx(found.gap, abs=1e-5)
+
+
+def test_neither_digits_nor_time_depend_on_the_number_of_blas_threads(tmp_path):
+    np.savez(tmp_path / "more.npz", **make_arrays((3000, 50, 50)))
+    splits, arrays = open_pooled(tmp_path / "more.npz", "avg")
+    found = []
+    for count in (1, 4):
+        with threadpool_limits(count, user_api="blas"):
+            result = linear.fit(TrainConfig(pool="avg", epochs=1, batch_size=3000), splits, arrays)
+            found.append((figures(result.history).tolist(), optimum(result, splits.train, arrays["train"])))
+    assert found[0] == found[1]

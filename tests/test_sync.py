@@ -1,7 +1,6 @@
 """Catching up with servers, and going on with runs, as a user types it."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +15,7 @@ from test_cli import assert_refused, run
 from test_project import mlflow_run
 from test_tracking import CONFIG, journaled, publish
 
-from poolnet import job, journal, linear, signals, stores, sync
-from poolnet.journal import Journal
+from poolnet import files, job, journal, linear, signals, stores, sync
 from poolnet.tracking import Publication
 
 pytestmark = pytest.mark.usefixtures("letters")
@@ -74,8 +72,7 @@ def test_nothing_to_publish_is_said(capsys):
 
 def test_a_run_of_a_newer_poolnet_does_not_keep_the_others_from_the_server(capsys):
     old, new = journaled(), journaled()
-    record = json.loads((new.folder / "record.json").read_text())
-    (new.folder / "record.json").write_text(json.dumps(record | {"format": 9}))
+    files.write_json(new.folder / "record.json", new.record | {"format": 9})
     code, out, _ = run(capsys, "sync")
     assert code == 3
     assert "found journal format 9, expected at most 1; update poolnet" in out
@@ -104,7 +101,7 @@ def test_what_is_not_remembered_is_found_and_not_made_again(lost):
     finished = journaled(CONFIG.__class__(data="letters.npz", epochs=2))
     first = publish(finished)
     path = finished.folder / "published.json"
-    published = json.loads(path.read_text())
+    published = files.read_json(path)
     (held,) = published["servers"].values()
     if lost == "all":
         published = {}
@@ -112,7 +109,7 @@ def test_what_is_not_remembered_is_found_and_not_made_again(lost):
         held["run_id"] = ""
     else:
         held["done"].remove(lost)
-    path.write_text(json.dumps(published))
+    files.write_json(path, published)
     again = publish(finished)
     assert again.to_dictionary() == first.to_dictionary()
     client = mlflow.MlflowClient()
@@ -157,7 +154,7 @@ def test_resume_goes_on_in_the_same_run_and_ends_as_if_nothing_had_happened(caps
     run_id = publish_killed.held["run_id"]
     code, out, err = run(capsys, "train", "--resume", run_id)  # the id that the UI shows is good as well
     assert (code, err) == (0, "")
-    assert f"Resuming {left.name} after epoch 1 of 2" in out or "Epoch 01" in out
+    assert "Epoch 01" in out
     found = mlflow.get_run(run_id)
     assert found.info.status == "FINISHED"
     for name in set(calm.data.metrics) - {"epoch_seconds", "examples_per_second"}:
@@ -178,7 +175,7 @@ def test_a_stop_before_the_first_batch_is_recorded(monkeypatch):
     with pytest.raises(signals.Stop), left.training():
         job.carry_out(left, splits, pooled)
     assert left.ended()["status"] == "KILLED"
-    assert left.checkpoint() is None
+    assert left.checkpoints() == []
 
 
 def test_options_that_contradict_the_record_are_refused_naming_both(capsys):
@@ -206,7 +203,7 @@ def test_other_data_under_the_same_name_are_refused(capsys, tmp_path):
 
 def test_a_run_that_nobody_knows_is_refused(capsys):
     code, _, err = run(capsys, "train", "--resume", "max-seed42-00000000")
-    assert_refused(code, err, "max-seed42-00000000: no such run, neither in")
+    assert_refused(code, err, "max-seed42-00000000: no such run in", "if its folder is gone, train it anew")
 
 
 def test_mlflow_run_resumes_in_the_run_that_was_begun():
@@ -224,44 +221,6 @@ def test_mlflow_run_resumes_in_the_run_that_was_begun():
     assert [len(other.data.metrics) for other in others] == [0, 0]
     assert others[0].info.run_name == f"resumes {left.name}"
     assert after.info.run_id in others[0].data.tags["mlflow.note.content"]
-
-
-def test_a_run_whose_folder_is_gone_is_resumed_from_the_server(capsys):
-    left, calm = interrupted(), publish(journaled())
-    synced()
-    recorded = left.metrics()
-    shutil.rmtree(left.folder)
-    code, _, err = run(capsys, "train", "--resume", left.name)
-    assert (code, err) == (0, "")
-    again = Journal(left.folder)
-    assert again.metrics()[: len(recorded)] == recorded
-    found = mlflow.MlflowClient().search_runs(["0"], f"tags.`poolnet.run` = '{left.name}'")
-    assert [run.info.status for run in found] == ["FINISHED"]
-    assert found[0].data.metrics["test_loss"] == calm.data.metrics["test_loss"]
-    assert [m.step for m in mlflow.MlflowClient().get_metric_history(found[0].info.run_id, "val_loss")] == [1, 2]
-
-
-@pytest.mark.parametrize(
-    ("status", "said"), [("FINISHED", "is FINISHED"), ("RUNNING", "is RUNNING, perhaps on another")]
-)
-def test_a_folder_that_is_gone_and_cannot_be_made_again_is_explained(capsys, status, said):
-    gone = journaled()
-    run_id = publish(gone).info.run_id
-    mlflow.MlflowClient().update_run(run_id, status=status)
-    shutil.rmtree(gone.folder)
-    code, _, err = run(capsys, "train", "--resume", gone.name)
-    assert_refused(code, err, gone.name, said, "start a new run")
-
-
-def test_a_name_on_the_server_that_leads_out_of_the_folder_is_refused(capsys, tmp_path):
-    gone = journaled()
-    run_id = publish(gone).info.run_id
-    mlflow.MlflowClient().set_tag(run_id, "poolnet.run", "../../elsewhere")
-    mlflow.MlflowClient().update_run(run_id, status="FAILED")
-    shutil.rmtree(gone.folder)
-    code, _, err = run(capsys, "train", "--resume", run_id)
-    assert_refused(code, err, run_id, "expected a run of poolnet train")
-    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_finished_run_with_a_damaged_model_is_made_whole_by_resuming_it(capsys):

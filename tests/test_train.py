@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from poolnet.config import InputError, RunError, TrainConfig
 from poolnet.data import Split, Splits, open_splits
-from poolnet.evaluate import evaluate
+from poolnet.evaluate import evaluate, threads
 from poolnet.model import SimpleConvNet, SimplePoolNet
-from poolnet.train import EpochRecord, _totals, fit, resolve_device, score, threads, train_one_epoch
+from poolnet.train import EpochRecord, _totals, fit, resolve_device, score, train_one_epoch
 
 
 def figures(history):
@@ -175,6 +175,22 @@ def test_threads_are_given_back():
     with threads(before + 1):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("pool", ["max", "conv"])
+def test_no_digit_depends_on_the_number_of_threads(letters, pool):
+    splits, config = open_splits(letters), TrainConfig(pool=pool, epochs=2, batch_size=128)
+    found = []
+    before = torch.get_num_threads()
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        found.append(fit(config, splits))
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert figures(other.history) == figures(found[0].history)
+        np.testing.assert_array_equal(other.test.logits, found[0].test.logits)
+    if pool == "conv":  # whose digits do depend on the number that is computed with
+        assert figures(fit(config, splits, conv_threads=1).history) != figures(found[0].history)
 
 
 @pytest.mark.parametrize(
