@@ -31,7 +31,7 @@ def run(
     new = create(config, optimum, splits)
     signals.last_words = f"stopped; go on with: {journal.resume_command(new.name)}"
     with new.training():
-        publisher.watch(new)
+        publisher.add(new)
         carry_out(new, splits, pooled, publisher, say, warn)
     return new
 
@@ -42,22 +42,23 @@ def resume(
     """Go on with a run, by its name or MLflow run id, and end as if nothing had happened."""
     old, carrier = journal.find(name), os.environ.get("MLFLOW_RUN_ID", "")
     if not old:
-        from poolnet import sync  # seconds of import, for what only the server knows
-
-        old = sync.restore(name)
+        raise InputError(
+            f"{name}: no such run in {journal.folder()}; if its folder is gone, train it anew with the command in the "
+            "run's description in MLflow"
+        )
     if carrier:  # `mlflow run` passes its defaults on, and records them, as if they had been typed
         defaults = {**dataclasses.asdict(TrainConfig()), "optimum": False}
         given = {option: value for option, value in given.items() if value != defaults[option]}
     check_options(old, given)
     if old.finished and old.load_tensors("model"):
-        publisher.watch(old, carrier)
+        publisher.add(old, carrier)
         say(f"{old.name} is finished")
         return old
     signals.last_words = f"stopped; go on with: {journal.resume_command(old.name)}"
     with old.training():
         train.resolve_device(old.record["device"])
         splits, pooled = open_recorded_data(old, cache, say)
-        publisher.watch(old, carrier)
+        publisher.add(old, carrier)
         carry_out(old, splits, pooled, publisher, say, warn)
     return old
 
@@ -137,8 +138,6 @@ def carry_out(
         if stop.state:  # none before the first batch and after the last
             run.save_checkpoint(stop.state)
         raise
-    if publisher:
-        publisher.nudge()
     say(f"TEST: loss={result.test.loss:.4f}, acc={result.test.acc:.4f}")
     if best:
         say(f"Optimum: train loss={best.train_loss:.6f}, {best.gap:.6f} below that of the trained weights")

@@ -194,7 +194,6 @@ class Sweep:
         if worker.run:
             self._take(result, journal.find(worker.run))
         queue.tell(worker.trial, result.scores.get("val_loss"))
-        self.publisher.nudge()
         if error:
             self.warn(f"{worker.run or worker.config}: {error}")
         else:
