@@ -135,6 +135,7 @@ class Publication:
         if not found:
             self.held = Held()
             found = self._adopted() or self._search() or self._create()
+            self._refuse_deleted(found.info)
             self.adopt(found.info)
         if self.held.status and not self.run.ended():  # it is being trained again
             self.client.update_run(self.held.run_id, status="RUNNING")
@@ -144,7 +145,6 @@ class Publication:
 
     def adopt(self, info: mlflow.entities.RunInfo) -> None:
         """From now on this is the run on the server."""
-        self._refuse_deleted(info)
         self.held.look = stores.page_of(self.uri, info.experiment_id, info.run_id)
         self.held.run_id, self.held.experiment_id = info.run_id, info.experiment_id
         if self.is_home and self.record["tracking"]["experiment_id"]:
