@@ -1,10 +1,12 @@
 """What faults do to a run, which is nothing, and what that costs.
 
-    python benchmarks/faults.py [--kills N] [--sweep-kills N] [--server-runs N] [--at-once N] [--overhead-runs N]
-        [--json]
+    python benchmarks/faults.py [--kills N] [--sweep-kills N] [--sync-kills N] [--server-runs N] [--at-once N]
+        [--overhead-runs N] [--json]
 
 `kills`: so many trainings, each killed (SIGKILL) at a random moment between its start and its exit, half of them
-together with the process that publishes, then resumed. `server runs`: so many trainings against a real tracking server
+together with the process that publishes, then resumed. `sync kills`: so many `poolnet sync` of a finished run to a
+new store, every other one with `--prune`, each killed at a random moment, then the same command; and `sync --prune`,
+again and again, beside a training. `server runs`: so many trainings against a real tracking server
 that is killed and restarted, or stopped and continued, at random moments all the while, then `poolnet sync`; their time
 is compared with that of trainings beside which the same happens to a server that is not theirs. Each is compared with
 a run that met no fault: histories, weights, predictions, and the whole record on the server. `sweep kills`: so many
@@ -35,6 +37,7 @@ import mlflow
 import numpy as np
 
 from poolnet import npz
+from poolnet.files import read_json
 from poolnet.journal import Journal
 
 FIGURES = ("train_loss", "train_acc", "val_loss", "val_acc")  # the same in each run; the times are not
@@ -239,6 +242,68 @@ def measure_sweep_kills(folder: Path, kills: int, seed: int, epochs: int, train:
     return {"kills": kills, "identical": kills - len(wrong), "wrong": wrong}
 
 
+def kill_sync(world: World, command: list[str], moment: float) -> str:
+    """Sync, kill after `moment` seconds. Returns the phase that the kill hit."""
+    process = world.start(command, stdout=subprocess.DEVNULL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(moment)
+    process.kill()
+    process.communicate()
+    if not world.journals():
+        return "after the removal"
+    published = read_json(world.journals()[0].folder / "published.json").get("servers", {}).get(world.uri, {})
+    return "in publication" if published.get("run_id") else "before the run"
+
+
+def measure_sync_kills(folder: Path, kills: int, seed: int, epochs: int, train: int) -> dict[str, object]:
+    rng = random.Random(seed)
+    data = letters(folder / "few letters.npz", train)
+    template = World(folder / "calm sync", data, epochs)
+    template.finish(template.command)
+    (run,) = template.journals()
+    expected = on_server(template.uri, run)
+    begun = time.perf_counter()
+    template.finish([*POOLNET, "sync", "--to", f"sqlite:///{folder / 'warm.db'}"])
+    duration, phases, wrong = time.perf_counter() - begun, [], []
+    for index in range(kills):
+        world = World(folder / f"sync{index}", data, epochs)
+        shutil.copytree(template.folder / "home", world.folder / "home")
+        (world.journals()[0].folder / "published.json").unlink()
+        command = [*POOLNET, "sync", "--to", world.uri, *(["--prune"] if index % 2 else [])]
+        moment = rng.uniform(0, duration)
+        phases.append(kill_sync(world, command, moment))
+        world.finish(command)
+        found = differences(on_server(world.uri, run), expected)
+        found += ["folder"] if bool(world.journals()) == bool(index % 2) else []
+        wrong += [f"sync kill {index} at {moment:.2f} s, {phases[-1]}: {name}" for name in found]
+        shutil.rmtree(world.folder)
+    beside = World(folder / "beside", data, epochs)
+    wrong += [f"sync beside a training: {name}" for name in sync_beside_training(beside, epochs)]
+    return {
+        "kills": kills,
+        "complete": kills - len({line.partition(" at ")[0] for line in wrong if line.startswith("sync kill")}),
+        "phases": {phase: phases.count(phase) for phase in sorted(set(phases))},
+        "wrong": wrong,
+    }
+
+
+def sync_beside_training(world: World, epochs: int) -> list[str]:
+    """In what the record of a training is not whole, beside which all that can be is pruned again and again."""
+    process = world.start(world.command, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        world.finish([*POOLNET, "sync", "--prune"], codes=(0, 3))  # 3 where the training's own process was faster
+    process.communicate()
+    client = mlflow.MlflowClient(world.uri)
+    runs = client.search_runs(["0"])
+    found = {
+        "exit code": process.returncode,
+        "status": [run.info.status for run in runs],
+        "epochs": [len(client.get_metric_history(run.info.run_id, "val_loss")) for run in runs],
+        "versions": len(client.search_model_versions()),
+    }
+    return differences(found, {"exit code": 0, "status": ["FINISHED"], "epochs": [epochs], "versions": 1})
+
+
 # --- a server in trouble ---------------------------------------------------------------------------------------------
 
 
@@ -417,6 +482,7 @@ COUNT = click.IntRange(min=0)
 @click.command()
 @click.option("--kills", type=COUNT, default=50, show_default=True, help="Trainings that are killed and resumed.")
 @click.option("--sweep-kills", type=COUNT, default=20, show_default=True, help="Sweeps that are killed, as well.")
+@click.option("--sync-kills", type=COUNT, default=20, show_default=True, help="Runs of `sync` that are killed.")
 @click.option("--server-runs", type=COUNT, default=10, show_default=True, help="Trainings with a server in trouble.")
 @click.option("--at-once", type=COUNT, default=16, show_default=True, help="Trainings that start at the same time.")
 @click.option("--overhead-runs", type=COUNT, default=7, show_default=True, help="Trainings with and without tracking.")
@@ -429,6 +495,7 @@ COUNT = click.IntRange(min=0)
 def main(
     kills: int,
     sweep_kills: int,
+    sync_kills: int,
     server_runs: int,
     at_once: int,
     overhead_runs: int,
@@ -446,6 +513,8 @@ def main(
             result["kills"] = measure_kills(folder, kills, seed, workers, epochs, images)
         if sweep_kills:
             result["sweep kills"] = measure_sweep_kills(folder, sweep_kills, seed, epochs, images)
+        if sync_kills:
+            result["sync kills"] = measure_sync_kills(folder, sync_kills, seed, 3, 1_000)
         if server_runs:
             result["server"] = measure_server(folder, server_runs, seed, epochs, 5 * images)
         if at_once:

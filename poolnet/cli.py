@@ -89,15 +89,16 @@ def train(
             }
             run = job.resume(resume, given, not no_cache, publisher, click.echo, warn)
         else:
+            publisher.refuse_stale()
             run = job.run(config, optimum, not no_cache, publisher, click.echo, warn)
         trouble = publisher.close()
         held = publisher.held
-    if held.get("version"):
-        click.echo(f"Model: models:/poolnet/{held['version']}")
-    elif held.get("model_id"):
-        click.echo(f"Model: models:/{held['model_id']}")
-    if held.get("look"):
-        click.echo(f"Look at it: {held['look']}")
+    if held.version:
+        click.echo(f"Model: models:/poolnet/{held.version}")
+    elif held.model_id:
+        click.echo(f"Model: models:/{held.model_id}")
+    if held.look:
+        click.echo(f"Look at it: {held.look}")
     if trouble:
         where = click.format_filename(run.folder)
         failed(f"{trouble}; all is safe in {where}, and published by: poolnet sync {run.name}", 3)
@@ -130,16 +131,16 @@ def sync(
     timeout: float,
 ) -> None:
     """Publish what tracking servers do not have yet of runs in .poolnet: of all, or of those named."""
-    from poolnet import follow, stores, sync
+    from poolnet import follow, journal, stores, sync
 
     if follow_stdin:
         if hasattr(os, "nice"):
             os.nice(10)  # the training comes first
-        context.exit(follow.follow(sys.stdin, timeout, say=lambda line: failed(line, 0)))
+        context.exit(follow.follow(sys.stdin, timeout, say=lambda line: failed(line, 0), answer=click.echo))
     stores.limit(timeout)
     sync.check_input(runs, to)
-    with progress(length=sync.outstanding_bytes(runs, to), label="Publishing") as bar:
-        rows = list(sync.sync(runs, to, dry_run, prune, bar.update))
+    with progress(runs or journal.names(), label="Publishing") as names:
+        rows = [sync.sync(name, to, dry_run, prune) for name in names]
     if as_json:
         click.echo(json.dumps({"runs": [dataclasses.asdict(row) for row in rows]}))
     else:

@@ -200,14 +200,14 @@ def reproduce(context: click.Context, run: str, data: str, timeout: float, as_js
         trouble = publisher.close()
         held = publisher.held
         if not trouble:
-            reproduce.publish(client, found, held["run_id"])
+            reproduce.publish(client, found, held.run_id)
     if as_json:
-        more = {"run_id": held.get("run_id") or None, "look": held.get("look")}
+        more = {"run_id": held.run_id or None, "look": held.look or None}
         click.echo(json.dumps({**reproduce.as_json(found), **more}))
     else:
         click.echo(found.sentence)
-        if held.get("look"):
-            click.echo(f"Look at it: {held['look']}")
+        if held.look:
+            click.echo(f"Look at it: {held.look}")
     if trouble:
         where = click.format_filename(found.again.folder)
         again = f"poolnet sync {found.again.name}; this verdict is not, reproduce it again for that"

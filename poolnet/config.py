@@ -83,11 +83,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def crowded() -> bool:
-    """Whether a training and what runs beside it share so few cores that one slows the other down."""
-    return cores() < 4
-
-
 def progress(*args, **options):
     """A progress bar on stderr (see `click.progressbar`), shown where somebody watches."""
     return click.progressbar(*args, file=sys.stderr, hidden=not sys.stderr.isatty(), **options)

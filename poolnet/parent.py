@@ -4,11 +4,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from filelock import FileLock
 from mlflow.entities import Metric, RunTag
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import journal, provenance
+from poolnet import files, journal, provenance
 from poolnet.config import home
 
 TAG = "poolnet.study"  # of the parent; that of a child is poolnet.sweep
@@ -16,7 +15,7 @@ TAG = "poolnet.study"  # of the parent; that of a child is poolnet.sweep
 
 def find_or_create(client: MlflowClient, experiment_id: str, sweep: str, adopted: str = "") -> str:
     """The run id of the sweep's parent: the one there is, the one that `mlflow run` has made, or a new one."""
-    with FileLock(folder() / f"{sweep}.parent.lock"):  # of two publishers at once, the second finds it
+    with files.locked(folder() / f"{sweep}.parent.lock"):  # of two publishers at once, the second finds it
         found = client.search_runs([experiment_id], f"tags.`{TAG}` = '{sweep}'", max_results=1)
         if found:
             _explain(client, adopted, found[0].info.run_id, sweep)

@@ -5,18 +5,68 @@ steps would wait for; and a server that hangs cannot hold it up at the end.
 """
 
 import contextlib
+import dataclasses
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
-from poolnet.config import InputError, crowded
+from poolnet.config import InputError
 from poolnet.files import read_json
 from poolnet.journal import Journal
 
+ASK = "MLFLOW_RUN_ID?"  # what is written to it in place of a run's name, see `Publisher.refuse_stale`
+LOOK_SECONDS = 2  # that a new run waits to hear whether `MLFLOW_RUN_ID` is another run's
 STOP_SECONDS = 2.5  # for the last words of a run that was interrupted
-READY_SECONDS = 3  # that a training waits for the imports: on two cores they slow its steps by a fifth
-START_SECONDS = 120  # for the imports, on a machine that is busy with much else
+START_SECONDS = 30  # for the imports, on a machine that is busy with much else
+
+
+@dataclasses.dataclass
+class Held:
+    """What a tracking server has of a run, as far as is remembered."""
+
+    run_id: str = ""
+    experiment_id: str = ""
+    look: str = ""  # at the run's page
+    done: list = dataclasses.field(default_factory=list)  # steps of `tracking.Publication`
+    metrics: int = 0  # records
+    status: dict | None = None  # how the run ended, as in `end.json`
+    model_id: str = ""
+    version: int | None = None
+
+
+@dataclasses.dataclass
+class Published:
+    """A run's `published.json`: the server that it belongs to, and a `Held` for each server."""
+
+    home: str = ""  # its address without the password
+    experiment: str = ""  # the name of the run's experiment there
+    servers: dict = dataclasses.field(default_factory=dict)
+
+
+def published(run: Journal) -> Published:
+    """What is remembered of a run's publication. `InputError` if the file is damaged."""
+    path = run.folder / "published.json"
+    if not path.exists():
+        return Published()
+    try:
+        found = _checked(Published, read_json(path))
+        servers = {key: _checked(Held, held) for key, held in found.servers.items()}
+    except (TypeError, AttributeError):
+        raise InputError(
+            f"{path}: damaged; remove it, then: poolnet sync {run.name} (which looks up what the server has)"
+        ) from None
+    return dataclasses.replace(found, servers=servers)
+
+
+def _checked(kind: type, value: dict) -> Published | Held:
+    """The dataclass of these values, without those of a later version. `TypeError` where one has another type."""
+    fields = [field for field in dataclasses.fields(kind) if field.name in value]
+    if not fields or not all(isinstance(value[field.name], field.type) for field in fields):
+        raise TypeError(kind.__name__)
+    return kind(**{field.name: value[field.name] for field in fields})
 
 
 class Publisher:
@@ -34,7 +84,7 @@ class Publisher:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "poolnet", "sync", "--follow", "--drain-timeout", str(drain_timeout)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=self._errors,
             **detached,
         )
@@ -43,7 +93,7 @@ class Publisher:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Whatever happened: what is in the journal by now is published, as far as that may take."""
+        """Publish what is in the journal by now, whatever happened, as far as that may take."""
         if not self.journals:
             self.process.kill()
         else:
@@ -52,24 +102,22 @@ class Publisher:
                 self.close(STOP_SECONDS if stopped else None)
         self.process.wait()
         self.process.stdin.close()
+        self.process.stdout.close()
         self._errors.close()
 
-    def watch(self, journal: Journal, carrier: str = "") -> None:
-        """As `add`, and give it the time to begin that it takes on few cores."""
-        begun = self._progress()
-        self.add(journal, carrier)
-        deadline = time.monotonic() + READY_SECONDS
-        while crowded() and self._progress() == begun and self.process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+    def refuse_stale(self) -> None:
+        """Raise `InputError` if `MLFLOW_RUN_ID` is another run's, as far as that can be heard in time."""
+        if os.environ.get("MLFLOW_RUN_ID"):
+            self._tell(f"{ASK}\n")
+            answer = threading.Thread(target=self.process.stdout.read, args=(1,), daemon=True)
+            answer.start()
+            answer.join(LOOK_SECONDS)
+        self.check()
 
     def add(self, journal: Journal, carrier: str = "") -> None:
         """From now on this run is published. `carrier` is a run that `mlflow run` made only to get it resumed."""
         self.journals.append(journal)
         self._tell(f"{journal.name} {carrier}\n")
-
-    def nudge(self) -> None:
-        """The epochs are over: what publishing a model takes may now be imported, and what there is published."""
-        self._tell("\n")
 
     def _tell(self, line: str) -> None:
         with contextlib.suppress(OSError):  # `check` and `close` say what became of the process
@@ -86,37 +134,33 @@ class Publisher:
 
         Returns None when it has, and otherwise why not.
         """
-        strict, timeout = timeout is not None, self.drain_timeout if timeout is None else timeout
         with contextlib.suppress(OSError):
             self.process.stdin.close()
-        progress, deadline = None, time.monotonic() + timeout
-        started = time.monotonic()
-        while self.process.poll() is None:
+        progress, deadline = (), time.monotonic() + (timeout or max(START_SECONDS, self.drain_timeout))
+        while self.process.poll() is None and time.monotonic() < deadline:
             seen = self._progress()
-            if seen != progress and not strict:
-                progress, deadline = seen, time.monotonic() + timeout
-            patience = deadline if seen or strict else max(deadline, started + min(START_SECONDS, 4 * timeout))
-            if time.monotonic() > patience:
-                self.process.kill()
-                self.process.wait()
-                break
+            if seen != progress and timeout is None:
+                progress, deadline = seen, time.monotonic() + self.drain_timeout
             time.sleep(0.01)
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
         self.check()
         return None if self.process.returncode == 0 else self._last_line()
 
     @property
-    def held(self) -> dict:
-        """What the server holds of the last run, see `tracking.Publication`."""
-        published = read_json(self.journals[-1].folder / "published.json")
-        return published.get("servers", {}).get(published.get("home"), {})
+    def held(self) -> Held:
+        """What the server holds of the last run."""
+        found = published(self.journals[-1])
+        return found.servers.get(found.home, Held())
 
-    def _progress(self) -> int:
-        """When something was last published; 0 before the publisher has begun."""
-        newest = 0
+    def _progress(self) -> tuple[int, ...]:
+        """When something of each run was last published."""
+        times = []
         for journal in self.journals:
             with contextlib.suppress(OSError):
-                newest = max(newest, (journal.folder / "published.json").stat().st_mtime_ns)
-        return newest
+                times.append((journal.folder / "published.json").stat().st_mtime_ns)
+        return tuple(times)
 
     def _last_line(self) -> str:
         self._errors.seek(0)

@@ -35,29 +35,21 @@ SIGNATURE = ModelSignature(
 )
 
 
-def import_exporter() -> None:
-    """What `export` needs takes three seconds to import: to be called where nobody waits for it."""
-    import mlflow.pytorch  # noqa: F401
-    import scipy.stats  # noqa: F401
-    import torch.export  # noqa: F401
-
-
 def log(client: MlflowClient, run: Run, config: dict[str, object], arrays: dict[str, np.ndarray]) -> str:
-    """The logged model of a run, made, or made whole, unless it is READY. `arrays` as for `export`. Returns its id."""
+    """The logged model of a run, made, or made whole. `arrays` as for `export`. Returns its id."""
     run_id = run.info.run_id
     model = logged(client, run)
     if not model:
         params = {name: str(value) for name, value in config.items()}
         model = client.create_logged_model(run.info.experiment_id, MODEL, run_id, params=params)
-    if model.status != LoggedModelStatus.READY:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / MODEL
-            export(arrays, config["pool"], run_id, model, path)
-            client.log_model_artifacts(model.model_id, str(path))
-        outputs = run.outputs.model_outputs if run.outputs else []
-        if model.model_id not in [output.model_id for output in outputs]:
-            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, config["epochs"])])
-        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / MODEL
+        export(arrays, config["pool"], run_id, model, path)
+        client.log_model_artifacts(model.model_id, str(path))
+    outputs = run.outputs.model_outputs if run.outputs else []
+    if model.model_id not in [output.model_id for output in outputs]:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, config["epochs"])])
+    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     return model.model_id
 
 

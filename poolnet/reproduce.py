@@ -126,7 +126,7 @@ def reproduce(original: Original, data: str, publisher: Publisher, say: Say = pr
     again = job.create(config, original.record["optimum"], splits, "", original.run.info.run_id, threads)
     signals.last_words = f"stopped; reproduce it again, or go on with: {journal.resume_command(again.name)}"
     with again.training():
-        publisher.watch(again)
+        publisher.add(again)
         job.carry_out(again, splits, pooled, publisher, say, warn)
     found = list(_differences(original, again))
     verdict = "bit-identical" if not found else "within tolerance" if all(small for small, _ in found) else "different"

@@ -1,93 +1,92 @@
-"""Journals and servers brought together, when no training is under way: caught up with, pruned, restored."""
+"""Journals and servers brought together, when no training is under way: caught up with, and pruned."""
 
-import contextlib
 import dataclasses
 import filecmp
-import json
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-from filelock import FileLock
-from mlflow.entities import LoggedModelStatus
+from mlflow.entities import LoggedModel, LoggedModelStatus, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import addresses, journal, registry, stores
-from poolnet.config import InputError, NoAnswer, RunError, aligned
-from poolnet.files import replacing
+from poolnet import addresses, files, journal, registry, stores
+from poolnet.config import InputError, NoAnswer, RunError, aligned, home
 from poolnet.journal import Journal
-from poolnet.tracking import FILES, Publication, Refused, agrees, as_metrics
+from poolnet.tracking import Publication, agrees, as_metrics
+
+LOCK_SECONDS = 10  # in which another process publishes a run of the usual size
+
+DAMAGED = (AttributeError, LookupError, TypeError, ValueError)  # what a record of another form may raise
 
 
 def is_final(error: Exception) -> bool:
-    """Whether trying again is of no use: the server knows who asks and refuses, or the run was deleted there."""
+    """Whether trying again is of no use: the server knows who asks and refuses, or the run cannot be published."""
     forbidden = isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403)
-    return forbidden or (isinstance(error, (Refused, RunError)) and not isinstance(error, NoAnswer))
+    return forbidden or (isinstance(error, (*DAMAGED, RunError)) and not isinstance(error, (files.Locked, NoAnswer)))
 
 
-def mark_if_dead(run: Journal) -> None:
-    """A run whose process died without a word is KILLED, and can be resumed."""
-    run.mark_if_dead()
+def said(error: Exception, where: str = "") -> str:
+    """What went wrong, in one line; of a server, with its address."""
+    if isinstance(error, (InputError, RunError)):
+        return str(error)
+    if isinstance(error, DAMAGED):
+        return f"damaged record ({error!r})"
+    return f"{where}: {stores.reason(error)}" if where else stores.reason(error)
 
 
-# --- poolnet sync ----------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What `poolnet sync` found of a run, and did."""
-
-    run: str
-    state: str  # training, FINISHED, KILLED, FAILED, or unreadable
-    server: str
-    found: str
-    did: str
-    ok: bool = True
-
-
-def sync(
-    runs: Iterable[str], to: str | None, dry_run: bool, prune: bool, on_bytes: Callable[[int], None] = lambda size: None
-) -> Iterator[Row]:
-    """Publish what is outstanding of these runs, or of all, each to its own server or to another."""
-    to = to and addresses.absolute(to, Path.cwd())
-    for name in runs or journal.names():
-        try:
-            run = _found(name)
-        except InputError as error:
-            yield Row(name, "unreadable", "", str(error), "nothing", ok=False)
-            continue
-        if run.is_training():
-            yield Row(run.name, "training", "", "its own process publishes it", "nothing")
-            continue
-        yield _dry(run, to, prune) if dry_run else _synced(run, to, prune, on_bytes)
-
-
-def check_input(runs: Iterable[str], to: str | None) -> None:
-    """Refuse names that no run has, and an address that is none."""
-    for name in runs:
-        _found(name)
-    if to:
-        addresses.check(to, "--to")
-
-
-def _found(name: str) -> Journal:
+def find(name: str) -> Journal:
+    """The run of that name or MLflow run id."""
     run = journal.find(name)
     if not run:
         raise InputError(f"{name}: no such run in {journal.folder()}")
     return run
 
 
-def outstanding_bytes(runs: Iterable[str], to: str | None) -> int:
-    """The size of the files that `sync` would upload, as far as is known before it looks."""
-    total = 0
-    for name in runs or journal.names():
-        with contextlib.suppress(InputError):
-            run = _found(name)
-            total += Publication(run, to or stores.home_of(run)).outstanding_bytes()
-    return total
+# --- poolnet sync ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Row:
+    """What `poolnet sync` found of a run, and did."""
+
+    run: str
+    state: str = "unreadable"  # or training, FINISHED, KILLED, FAILED, removed
+    server: str = ""
+    found: str = ""
+    did: str = "nothing"
+    ok: bool = True
+
+
+def sync(name: str, to: str | None = None, dry_run: bool = False, prune: bool = False) -> Row:
+    """Publish what is outstanding of a run, to its own server or to another. Whatever goes wrong is in the row."""
+    row = Row(name)
+    try:
+        run = find(name)
+        row.run = run.name
+        if run.is_training():
+            row.state, row.found = "training", "its own process publishes it"
+        elif dry_run:
+            _look(row, run, to, prune)
+        else:
+            with files.locked(run.folder / "publish.lock", LOCK_SECONDS):
+                _publish(row, run, to, prune)
+            if row.did.endswith("checked"):
+                _remove(row, run)
+    except Exception as error:  # of a damaged record, a server, or the way to it: it is said, and the others go on
+        row.state = "unreadable" if isinstance(error, DAMAGED) and not row.server else row.state
+        row.did, row.ok = said(error), False
+    return row
+
+
+def check_input(runs: Iterable[str], to: str | None) -> None:
+    """Refuse names that no run has, and an address that is none."""
+    for name in runs:
+        if not (journal.folder() / name / "record.json").exists():  # else its row says whether it can be read
+            find(name)
+    if to:
+        addresses.check(to, "--to")
 
 
 def table(rows: list[Row]) -> str:
@@ -99,152 +98,158 @@ def table(rows: list[Row]) -> str:
     return "\n".join(aligned(lines))
 
 
-def _outstanding(publication: Publication) -> str:
-    """What is outstanding, in words."""
-    return (", ".join(publication.outstanding()) or "nothing") if publication.held["run_id"] else "everything"
+def _open(row: Row, run: Journal, to: str | None) -> Publication:
+    row.state = (run.ended() or {"status": "KILLED"})["status"]
+    publication = Publication(run, addresses.absolute(to, Path.cwd()) if to else stores.home_of(run))
+    row.server = publication.key
+    return publication
 
 
-def _dry(run: Journal, to: str | None, prune: bool) -> Row:
-    publication = Publication(run, to or stores.home_of(run))
-    state = (run.ended() or {"status": "KILLED"})["status"]
+def _look(row: Row, run: Journal, to: str | None, prune: bool) -> None:
+    publication = _open(row, run, to)
+    left = lacking(publication)
+    row.found = _listed(left)
     otherwise = f"would {'check and remove it' if prune and run.finished else 'do nothing'}"
-    would = "would publish it" if publication.outstanding() else otherwise
-    return Row(run.name, state, publication.key, _outstanding(publication), would)
+    row.did = "would publish it" if left else otherwise
 
 
-def _synced(run: Journal, to: str | None, prune: bool, on_bytes: Callable[[int], None]) -> Row:
-    mark_if_dead(run)
-    state = (run.ended() or {"status": "training"})["status"]
-    with FileLock(run.folder / "publish.lock"):  # of two at once, the second finds that there is nothing to do
-        publication = Publication(run, to or stores.home_of(run), on_bytes=on_bytes)
-        found, did = _outstanding(publication), "nothing"
-        if publication.outstanding():
-            error = _publish(publication)
-            if error:
-                return Row(run.name, state, publication.key, found, error, ok=False)
-            did = "published"
-            if not run.finished:
-                did += f"; go on with: {journal.resume_command(run.name)}"
-        if not prune:
-            return Row(run.name, state, publication.key, found, did)
-        if not run.finished:
-            return Row(run.name, state, publication.key, found, f"kept: {journal.resume_command(run.name)} needs it")
-        try:
-            left = missing(publication)
-        except Exception as error:  # as above
-            left = [stores.reason(error)]
+def _publish(row: Row, run: Journal, to: str | None, prune: bool) -> None:
+    if not (run.folder / "record.json").exists():
+        row.state, row.found = "removed", "another process has pruned it"
+        return
+    run.mark_if_dead()
+    publication = _open(row, run, to)
+    left = lacking(publication)
+    row.found = _listed(left)
     if left:
-        return Row(run.name, state, publication.key, found, f"kept: {'; '.join(left)}", ok=False)
-    shutil.rmtree(run.folder)
-    did = "checked, removed" if did == "nothing" else f"{did}, checked, removed"
-    return Row(run.name, state, publication.key, found, did)
+        publication.forget(left)
+        publication.advance()
+        row.did = "published"
+        if not run.finished:
+            row.did += f"; go on with: {journal.resume_command(run.name)}"
+    if prune and not run.finished:
+        row.did = f"kept: {journal.resume_command(run.name)} needs it"
+    elif prune and (left := lacking(publication, every_byte=True)):
+        publication.forget(left)
+        row.did, row.ok = f"kept: {_listed(left)}; to publish that again: poolnet sync {run.name}", False
+    elif prune:
+        row.did = "published, checked" if row.did == "published" else "checked"
 
 
-def _publish(publication: Publication, attempts: int = 2) -> str:
-    """Publish the rest. Returns what stood in the way, if anything."""
-    for attempt in range(attempts):
-        try:
-            publication.advance()
-            return ""
-        except Exception as error:  # whatever a server, or the way to it, may raise: it is said
-            problem = stores.reason(error)
-            if is_final(error) or "refused" in problem:
-                break
-            if attempt + 1 < attempts:
-                time.sleep(1)
-    return problem
+def _remove(row: Row, run: Journal) -> None:
+    """Out of sight at once, so that a kill leaves no half of a run; then piece by piece, with what a kill has left."""
+    gone = home() / "pruned"
+    gone.mkdir(exist_ok=True)
+    run.folder.rename(gone / run.name)
+    shutil.rmtree(gone, ignore_errors=True)
+    row.did += ", removed"
 
 
-def missing(publication: Publication) -> list[str]:
-    """What a finished run's folder holds and the server does not, everything fetched and compared."""
-    run, client, found = publication.run, publication.client, publication.find()
-    if not found or found.info.lifecycle_stage == "deleted":
-        return ["the run"]
-    wrong = [] if found.info.status == "FINISHED" else ["the status"]
-    for name, value in run.record["config"].items():
-        if not agrees(found.data.params.get(name, ""), value):
-            wrong.append(f"param {name}")
-    expected = {(m.key, m.step, m.timestamp, m.value) for record in run.metrics() for m in as_metrics(record)}
-    for name in {key for key, *_ in expected}:
-        history = client.get_metric_history(found.info.run_id, name)
-        if {(m.key, m.step, m.timestamp, m.value) for m in history} != {m for m in expected if m[0] == name}:
-            wrong.append(f"metric {name}")
-    digests = {entry.dataset.digest for entry in found.inputs.dataset_inputs}
-    wrong += [f"dataset {s['name']}" for s in run.record["data"]["splits"] if s["sha256"][:32] not in digests]
-    for name in FILES:
-        wrong += [
-            f"artifact {path.name}"
-            for path, folder in publication.files(name)
-            if not _same(client, found.info.run_id, path, folder)
-        ]
-    model = registry.logged(client, found)
-    if not model or model.status != LoggedModelStatus.READY:
-        wrong.append("the model")
-    elif run.record["config"]["register"] and not registry.version_of(client, found.info.run_id, model.model_id):
-        wrong.append("the model version")
-    return wrong
+# --- what a server lacks ---------------------------------------------------------------------------------------------
 
 
-def _same(client: MlflowClient, run_id: str, path: Path, folder: str | None) -> bool:
-    if not path.exists():  # git.diff of a clean checkout
+def lacking(publication: Publication, every_byte: bool = False) -> dict[str, list[str]]:
+    """What the journal has and the server has not, by step of the publication, in words.
+
+    What is not published yet goes by what is remembered, the rest by what the server lists; with `every_byte`, by what
+    it gives back. A handful of calls.
+    """
+    steps = (*publication.steps(), "metrics", "status")
+    found = publication.find()
+    if not found:
+        return {step: ["everything"] for step in steps}
+    left = {step: [step] for step in publication.outstanding()}
+    with stores.as_environment(publication.uri):
+        model = registry.logged(publication.client, found) if "model" in steps else None
+        missing = {step: _lacks(publication, found, model, step, every_byte) for step in steps if step not in left}
+    left |= {step: words for step, words in missing.items() if words}
+    if "model" in left:  # and with it what is said of it
+        left |= {step: left.get(step, []) for step in ("scores", "version", "summary") if step in steps}
+    return left
+
+
+def _listed(left: dict[str, list[str]]) -> str:
+    return ", ".join(dict.fromkeys(word for words in left.values() for word in words)) or "nothing"
+
+
+def _lacks(publication: Publication, found: Run, model: LoggedModel | None, step: str, every_byte: bool) -> list[str]:
+    """What of a step the server has not, in words."""
+    run, client = publication.run, publication.client
+    match step:
+        case "start":
+            params, config = found.data.params, run.record["config"]
+            return [f"param {name}" for name, value in config.items() if not agrees(params.get(name, ""), value)]
+        case "inputs":
+            digests = {entry.dataset.digest for entry in found.inputs.dataset_inputs}
+            splits = run.record["data"]["splits"]
+            return [f"dataset {split['name']}" for split in splits if split["sha256"][:32] not in digests]
+        case "model":
+            return (
+                [] if model and _has_files(client, model) and not (every_byte and _differs(run, model)) else ["model"]
+            )
+        case "scores":
+            return [] if model and {metric.key for metric in model.metrics or ()} else ["scores of the model"]
+        case "version":
+            has_version = model and registry.version_of(client, found.info.run_id, model.model_id)
+            return [] if has_version else ["version of the model"]
+        case "summary":
+            return [] if found.data.tags.get("mlflow.note.content") else ["description"]
+        case "metrics":
+            return _lacks_metrics(client, run, found, every_byte)
+        case "status":
+            return ["status"] if run.ended() and run.ended()["status"] != found.info.status else []
+        case _:
+            return _lacks_files(client, found.info.run_id, publication.files(step), every_byte)
+
+
+def _has_files(client: MlflowClient, model: LoggedModel) -> bool:
+    return model.status == LoggedModelStatus.READY and bool(client.list_logged_model_artifacts(model.model_id))
+
+
+def _differs(run: Journal, model: LoggedModel) -> bool:
+    """Whether the weights of a model, as it is loaded, are not those of the run."""
+    try:
+        net = registry.load(f"models:/{model.model_id}").net
+    except (InputError, MlflowException, OSError):
         return True
-    with tempfile.TemporaryDirectory() as scratch:
+    expected = {name: array for name, array in (run.load_tensors("model") or {}).items() if name != "example"}
+    weights = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    return weights.keys() != expected.keys() or any(
+        weights[name].tobytes() != array.tobytes() for name, array in expected.items()
+    )
+
+
+def _lacks_metrics(client: MlflowClient, run: Journal, found: Run, every_value: bool) -> list[str]:
+    """Of the metrics the names; by the last value of each, or by all of them."""
+    expected: dict[str, list] = {}
+    for record in sorted(run.metrics(), key=lambda record: record["step"]):
+        for metric in as_metrics(record):
+            expected.setdefault(metric.key, []).append((metric.step, metric.timestamp, metric.value))
+    wrong = [name for name, values in expected.items() if found.data.metrics.get(name) != values[-1][2]]
+    for name in expected if every_value else ():
+        history = client.get_metric_history(found.info.run_id, name)
+        if {(metric.step, metric.timestamp, metric.value) for metric in history} != set(expected[name]):
+            wrong.append(name)
+    return [f"metric {name}" for name in dict.fromkeys(wrong)]
+
+
+def _lacks_files(
+    client: MlflowClient, run_id: str, paths: list[tuple[Path, str | None]], every_byte: bool
+) -> list[str]:
+    """Of the files the names; by their sizes, or by what they hold."""
+    listed = {file.path: file.file_size for _, folder in paths[:1] for file in client.list_artifacts(run_id, folder)}
+    missing = []
+    for path, folder in paths:
         name = f"{folder}/{path.name}" if folder else path.name
+        same = name in listed and listed[name] in (None, path.stat().st_size)
+        if not same or (every_byte and not _same(client, run_id, name, path)):
+            missing.append(f"artifact {path.name}")
+    return missing
+
+
+def _same(client: MlflowClient, run_id: str, name: str, path: Path) -> bool:
+    with tempfile.TemporaryDirectory() as scratch:
         try:
-            fetched = Path(client.download_artifacts(run_id, name, scratch))
+            return filecmp.cmp(path, client.download_artifacts(run_id, name, scratch), shallow=False)
         except (MlflowException, OSError):
             return False
-        return filecmp.cmp(path, fetched, shallow=False)
-
-
-# --- runs that are only on the server --------------------------------------------------------------------------------
-
-
-def restore(name: str, timeout: float) -> Journal:
-    """The journal of a run whose folder is gone, from what the server has: all but the state of training.
-
-    Its epochs are trained again, to the same figures; those recorded stay as they are.
-    """
-    from poolnet.train import EpochRecord  # and with it torch
-
-    stores.limit(timeout)
-    uri = addresses.own()
-    where = addresses.shown(uri)
-    nowhere = InputError(f"{name}: no such run, neither in {journal.folder()} nor on {where}")
-    try:
-        if (path := addresses.sqlite_file(uri)) and not path.exists():
-            raise nowhere
-        client = stores.client_of(uri)
-        found = stores.look_up(client, name)
-        if not found:
-            raise nowhere
-        info, tags = found.info, found.data.tags
-        if not journal.is_name(tags.get("poolnet.run", "")):  # somebody's tag, which must not name another folder
-            raise InputError(f"{name}: found no journal's name in the run on {where}, expected a run of poolnet train")
-        if info.status in ("RUNNING", "FINISHED"):
-            state = "is FINISHED" if info.status == "FINISHED" else "is RUNNING, perhaps on another machine, says"
-            raise InputError(
-                f"{name}: its folder is not in {journal.folder()}, and it {state} {where}; start a new run"
-            )
-        fields = {field.name for field in dataclasses.fields(EpochRecord)}
-        steps: dict[int, dict] = {}
-        for key in found.data.metrics:
-            for metric in client.get_metric_history(info.run_id, key):
-                if metric.step == 0 or key in fields:  # and not somebody's own
-                    step = steps.setdefault(metric.step, {"t": metric.timestamp, "step": metric.step, "metrics": {}})
-                    step["metrics"][key] = metric.value
-        with tempfile.TemporaryDirectory() as scratch:
-            record = Path(client.download_artifacts(info.run_id, "record.json", scratch)).read_bytes()
-    except (MlflowException, NoAnswer) as error:
-        raise InputError(
-            f"{name}: its folder is not in {journal.folder()}, and {where} cannot give it back: {stores.reason(error)}"
-        ) from None
-    folder = journal.folder() / tags["poolnet.run"]
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(step) + "\n" for step in sorted(steps.values(), key=lambda step: (step["t"], step["step"]))]
-    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
-    with replacing(folder / "record.json") as part:  # last, since with it the run exists
-        part.write_bytes(record)
-    run = Journal(folder)
-    Publication(run, uri).adopt(info)
-    return run

@@ -5,12 +5,13 @@ and repeated at will: what the server has already is looked up, or is such that 
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import click
@@ -31,31 +32,44 @@ from mlflow.tracking.client import MlflowClient
 from poolnet import addresses, files, journal, parent, registry, stores
 from poolnet.config import InputError, RunError
 from poolnet.journal import Journal
+from poolnet.publisher import Held, published
 
 RANDOM_NAME = re.compile(r"[a-z]+-[a-z]+-\d{1,4}")  # what MLflow calls a run that nobody named
 FILES = ("record.json", "git.diff", "predictions", "figures")
+DEFAULT = "0"  # the id of MLflow's experiment `Default`, on each server
 BATCH = 100  # records in one request, of which MLflow takes 1,000 metrics
 
 
 class Publication:
     """A run on a tracking server: what that holds already, and the way to the rest."""
 
-    def __init__(self, run: Journal, uri: str, carrier: str = "", on_bytes: Callable[[int], None] = lambda size: None):
-        self.run, self.record, self.carrier, self.on_bytes = run, run.record, carrier, on_bytes
+    def __init__(self, run: Journal, uri: str, carrier: str = ""):
+        self.run, self.record, self.carrier = run, run.record, carrier
         self.uri, self.key = uri, addresses.shown(uri)
-        self.held = {"run_id": "", "experiment_id": "", "done": [], "metrics": 0, "status": None, "version": None}
-        self.held |= files.read_json(run.folder / "published.json").get("servers", {}).get(self.key, {})
         self.confirmed = False  # whether the server was seen to have the run
+        self.recall()
 
     @functools.cached_property
     def client(self) -> MlflowClient:
         return stores.client_of(self.uri)
 
+    def recall(self) -> None:
+        """Read what is remembered, to which another process may have added."""
+        self.published = published(self.run)
+        self.held = self.published.servers.get(self.key, Held())
+
     def save(self) -> None:
-        path = self.run.folder / "published.json"
-        servers = files.read_json(path).get("servers", {})
+        self.published.home = self.key
+        self.published.servers[self.key] = self.held
         with contextlib.suppress(OSError):  # of a full disk: what is not remembered is looked up again
-            files.write_json(path, {"home": self.key, "servers": {**servers, self.key: self.held}})
+            files.write_json(self.run.folder / "published.json", dataclasses.asdict(self.published))
+
+    def forget(self, steps: Iterable[str]) -> None:
+        """Publish these again, next time."""
+        self.held.done = [step for step in self.held.done if step not in steps]
+        self.held.metrics = 0 if "metrics" in steps else self.held.metrics
+        self.held.status = None if "status" in steps else self.held.status
+        self.save()
 
     @property
     def complete(self) -> bool:
@@ -64,41 +78,39 @@ class Publication:
 
     def outstanding(self) -> list[str]:
         """What the journal has and the server, as far as is remembered, has not."""
-        left = [step for step in self._steps() if step not in self.held["done"]]
-        if new := len(self.run.metrics()) - self.held["metrics"]:
-            left.append(f"{new} metric record{'s' * (new > 1)}")
-        if self.held["status"] != self.run.ended():
-            left.append("status")
-        return left
+        left = [step for step in self.steps() if step not in self.held.done]
+        left += ["metrics"] * (len(self.run.metrics()) > self.held.metrics)
+        return left + ["status"] * (self.held.status != self.run.ended())
 
-    def outstanding_bytes(self) -> int:
-        files = [path for name in FILES if name not in self.held["done"] for path, _ in self.files(name)]
-        return sum(path.stat().st_size for path in files if path.exists())
+    def advance(self) -> None:
+        """Publish what the journal has by now. Raises what MLflow raises when the server does not take it.
 
-    def advance(self, lean: bool = False) -> None:
-        """Publish what the journal has by now, or, where that must be `lean`, only params, tags and metrics: what the
-        rest imports is a second of the processor. Raises what MLflow raises when the server does not take it."""
+        Only with the run's publish lock.
+        """
+        self.recall()
+        if not self.published.home:
+            self.save()
         with stores.as_environment(self.uri):
-            self._advance(lean)
+            self._advance()
 
-    def _advance(self, lean: bool) -> None:
+    def _advance(self) -> None:
         confirmed, self.confirmed = self.confirmed, False  # until all of this has gone well
-        if not confirmed or self.held["status"]:
+        if not (confirmed and self.held.run_id) or self.held.status:
             self._find_or_create()
-        ended, steps = self.run.ended(), self._steps()  # an end that comes from here on is for the next time
+        ended, steps = self.run.ended(), self.steps()  # an end that comes from here on is for the next time
         for name, publish in steps.items():
-            if name not in self.held["done"] and (name == "start" or not lean):
+            if name not in self.held.done:
                 publish()
-                self.held["done"].append(name)
+                self.held.done.append(name)
                 self.save()
         self._log_metrics()
-        if ended and self.held["status"] != ended and not lean:
-            self.client.set_terminated(self.held["run_id"], ended["status"], ended["t"])
-            self.held["status"] = ended
+        if ended and self.held.status != ended:
+            self.client.set_terminated(self.held.run_id, ended["status"], ended["t"])
+            self.held.status = ended
             self.save()
         self.confirmed = True
 
-    def _steps(self) -> dict[str, Callable[[], None]]:
+    def steps(self) -> dict[str, Callable[[], None]]:
         """What is to be published once, as far as the journal has it by now."""
         files = {name: functools.partial(self._upload, name) for name in FILES}
         steps = {"start": self._log_start, "inputs": self._log_inputs, "record.json": files["record.json"]}
@@ -120,37 +132,43 @@ class Publication:
         a new one. A server that has been emptied since gets everything again."""
         found = self.find()
         if not found:
-            self.held |= {"run_id": "", "done": [], "metrics": 0, "status": None, "version": None}
+            self.held = Held()
             found = self._adopted() or self._search() or self._create()
+            self._refuse_deleted(found.info)
             self.adopt(found.info)
-        if found.info.lifecycle_stage == "deleted":
-            raise RunError(
-                f"run {found.info.run_id} was deleted on {self.key}; restore it there, or sync --to elsewhere"
-            )
-        if self.held["status"] and not self.run.ended():  # it is being trained again
-            self.client.update_run(self.held["run_id"], status="RUNNING")
-            self.held["status"] = None
+        if self.held.status and not self.run.ended():  # it is being trained again
+            self.client.update_run(self.held.run_id, status="RUNNING")
+            self.held.status = None
             self.save()
         self._explain_carrier()
 
     def adopt(self, info: mlflow.entities.RunInfo) -> None:
         """From now on this is the run on the server."""
-        look = stores.page_of(self.uri, info.experiment_id, info.run_id)
-        self.held |= {"run_id": info.run_id, "experiment_id": info.experiment_id, "look": look}
+        self.held.look = stores.page_of(self.uri, info.experiment_id, info.run_id)
+        self.held.run_id, self.held.experiment_id = info.run_id, info.experiment_id
+        if self.is_home and self.record["tracking"]["experiment_id"]:
+            self.published.experiment = self.client.get_experiment(info.experiment_id).name
         self.save()
 
     def _explain_carrier(self) -> None:
         """Say in the run that `mlflow run -P resume=...` made what it is for. (It cannot be deleted: `mlflow run` fails
         when it cannot set its status in the end.)"""
-        if self.carrier and self.carrier != self.held["run_id"]:
+        if self.carrier and self.carrier != self.held.run_id:
             note = f"Made by `mlflow run` to resume {self.run.name}, run {self.held['run_id']}, which holds everything."
             tags = {"mlflow.note.content": note, "mlflow.runName": f"resumes {self.run.name}"}
             self.client.log_batch(self.carrier, tags=[RunTag(*tag) for tag in tags.items()])
         self.carrier = ""
 
     def find(self) -> mlflow.entities.Run | None:
-        """The run on the server, as far as it is known."""
-        return self.get(self.held["run_id"])
+        """The run on the server, as far as it is known. `RunError` if it was deleted there."""
+        found = self.get(self.held.run_id)
+        if found:
+            self._refuse_deleted(found.info)
+        return found
+
+    def _refuse_deleted(self, info: mlflow.entities.RunInfo) -> None:
+        if info.lifecycle_stage == "deleted":
+            raise RunError(f"run {info.run_id} was deleted on {self.key}; restore it there, or sync --to elsewhere")
 
     def get(self, run_id: str) -> mlflow.entities.Run | None:
         try:
@@ -160,20 +178,22 @@ class Publication:
                 return None
             raise
 
+    @property
+    def is_home(self) -> bool:
+        """Whether this is the server that the run was begun on."""
+        return self.key == stores.recorded_home(self.record)
+
     def _adopted(self) -> mlflow.entities.Run | None:
-        """The run that `mlflow run` has made for this one, which must not say anything else than the settings."""
-        tracking = self.record["tracking"]
-        adopted = self.get(tracking["run_id"]) if self.key == stores.recorded_home(self.record) else None
-        other = adopted.data.tags.get("poolnet.run", self.run.name) if adopted else self.run.name
-        if other != self.run.name:
-            raise Refused(f"run {adopted.info.run_id}: found the record of {other} in it; unset MLFLOW_RUN_ID")
-        for name, value in self.record["config"].items() if adopted else ():
-            raw = adopted.data.params.get(name)
-            if raw is not None and not agrees(raw, value):
-                raise Refused(
-                    f"run {adopted.info.run_id}: {name}: found {raw} in its record, expected {value}; start a new run"
-                )
-        return adopted
+        """The run that `mlflow run` has made for this one, unless it is another's.
+
+        `Refused` as long as the environment says that it is this one's.
+        """
+        run_id = self.record["tracking"]["run_id"]
+        found = self.get(run_id) if self.is_home else None
+        wrong = _contradiction(found, self.run) if found else ""
+        if wrong and os.environ.get("MLFLOW_RUN_ID") == run_id:
+            raise Refused(f"run {run_id}: {wrong}; unset MLFLOW_RUN_ID, then: poolnet sync {self.run.name}")
+        return None if wrong else found
 
     def _search(self) -> mlflow.entities.Run | None:
         query = f"tags.`poolnet.run` = '{self.run.name}'"
@@ -190,14 +210,30 @@ class Publication:
         return f"{self.run.stem} again" if self.record.get("reproduces") else self.run.stem
 
     def _experiment(self) -> str:
-        tracking = self.record["tracking"]
-        if tracking["experiment_id"] and self.key == stores.recorded_home(self.record):
-            return tracking["experiment_id"]
-        return stores.experiment(self.client, tracking["experiment_name"])
+        """The id on this server of the experiment that the run was begun in."""
+        told = self.record["tracking"]
+        if self.is_home and told["experiment_id"] and not self.published.experiment:
+            return told["experiment_id"]
+        return stores.experiment(self.client, self._experiment_name())
+
+    def _experiment_name(self) -> str:
+        told = self.record["tracking"]
+        if self.published.experiment or told["experiment_id"] in ("", DEFAULT):
+            return self.published.experiment or told["experiment_name"]
+        home = stores.recorded_home(self.record)
+        try:
+            return MlflowClient(home).get_experiment(told["experiment_id"]).name
+        except MlflowException as error:
+            if name := os.environ.get("MLFLOW_EXPERIMENT_NAME"):
+                return name
+            raise InputError(
+                f"experiment {told['experiment_id']} of {home}: its name cannot be asked ({stores.reason(error)}); "
+                f"set MLFLOW_EXPERIMENT_NAME, then: poolnet sync {self.run.name} --to {self.key}"
+            ) from None
 
     def _log_start(self) -> None:
         """Params and tags. An adopted run keeps the params it has, in the words they were typed in."""
-        run_id = self.held["run_id"]
+        run_id = self.held.run_id
         present = self.client.get_run(run_id)
         known, name = present.data.params, present.info.run_name
         params = [Param(key, str(value)) for key, value in self.record["config"].items() if key not in known]
@@ -209,7 +245,7 @@ class Publication:
         }
         if sweep := self.record.get("sweep"):
             tags["poolnet.sweep"] = sweep
-            tags["mlflow.parentRunId"] = parent.find_or_create(self.client, self.held["experiment_id"], sweep)
+            tags["mlflow.parentRunId"] = parent.find_or_create(self.client, self.held.experiment_id, sweep)
         if original := self.record.get("reproduces"):
             tags["poolnet.reproduces"] = original
         if self.record["code"]["commit"]:
@@ -219,38 +255,35 @@ class Publication:
         self.client.log_batch(run_id, params=params, tags=[RunTag(*tag) for tag in tags.items()])
 
     def _log_inputs(self) -> None:
-        self.client.log_inputs(self.held["run_id"], list(datasets(self.record["data"]).values()))
+        self.client.log_inputs(self.held.run_id, list(datasets(self.record["data"]).values()))
 
     # --- what grows --------------------------------------------------------------------------------------------------
 
     def _log_metrics(self) -> None:
         """The records that the server does not have, with the journal's times, so that a repetition is no addition."""
         records = self.run.metrics()
-        new = records[self.held["metrics"] :]
+        new = records[self.held.metrics :]
         if new:
             with (self.run.folder / "metrics.jsonl").open("ab") as file:
                 os.fsync(file.fileno())  # what is published must not be lost here, or its steps come twice
         for start in range(0, len(new), BATCH):
             metrics = [metric for record in new[start : start + BATCH] for metric in as_metrics(record)]
-            self.client.log_batch(self.held["run_id"], metrics=metrics)
+            self.client.log_batch(self.held.run_id, metrics=metrics)
         if new:
-            self.held["metrics"] = len(records)
+            self.held.metrics = len(records)
             self.save()
 
     def _upload(self, name: str) -> None:
         """A file, or the files of a folder."""
-        if name == "predictions":
-            self.run.check_results()
         for path, folder in self.files(name):
-            self.client.log_artifact(self.held["run_id"], str(path), folder)
-            self.on_bytes(path.stat().st_size)
+            self.client.log_artifact(self.held.run_id, str(path), folder)
 
     def files(self, name: str) -> list[tuple[Path, str | None]]:
         """The files of an artifact, and the folder that they belong to on the server."""
         path = self.run.folder / name
         if path.is_dir():
             return [(file, name) for file in sorted(path.iterdir()) if not file.name.startswith(".")]
-        return [(path, None)]
+        return [(path, None)] if path.exists() else []
 
     # --- the model ---------------------------------------------------------------------------------------------------
 
@@ -259,18 +292,18 @@ class Publication:
         if not arrays:
             again = journal.resume_command(self.run.name)
             raise RunError(f"{self.run.folder / 'model.safetensors'}: damaged; made again by: {again}")
-        found = self.client.get_run(self.held["run_id"])
-        self.held["model_id"] = registry.log(self.client, found, self.record["config"], arrays)
+        found = self.client.get_run(self.held.run_id)
+        self.held.model_id = registry.log(self.client, found, self.record["config"], arrays)
 
     def _log_scores(self) -> None:
         """The scores again, as those of the model, so that its own page shows them: the last epoch's, and test's."""
         records = {record["step"]: record for record in self.run.metrics()}
-        about = {"model_id": self.held["model_id"], "run_id": self.held["run_id"]}
+        about = {"model_id": self.held.model_id, "run_id": self.held.run_id}
         test = next(split for split in self.record["data"]["splits"] if split["name"] == "test")
         on_test = {"dataset_name": self.record["data"]["name"], "dataset_digest": test["sha256"][:32]}
         metrics = as_metrics(records[max(records)], **about)
         metrics += [metric for metric in as_metrics(records[0], **about, **on_test) if metric.key.startswith("test_")]
-        self.client.log_batch(self.held["run_id"], metrics=metrics)
+        self.client.log_batch(self.held.run_id, metrics=metrics)
 
     def _register(self) -> None:
         records, config = self.run.by_step(), self.record["config"]
@@ -281,13 +314,13 @@ class Publication:
             "test_acc": repr(records[0]["test_acc"]),
             "data_sha256": self.record["data"]["sha256"],
         }
-        self.held["version"] = registry.register(self.client, self.held["run_id"], self.held["model_id"], tags)
+        self.held.version = registry.register(self.client, self.held.run_id, self.held.model_id, tags)
 
     def _describe(self) -> None:
         from poolnet import summary  # and with it torch, which the first metrics need not wait for
 
-        text = summary.of_run(self.run, self.held["version"])
-        self.client.set_tag(self.held["run_id"], "mlflow.note.content", text)
+        text = summary.of_run(self.run, self.held.version)
+        self.client.set_tag(self.held.run_id, "mlflow.note.content", text)
 
 
 def datasets(data: dict) -> dict[str, DatasetInput]:
@@ -307,6 +340,18 @@ def datasets(data: dict) -> dict[str, DatasetInput]:
 
 class Refused(InputError):
     """What the server says of a run contradicts it: nothing that could be tried again."""
+
+
+def _contradiction(found: mlflow.entities.Run, run: Journal) -> str:
+    """In what a run on a server cannot be this one; empty if it can."""
+    other = found.data.tags.get("poolnet.run")
+    if other != run.name and (other or found.info.lifecycle_stage == "deleted"):
+        return f"found the record of {other} in it" if other else "was deleted"
+    for name, value in run.record["config"].items():
+        raw = found.data.params.get(name)
+        if raw is not None and not agrees(raw, value):
+            return f"{name}: found {raw} in its record, expected {value}"
+    return ""
 
 
 def as_metrics(record: dict, **about: str) -> list[Metric]:

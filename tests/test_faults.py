@@ -81,12 +81,15 @@ def fingerprint(run):
 
 @posix
 def test_runs_that_are_killed_end_as_if_nothing_had_happened():
-    sizes = {"kills": 1, "server-runs": 0, "overhead-runs": 0, "at-once": 0, "images": 1_000, "epochs": 100}
+    sizes = {"kills": 1, "sync-kills": 2, "images": 1_000, "epochs": 100}
+    sizes |= {"server-runs": 0, "overhead-runs": 0, "at-once": 0}
     options = [f"--{name}={size}" for name, size in sizes.items()]
     command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), *options, "--json"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert finished.returncode == 0, finished.stderr
-    assert json.loads(finished.stdout)["kills"]["identical"] == 1
+    found = json.loads(finished.stdout)
+    assert found["kills"]["identical"] == 1
+    assert found["sync kills"]["complete"] == 2
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------
@@ -258,7 +261,7 @@ def test_a_server_in_trouble_costs_no_run(letters, troubled, monkeypatch):
     assert f"poolnet sync {name}" in finished.stderr
     for status in (401, 429, 500, "hang"):
         troubled.trouble = status
-        (row,) = sync.sync([name], to=None, dry_run=False, prune=False)
+        row = sync.sync(name)
         assert (row.ok, row.state) == (False, "FINISHED")
         assert ("timed out" if status == "hang" else str(status)) in row.did
     troubled.trouble = None

@@ -1,7 +1,12 @@
 """Catching up with servers, and going on with runs, as a user types it."""
 
+import contextlib
 import json
+import os
+import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -12,10 +17,12 @@ import numpy as np
 import pytest
 from conftest import make_arrays, poolnet
 from test_cli import assert_refused, run
+from test_faults import wait_for
 from test_project import mlflow_run
 from test_tracking import CONFIG, journaled, publish
 
 from poolnet import files, job, journal, linear, signals, stores, sync
+from poolnet.publisher import published
 from poolnet.tracking import Publication
 
 pytestmark = pytest.mark.usefixtures("letters")
@@ -72,7 +79,8 @@ def test_nothing_to_publish_is_said(capsys):
 
 def test_a_run_of_a_newer_poolnet_does_not_keep_the_others_from_the_server(capsys):
     old, new = journaled(), journaled()
-    files.write_json(new.folder / "record.json", new.record | {"format": 9})
+    record = json.loads((new.folder / "record.json").read_text())
+    files.write_json(new.folder / "record.json", {**files.unsealed(record), "format": 9})
     code, out, _ = run(capsys, "sync")
     assert code == 3
     assert "found journal format 9, expected at most 1; update poolnet" in out
@@ -83,17 +91,50 @@ def test_a_run_of_a_newer_poolnet_does_not_keep_the_others_from_the_server(capsy
 
 def test_two_at_once_publish_everything_once():
     finished = journaled(CONFIG.__class__(data="letters.npz", epochs=2))
-    Publication(finished, stores.home_of(finished)).save()
     rows = []
-    two = [threading.Thread(target=lambda: rows.extend(synced())) for _ in range(2)]
+    two = [threading.Thread(target=lambda: rows.append(sync.sync(finished.name))) for _ in range(2)]
     for thread in two:
         thread.start()
     for thread in two:
         thread.join()
-    assert sorted(row["did"] for row in rows) == ["nothing", "published"]
+    published, second = sorted(rows, key=lambda row: row.did != "published")
+    assert (published.state, published.found, published.did, published.ok) == (
+        "FINISHED",
+        "everything",
+        "published",
+        True,
+    )
+    # the second finds everything there, or says who was faster, if that one took long
+    assert (second.state, second.found, second.did) == ("FINISHED", "nothing", "nothing") or "held by" in second.did
     client = mlflow.MlflowClient()
     assert len(client.search_runs(["0"])) == 1
     assert len(client.search_model_versions()) == 1
+
+
+def test_who_holds_a_run_for_long_is_named_and_the_others_are_published(monkeypatch):
+    busy, free = journaled(), journaled()
+    monkeypatch.setattr(sync, "LOCK_SECONDS", 0.2)
+    with files.locked(busy.folder / "publish.lock"):
+        rows = [sync.sync(run.name) for run in (busy, free)]
+        assert re.search(rf"publish.lock: held by process {os.getpid()} .*; wait for it, or end it", rows[0].did)
+    assert [row.ok for row in rows] == [False, True]
+    assert rows[1].did == "published"
+
+
+def test_a_run_beside_a_running_sweep_is_published_without_waiting_for_its_end():
+    """The process that publishes a sweep lets go of each run between two looks."""
+    finished, left = journaled(), interrupted()
+    command = [sys.executable, "-m", "poolnet", "sync", "--follow"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as follower, left.training():
+        for run in (left, finished):
+            follower.stdin.write(f"{run.name} \n")
+            follower.stdin.flush()
+        wait_for(lambda: published(finished).servers)
+        assert [row["did"] for row in synced(left.name)] == ["nothing"]
+        wait_for(lambda: Publication(finished, stores.home_of(finished)).complete, 120)
+        assert [row["did"] for row in synced(finished.name)] == ["nothing"]
+        assert follower.poll() is None
+        follower.kill()
 
 
 @pytest.mark.parametrize("lost", ["all", "run_id", "version", "model"])
@@ -104,12 +145,13 @@ def test_what_is_not_remembered_is_found_and_not_made_again(lost):
     published = files.read_json(path)
     (held,) = published["servers"].values()
     if lost == "all":
-        published = {}
+        path.unlink()
     elif lost == "run_id":
         held["run_id"] = ""
     else:
         held["done"].remove(lost)
-    files.write_json(path, published)
+    if lost != "all":
+        files.write_json(path, published)
     again = publish(finished)
     assert again.to_dictionary() == first.to_dictionary()
     client = mlflow.MlflowClient()
@@ -122,7 +164,7 @@ def test_what_is_not_remembered_is_found_and_not_made_again(lost):
 def test_a_run_that_was_deleted_on_the_server_is_not_made_again(capsys):
     finished = journaled()
     mlflow.MlflowClient().delete_run(publish(finished).info.run_id)
-    (finished.folder / "published.json").write_text("{}")
+    (finished.folder / "published.json").unlink()
     code, out, _ = run(capsys, "sync")
     assert code == 3
     assert "was deleted on" in out
@@ -130,7 +172,7 @@ def test_a_run_that_was_deleted_on_the_server_is_not_made_again(capsys):
 
 def test_prune_removes_only_what_the_server_holds_completely(capsys):
     whole, damaged, killed = journaled(), journaled(), interrupted()
-    rows = list(sync.sync([], to=None, dry_run=True, prune=True))
+    rows = [sync.sync(name, dry_run=True, prune=True) for name in journal.names()]
     assert [row.did for row in rows] == ["would publish it"] * 3
     publish(whole)
     run_id = publish(damaged).info.run_id
@@ -138,9 +180,11 @@ def test_prune_removes_only_what_the_server_holds_completely(capsys):
     artifact.write_bytes(artifact.read_bytes()[:-1] + b"!")
     rows = {row["run"]: row for row in synced("--prune", code=3)}
     assert rows[whole.name]["did"] == "checked, removed"
-    assert rows[damaged.name]["did"] == "kept: artifact test.npz"
+    assert rows[damaged.name]["did"] == f"kept: artifact test.npz; to publish that again: poolnet sync {damaged.name}"
     assert "poolnet train --resume" in rows[killed.name]["did"]
     assert journal.names() == [damaged.name, killed.name]
+    assert [row["did"] for row in synced(damaged.name, "--prune")] == ["published, checked, removed"]
+    assert not (journal.folder() / damaged.name).exists()
 
 
 # --- resume ---------------------------------------------------------------------------------------------------------
@@ -149,12 +193,13 @@ def test_prune_removes_only_what_the_server_holds_completely(capsys):
 def test_resume_goes_on_in_the_same_run_and_ends_as_if_nothing_had_happened(capsys):
     left, calm = interrupted(), publish(journaled())
     publish_killed = Publication(left, stores.home_of(left))
-    sync.mark_if_dead(left)
+    left.mark_if_dead()
     publish_killed.advance()
-    run_id = publish_killed.held["run_id"]
+    run_id = publish_killed.held.run_id
     code, out, err = run(capsys, "train", "--resume", run_id)  # the id that the UI shows is good as well
     assert (code, err) == (0, "")
-    assert "Epoch 01" in out
+    assert f"Resuming {left.name} after epoch 1 of 2" in out
+    assert re.findall(r"^Epoch (\d\d)", out, re.MULTILINE) == ["02"]
     found = mlflow.get_run(run_id)
     assert found.info.status == "FINISHED"
     for name in set(calm.data.metrics) - {"epoch_seconds", "examples_per_second"}:
@@ -194,7 +239,7 @@ def test_options_that_contradict_the_record_are_refused_naming_both(capsys):
 
 def test_other_data_under_the_same_name_are_refused(capsys, tmp_path):
     left = interrupted()
-    sync.mark_if_dead(left)
+    left.mark_if_dead()
     np.savez(tmp_path / "letters.npz", **make_arrays(seed=5))
     code, _, err = run(capsys, "train", "--resume", left.name)
     assert_refused(code, err, "letters.npz: found SHA-256", "in the record of", "put the data set back")
@@ -203,7 +248,7 @@ def test_other_data_under_the_same_name_are_refused(capsys, tmp_path):
 
 def test_a_run_that_nobody_knows_is_refused(capsys):
     code, _, err = run(capsys, "train", "--resume", "max-seed42-00000000")
-    assert_refused(code, err, "max-seed42-00000000: no such run in", "if its folder is gone, train it anew")
+    assert_refused(code, err, "max-seed42-00000000: no such run in", "train it anew with the command")
 
 
 def test_mlflow_run_resumes_in_the_run_that_was_begun():
@@ -236,11 +281,145 @@ def test_a_finished_run_with_a_damaged_model_is_made_whole_by_resuming_it(capsys
     assert "Model: models:/m-" in out
 
 
-def test_a_publisher_that_is_killed_is_made_up_for(letters):
+@pytest.mark.parametrize("moment", ["run", "metrics", "model"])
+def test_a_publisher_that_is_killed_is_made_up_for(moment):
     command = [sys.executable, "-m", "poolnet", "sync", "--follow"]
     finished = journaled()
+    begun = {
+        "run": lambda held: held.run_id,
+        "metrics": lambda held: held.metrics,
+        "model": lambda held: "model" in held.done,
+    }
     with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as first:
         first.stdin.write(f"{finished.name} \n")
         first.stdin.flush()
+        wait_for(lambda: begun[moment](next(iter(published(finished).servers.values()))), 120)
         first.kill()
-    assert [row["did"] for row in synced()] == ["published"]
+    (row,) = synced()
+    assert row["did"] in ("published", "nothing")  # by the one or by the other
+    assert lacks_nothing(finished)
+    assert len(mlflow.MlflowClient().search_runs(["0"])) == 1
+
+
+def lacks_nothing(run):
+    publication = Publication(run, stores.home_of(run))
+    return not sync.lacking(publication, every_byte=True)
+
+
+# --- each run by itself ----------------------------------------------------------------------------------------------
+
+BAD = {  # a file of a run, and what it holds all of a sudden
+    "format in quotes": ("record.json", {"format": "1"}),
+    "record of nothing": ("record.json", {"format": 1}),
+    "record of another form": ("record.json", {"format": 1, "config": [], "data": 3, "tracking": None}),
+    "end without status": ("end.json", {"t": 1}),
+    "servers in a list": ("published.json", {"servers": []}),
+    "server of a number": ("published.json", {"servers": {"x": 1}}),
+    "home of a number": ("published.json", {"home": 5, "servers": {}}),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_damaged_run_among_good_ones_is_named_and_the_others_are_published(capsys, kind):
+    bad, good = journaled(), journaled()
+    name, content = BAD[kind]
+    (bad.folder / name).write_text(json.dumps(content))
+    for options in (["--dry-run"], [], ["--prune"]):
+        code, out, err = run(capsys, "sync", *options)
+        assert err == ""
+        line = next(line for line in out.splitlines() if line.startswith(bad.name))
+        if name == "end.json":  # or as if its process had died
+            assert code == 3 or re.search(r" KILLED .*go on with|needs it|would publish", line)
+        else:
+            assert code == 3
+            assert line.split()[1] == "unreadable"
+            assert str(bad.folder) in line or "damaged record" in line
+    assert journal.names() == [bad.name]
+    (found,) = mlflow.MlflowClient().search_runs(["0"], f"tags.`poolnet.run` = '{good.name}'")
+    assert found.info.status == "FINISHED"
+
+
+def test_a_run_that_cannot_be_published_does_not_keep_the_follower_from_those_behind_it():
+    deleted, damaged, good = journaled(), journaled(), journaled()
+    mlflow.MlflowClient().delete_run(publish(deleted).info.run_id)
+    deleted.end("FINISHED")
+    (damaged.folder / "published.json").write_text('{"servers": []}')
+    command = [sys.executable, "-m", "poolnet", "sync", "--follow", "--drain-timeout", "10"]
+    names = "".join(f"{run.name} \n" for run in (deleted, damaged, good))
+    finished = subprocess.run(command, input=names, capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 3, finished.stderr
+    assert "was deleted on" in finished.stderr
+    assert f"published.json: damaged; remove it, then: poolnet sync {damaged.name}" in finished.stderr
+    assert Publication(good, stores.home_of(good)).complete
+
+
+# --- what a server has lost ------------------------------------------------------------------------------------------
+
+
+def lose(what, client, run):
+    """What an older backup, or a folder that somebody removed, leaves a server without."""
+    artifacts, run_id = Path(run.info.artifact_uri), run.info.run_id
+    (version,) = client.search_model_versions()
+    match what:
+        case "artifact worst_mistakes.png":
+            (artifacts / "figures" / "worst_mistakes.png").unlink()
+        case "artifact test.npz":
+            path = artifacts / "predictions" / "test.npz"
+            path.write_bytes(path.read_bytes()[:100])
+        case "model":  # of which only the files are gone
+            shutil.rmtree(Path(client.get_logged_model(version.source.removeprefix("models:/")).artifact_location))
+        case "version of the model":
+            client.delete_model_version("poolnet", version.version)
+        case "status":
+            client.update_run(run_id, status="RUNNING")
+        case "description":
+            client.set_tag(run_id, "mlflow.note.content", "")
+        case "metric val_loss":
+            with contextlib.closing(sqlite3.connect("mlflow.db")) as database, database:
+                for table in ("metrics", "latest_metrics"):
+                    database.execute(f"DELETE FROM {table} WHERE key = 'val_loss'")
+
+
+def test_what_a_server_has_lost_is_published_again():
+    finished = journaled(CONFIG.__class__(data="letters.npz", epochs=2))
+    first = publish(finished)
+    lost = ["artifact worst_mistakes.png", "artifact test.npz", "status", "description", "metric val_loss"]
+    lost += ["version of the model", "model"]
+    for what in lost:
+        lose(what, mlflow.MlflowClient(), first)
+        assert sync.sync(finished.name, dry_run=True).found == what
+        row = sync.sync(finished.name)
+        assert (row.found, row.did, row.ok) == (what, "published", True)
+        row = sync.sync(finished.name)
+        assert (row.found, row.did) == ("nothing", "nothing")
+        assert lacks_nothing(finished), what
+        assert len(mlflow.MlflowClient().search_runs(["0"])) == len(mlflow.MlflowClient().search_model_versions()) == 1
+
+
+def test_a_store_that_is_lost_or_restored_from_an_older_backup_gets_its_runs_again(tmp_path):
+    store, backup = tmp_path / "mlflow.db", tmp_path / "backup.db"
+    journaled()
+    synced()
+    shutil.copy(store, backup)
+    journaled()
+    assert [row["did"] for row in synced()] == ["nothing", "published"]
+    shutil.copy(backup, store)
+    assert [(row["found"], row["did"]) for row in synced()] == [("nothing", "nothing"), ("everything", "published")]
+    store.unlink()
+    assert [(row["found"], row["did"]) for row in synced()] == [("everything", "published")] * 2
+    assert [row["did"] for row in synced()] == ["nothing"] * 2
+    with contextlib.closing(sqlite3.connect(store)) as database:
+        assert database.execute("SELECT COUNT(*) FROM runs WHERE status = 'FINISHED'").fetchone() == (2,)
+
+
+def test_prune_keeps_a_run_whose_model_cannot_be_loaded_or_has_other_weights():
+    finished = journaled()
+    run_id = publish(finished).info.run_id
+    (model,) = mlflow.MlflowClient().search_logged_models(["0"], f"source_run_id = '{run_id}'")
+    weights = [path for path in Path(model.artifact_location).rglob("*") if path.suffix in (".pt2", ".safetensors")]
+    for path in weights:
+        path.write_bytes(path.read_bytes()[:-100])
+    row = sync.sync(finished.name, prune=True)
+    assert (row.did.partition(";")[0], row.ok) == ("kept: model", False)
+    assert finished.load_tensors("model")
+    assert sync.sync(finished.name, prune=True).did == "published, checked, removed"  # it is there again

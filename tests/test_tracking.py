@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import secrets
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from conftest import make_arrays, poolnet, world
 from PIL import Image
 
-from poolnet import features, job, linear, provenance, stores
+from poolnet import features, job, journal, linear, provenance, publisher, stores, sync
 from poolnet.config import InputError, TrainConfig
 from poolnet.data import open_splits
 from poolnet.tracking import Publication
@@ -208,7 +209,7 @@ def publish(run, uri=None):
     publication = Publication(run, uri or stores.home_of(run))
     publication.advance()
     assert publication.complete
-    return mlflow.MlflowClient(publication.uri).get_run(publication.held["run_id"])
+    return mlflow.MlflowClient(publication.uri).get_run(publication.held.run_id)
 
 
 def adopted(monkeypatch, params, name=None):
@@ -248,16 +249,47 @@ def test_a_run_that_says_something_else_is_refused_untouched(monkeypatch):
 def test_a_stale_run_id_in_the_environment_does_not_mix_two_runs(monkeypatch):
     adopted(monkeypatch, {})
     first = publish(journaled())
+    second = journaled()
     with pytest.raises(InputError, match=f"found the record of {first.data.tags['poolnet.run']} in it"):
-        publish(journaled())
+        publish(second)
+    monkeypatch.delenv("MLFLOW_RUN_ID")
+    assert publish(second).info.run_id != first.info.run_id  # a run of its own
+    assert mlflow.get_run(first.info.run_id).data.tags == first.data.tags
 
 
-def test_the_command_refuses_such_a_run_as_bad_input(monkeypatch, letters):
+def test_a_stale_run_id_is_refused_before_training_and_the_cure_helps(monkeypatch, letters):
+    adopted(monkeypatch, {})
+    first = publish(journaled())
+    monkeypatch.setattr(publisher, "LOOK_SECONDS", 60)  # on a machine that is busy with much else
+    with publisher.Publisher(30) as process, pytest.raises(InputError) as refused:
+        process.refuse_stale()
+    name = first.data.tags["poolnet.run"]
+    assert str(refused.value) == (
+        f"MLFLOW_RUN_ID={first.info.run_id}: found the record of {name} in that run; unset MLFLOW_RUN_ID"
+    )
+    assert journal.names() == [name]
+    monkeypatch.delenv("MLFLOW_RUN_ID")
+    assert poolnet("train", "--data", letters, "--epochs", "2").returncode == 0
+    assert len(mlflow.MlflowClient().search_runs(["0"])) == 2
+
+
+def test_the_command_refuses_such_a_run_as_bad_input_and_sync_publishes_it_once_the_variable_is_gone(
+    monkeypatch, letters
+):
     run_id = adopted(monkeypatch, {"lr": "0.1"})
     finished = poolnet("train", "--data", letters, "--epochs", "2")
     assert finished.returncode == 2
     (line,) = finished.stderr.splitlines()
-    assert line == f"poolnet: error: run {run_id}: lr: found 0.1 in its record, expected 0.001; start a new run"
+    (name,) = journal.names()
+    problem = f"run {run_id}: lr: found 0.1 in its record, expected 0.001"
+    assert line == f"poolnet: error: {problem}; unset MLFLOW_RUN_ID, then: poolnet sync {name}"
+    assert poolnet("sync", name).returncode == 3
+    monkeypatch.delenv("MLFLOW_RUN_ID")
+    synced = poolnet("sync", name)
+    assert synced.returncode == 0, synced.stdout
+    (own,) = mlflow.MlflowClient().search_runs(["0"], f"tags.`poolnet.run` = '{name}'")
+    assert own.info.run_id != run_id
+    assert mlflow.get_run(run_id).data.params == {"lr": "0.1"}
 
 
 def test_without_register_there_is_a_model_but_no_version():
@@ -275,7 +307,7 @@ def test_passwords_do_not_reach_the_screen_or_the_disk(monkeypatch):
         publication = Publication(run, stores.home_of(run))
         assert publication.uri == uri  # as long as the environment has it
         publication.adopt(SimpleNamespace(experiment_id="7", run_id="4f"))
-        assert "http://127.0.0.1:5000/#/experiments/7/runs/4f?" in publication.held["look"]
+        assert "http://127.0.0.1:5000/#/experiments/7/runs/4f?" in publication.held.look
         for path in run.folder.rglob("*"):
             assert path.is_dir() or password.encode() not in path.read_bytes()
 
@@ -292,6 +324,36 @@ def test_runs_go_to_the_experiment_that_the_environment_names(monkeypatch):
     runs = [publish(journaled()) for _ in range(2)]
     experiment = mlflow.MlflowClient().get_experiment_by_name("letters, spring")
     assert [run.info.experiment_id for run in runs] == [experiment.experiment_id] * 2
+
+
+@pytest.mark.parametrize("when", ["published at home first", "never at home"])
+def test_sync_to_another_server_keeps_the_experiment_by_its_name(monkeypatch, tmp_path, when):
+    home, team = mlflow.MlflowClient(), f"sqlite:///{tmp_path / 'team.db'}"
+    shutil.copy(tmp_path / "mlflow.db", tmp_path / "team.db")
+    home.create_experiment("something else")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", home.create_experiment("letters, spring"))
+    run = journaled()
+    if when == "published at home first":
+        publish(run)
+        home.rename_experiment(os.environ["MLFLOW_EXPERIMENT_ID"], "renamed since")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
+    row = sync.sync(run.name, to=team)
+    assert (row.did, row.server) == ("published", team)
+    there = mlflow.MlflowClient(team)
+    experiment = there.get_experiment_by_name("letters, spring")
+    assert len(there.search_runs([experiment.experiment_id])) == 1
+    assert there.search_runs(["0"]) == []
+
+
+def test_an_experiment_whose_name_cannot_be_asked_is_not_taken_for_the_default_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "17")
+    run = journaled()
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
+    row = sync.sync(run.name, to=f"sqlite:///{tmp_path / 'team.db'}")
+    assert row.did.startswith("experiment 17 of sqlite:")
+    assert "set MLFLOW_EXPERIMENT_NAME, then: poolnet sync" in row.did
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "spring")
+    assert sync.sync(run.name, to=f"sqlite:///{tmp_path / 'team.db'}").did == "published"
 
 
 def test_uncommitted_changes_are_kept_with_the_run(tmp_path, monkeypatch):
