@@ -56,7 +56,7 @@ class TrainConfig:
 
 def home() -> Path:
     """The folder of poolnet's local state: `POOLNET_HOME`, or `.poolnet` in the working folder. Made if absent."""
-    path = Path(os.environ.get("POOLNET_HOME") or ".poolnet").absolute()
+    path = expanded(Path(os.environ.get("POOLNET_HOME") or ".poolnet")).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -64,6 +64,14 @@ def home() -> Path:
     if not os.access(path, os.W_OK):
         raise InputError(f"{path}: cannot be written; set POOLNET_HOME elsewhere")
     return path
+
+
+def expanded(path: Path) -> Path:
+    """The path with the user's own folder for `~`, unless something here is called so."""
+    try:
+        return path if Path(*path.parts[:1]).exists() else path.expanduser()
+    except RuntimeError:  # of a user who is not known
+        return path
 
 
 def cores() -> int:
@@ -82,13 +90,19 @@ def progress(*args, **options):
 
 
 def warn(message: str) -> None:
-    click.echo(f"poolnet: warning: {message}", err=True)
+    click.echo(f"poolnet: warning: {printable(message)}", err=True)
 
 
 def failed(error: object, code: int) -> int:
     """Say what went wrong, in one line. Returns the exit code."""
-    click.echo(f"poolnet: error: {' '.join(str(error).split())}", err=True)
+    click.echo(f"poolnet: error: {printable(error)}", err=True)
     return code
+
+
+def printable(text: object) -> str:
+    """On one line, without what a terminal would obey, or cannot show."""
+    line = " ".join(str(text).split())
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
