@@ -4,6 +4,7 @@ Modules that import torch or mlflow are imported inside the commands, so that `p
 """
 
 import dataclasses
+import errno
 import json
 import os
 import shlex
@@ -17,7 +18,8 @@ from click.core import ParameterSource
 
 from poolnet import cli_models, signals
 from poolnet.cli_models import AS_JSON, FILE, SEED, SWITCH, TIMEOUT, asked, points
-from poolnet.config import POOLS, InputError, RunError, TrainConfig, failed, home, progress, warn
+from poolnet.config import POOLS, InputError, RunError, TrainConfig, expanded, failed, home, printable, progress, warn
+from poolnet.files import writable
 
 SETTINGS = {  # of MLflow, in our own processes, where the user has not decided otherwise
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -256,6 +258,13 @@ def compare(
         click.echo(f"{report.table(comparison)}\nLook at it: {look}")
 
 
+def _output(context: click.Context, option: click.Parameter, text: str | None) -> Path | None:
+    """Where to write, looked at before the work begins."""
+    if text == "":
+        raise InputError("--out: found an empty text, expected the .npz to write")
+    return text if text is None else writable(expanded(Path(text)))
+
+
 @cli.group()
 def prepare() -> None:
     """Make a data set: notmnist from its tarballs, or glyphs, letters rendered from fonts."""
@@ -264,24 +273,24 @@ def prepare() -> None:
 @prepare.command()
 @click.option("--large", type=FILE, help="notMNIST_large, a tarball or a folder.")
 @click.option("--small", type=FILE, help="notMNIST_small, a tarball or a folder. Alone it is split 80/10/10.")
-@click.option("--out", type=FILE, help="The .npz to write.  [default: what `--data notmnist` means]")
+@click.option("--out", callback=_output, help="The .npz to write.  [default: what `--data notmnist` means]")
 @click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Seed of the split.")
 def notmnist(large: Path | None, small: Path | None, out: Path | None, seed: int) -> None:
     """Decode, clean and split notMNIST. Without --large and --small, both are downloaded."""
     from poolnet import data, notmnist, npz
 
+    out = out or data.prepared("notmnist")
     arrays, counts = notmnist.prepare(large, small, seed)
     click.echo(notmnist.table(arrays, counts))
-    out = out or data.prepared("notmnist")
     npz.save(out, arrays)
-    click.echo(f"Wrote {out}")
+    click.echo(f"Wrote {printable(out)}")
 
 
 @prepare.command()
 @click.option("--train", type=click.IntRange(min=1), default=60_000, show_default=True, help="Images in train.")
 @click.option("--val", type=click.IntRange(min=1), default=6_000, show_default=True, help="Images in val.")
 @click.option("--test", type=click.IntRange(min=1), default=6_000, show_default=True, help="Images in test.")
-@click.option("--out", type=FILE, required=True, help="The .npz to write.")
+@click.option("--out", callback=_output, required=True, help="The .npz to write.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the rendering.")
 def glyphs(out: Path, seed: int, **sizes: int) -> None:
     """Render letters A to J from the fonts that matplotlib ships, in other sizes than `--data glyphs` does."""
@@ -290,7 +299,7 @@ def glyphs(out: Path, seed: int, **sizes: int) -> None:
     with progress(length=sum(sizes.values()), label="Rendering") as bar:
         arrays = glyphs.render(**sizes, seed=seed, progress=bar.update)
     npz.save(out, arrays)
-    click.echo(f"Wrote {out}")
+    click.echo(f"Wrote {printable(out)}")
 
 
 for command in cli_models.COMMANDS:
@@ -323,8 +332,11 @@ def _run(args: list[str] | None) -> int:
     except RunError as error:
         return failed(error, 1)
     except OSError as error:
-        where = "" if error.filename else f", writing to {tempfile.gettempdir()} or to where the store keeps its files"
-        return failed(f"{error}{where}", 1)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename
+        places = f"; files go to {home()}, {tempfile.gettempdir()} and the tracking store" if full else ""
+        return failed(f"{error}{places}", 1)
+    except MemoryError:
+        return failed("there is not enough memory; end other programs, or use a machine with more", 1)
     except signals.Stop as stop:
         return failed(stop, stop.code)
     except click.Abort:

@@ -89,13 +89,19 @@ def progress(*args, **options):
 
 
 def warn(message: str) -> None:
-    click.echo(f"poolnet: warning: {message}", err=True)
+    click.echo(f"poolnet: warning: {printable(message)}", err=True)
 
 
 def failed(error: object, code: int) -> int:
     """Say what went wrong, in one line. Returns the exit code."""
-    click.echo(f"poolnet: error: {' '.join(str(error).split())}", err=True)
+    click.echo(f"poolnet: error: {printable(error)}", err=True)
     return code
+
+
+def printable(text: object) -> str:
+    """On one line, without what a terminal would obey, or cannot show."""
+    line = " ".join(str(text).split())
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

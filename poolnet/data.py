@@ -1,38 +1,37 @@
-"""Open a data set: six arrays in an `.npz`, validated, digested and memory-mapped.
+"""Open a data set: six arrays in an `.npz`, validated and digested in one pass.
 
 The format is the notebook's: `X_train y_train X_val y_val X_test y_test`, X (N, 1, 28, 28) or (N, 28, 28), uint8 or
-float, y (N,) integers 0..9 for A..J. No image array is ever read whole.
+float, y (N,) integers 0..9 for A..J. What a model sees was hashed as it was read: nothing is read from the file again.
 """
 
+import contextlib
 import hashlib
-import json
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 from poolnet import npz
-from poolnet.config import InputError, home
-from poolnet.files import replacing
+from poolnet.config import InputError, RunError, expanded, home
+from poolnet.files import Locked, locked
 
 LETTERS = "ABCDEFGHIJ"
 SIDE = 28  # pixels
 SPLITS = ("train", "val", "test")
 FLOAT_LIMIT = 10.0  # standardised pixels stay well inside; forgotten scaling, 0..255, does not
-DIGEST_VERSION = 1  # of what is hashed; raised when that changes, so that nothing stale is remembered
+PATIENCE = 600  # seconds for another process that renders the embedded letters, which takes some ten
 
 
 @dataclass(frozen=True)
 class Split:
-    """`X` (N, 28, 28) uint8 or float, usually a memory map; `y` (N,) int64; `sha256` over the whole of both."""
+    """`X` (N, 28, 28) uint8 or float, None if not kept; `y` (N,) int64; `sha256` over the whole of both."""
 
     name: str
-    X: np.ndarray
+    X: np.ndarray | None
     y: np.ndarray
     sha256: str
+    dtype: str = ""  # of the pixels as stored
 
     def __len__(self) -> int:
         return len(self.y)
@@ -69,7 +68,7 @@ class Splits:
             "sha256": self.sha256,
             "overlap": self.overlap,
             "splits": [
-                {"name": split.name, "sha256": split.sha256, "shape": list(split.X.shape), "dtype": str(split.X.dtype)}
+                {"name": split.name, "sha256": split.sha256, "shape": [len(split), SIDE, SIDE], "dtype": split.dtype}
                 for split in self
             ],
         }
@@ -85,24 +84,28 @@ def prepared(name: str) -> Path:
 
 def locate(data: str, say: Callable[[str], None] = lambda line: None) -> Path:
     """The file behind `--data`: `glyphs` (rendered when first asked for), `notmnist`, or a path."""
+    if not data.strip():
+        raise InputError("--data: found an empty text, expected glyphs, notmnist, or the path of an .npz file")
     if data == "glyphs":
         return _rendered_glyphs(say)
     if data == "notmnist" and not prepared(data).exists():
         raise InputError(f"{prepared(data)}: not there yet; make it with: poolnet prepare notmnist")
-    return prepared(data) if data == "notmnist" else Path(data)
+    return prepared(data) if data == "notmnist" else expanded(Path(data))
 
 
 Watch = Callable[[str, int, int, np.ndarray], None]  # told of each window: split, its size, first row, pixels
 
 
-def open_splits(path: Path, watch: Watch = lambda name, size, start, window: None) -> Splits:
-    """Open, validate and digest. Raises `InputError` with file, key, what was found and what was expected.
+def open_splits(
+    path: Path, keep: Collection[str] = SPLITS, watch: Watch = lambda name, size, start, window: None
+) -> Splits:
+    """Read once from end to end: validated, digested, and the images of the splits in `keep` kept.
 
-    A file that was not seen before is read once from end to end, and `watch` sees its pixels on the way.
+    `watch` sees all pixels on the way, so that what it makes of them belongs to the digest. Raises `InputError` with
+    file, key, what was found and what was expected.
     """
     path = Path(path).absolute()
     with npz.opened(path) as archive:
-        stamp = {"version": DIGEST_VERSION, "size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
         members = {name: _image_member(npz.member(archive, path, f"X_{name}")) for name in SPLITS}
         labels = {name: _read_labels(npz.member(archive, path, f"y_{name}")) for name in SPLITS}
         for name in SPLITS:
@@ -111,52 +114,43 @@ def open_splits(path: Path, watch: Watch = lambda name, size, start, window: Non
                     f"{path}: y_{name}: found {len(labels[name]):,} labels, expected {members[name].shape[0]:,}, "
                     f"one for each image of X_{name}"
                 )
-        images = {name: members[name].map().reshape(-1, SIDE, SIDE) for name in SPLITS}
-        record = _remembered(path, stamp)
-        if record is None:
-            record = {**stamp, **_scan(members, images, labels, watch)}
-            _remember(path, record)
-    splits = (Split(name, images[name], labels[name], record["sha256"][name]) for name in SPLITS)
-    return Splits(path, *splits, overlap=record["overlap"])
-
-
-def windows(X: np.ndarray, size: int = npz.ROWS) -> Iterator[np.ndarray]:
-    """Successive rows of `X`, an array or a whole map, `size` at a time.
-
-    Rows of a map come as small maps that die with their use: read through one long-lived map, pages would stay
-    resident until the whole file is.
-    """
-    root = X
-    while isinstance(root.base, np.memmap):
-        root = root.base
-    assert root.nbytes == X.nbytes or not isinstance(X, np.memmap), "a part of a map keeps the whole map's offset"
-    for start in range(0, len(X), size):
-        stop = min(start + size, len(X))
-        if isinstance(X, np.memmap):
-            offset = X.offset + start * X.strides[0]
-            yield np.memmap(X.filename, X.dtype, "r", offset, (stop - start, *X.shape[1:]))
-        else:
-            yield X[start:stop]
-
-
-def digest(X: np.ndarray, y: np.ndarray) -> str:
-    """The SHA-256 of a split: its type and size, its pixels, its labels; the same on every machine."""
-    sha = hashlib.sha256()
-    for _ in _hashed(X, y, sha):
-        pass
-    return sha.hexdigest()
+        overlap = _Overlap(one_type=len({member.dtype for member in members.values()}) == 1)
+        splits = {}
+        for name in reversed(SPLITS):  # test first: its images are to be known when train passes by
+            splits[name] = _read_split(name, members[name], labels[name], name in keep, [watch, overlap.see])
+    return Splits(path, **splits, overlap=overlap.count())
 
 
 def _rendered_glyphs(say: Callable[[str], None]) -> Path:
     from poolnet import glyphs
 
     path = prepared(f"glyphs-v{glyphs.VERSION}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # two processes at once share one rendering
-        if not path.exists():
-            say(f"Rendering the embedded letters into {path} (once) ...")
+    with _patiently(path.with_suffix(".lock"), say):  # two processes at once share one rendering
+        if not _whole(path):
+            say(f"Rendering the embedded letters into {path} ...")
             npz.save(path, glyphs.render())
     return path
+
+
+def _whole(path: Path) -> bool:
+    """Whether a data set is there and undamaged."""
+    try:
+        open_splits(path, keep=())
+    except InputError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _patiently(lock: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold a lock, for which another process may work long."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock))
+        except Locked as error:
+            say(f"Waiting for the embedded letters: {error}")
+            stack.enter_context(locked(lock, PATIENCE))
+        yield
 
 
 # --- validation ----------------------------------------------------------------------------------------------------
@@ -187,42 +181,52 @@ def _read_labels(member: npz.Member) -> np.ndarray:
     return y.astype(np.int64)
 
 
-def _scan(
-    members: dict[str, npz.Member], images: dict[str, np.ndarray], labels: dict[str, np.ndarray], watch: Watch
-) -> dict:
-    """One pass over every pixel: range, checksum, SHA-256, and the test images that train holds too."""
-    one_type = len({member.dtype for member in members.values()}) == 1
-    in_test: dict[int, int] = {}  # by 64-bit hash: among 400,000 x 14,000 images a false match has a chance of 3e-10
-    shared: set[int] = set()
-    sha256 = {}
-    for name in reversed(SPLITS):  # test first: its images are to be known when train passes by
-        sha, crc = hashlib.sha256(), zlib.crc32(members[name].header)
-        for index, window in enumerate(_hashed(images[name], labels[name], sha)):
-            _check_range(members[name], window)
-            crc = zlib.crc32(window, crc)
-            watch(name, len(images[name]), index * npz.ROWS, window)
-            if name == "val":
-                continue
-            for image in window if one_type else as_images(window):
-                key = hash(image.tobytes())
-                if name == "test":
-                    in_test[key] = in_test.get(key, 0) + 1
-                elif key in in_test:
-                    shared.add(key)
-        if members[name].in_place:
-            members[name].check(crc)
-        sha256[name] = sha.hexdigest()
-    return {"sha256": sha256, "overlap": sum(in_test[key] for key in shared)}
-
-
-def _hashed(X: np.ndarray, y: np.ndarray, sha: "hashlib._Hash") -> Iterator[np.ndarray]:
-    """The windows of `X`, each added to `sha` as it passes; the labels are added after the last."""
-    little = X.dtype.newbyteorder("<")
-    sha.update(f"{little.str} {len(X)}x{SIDE}x{SIDE}\n".encode())
-    for window in windows(X):
+def _read_split(name: str, member: npz.Member, y: np.ndarray, keep: bool, watchers: list[Watch]) -> Split:
+    """One pass over every pixel: range, digest, and what the watchers make of it."""
+    size, little = len(y), member.dtype.newbyteorder("<")
+    sha = hashlib.sha256(f"{little.str} {size}x{SIDE}x{SIDE}\n".encode())
+    X = _room(member, size) if keep else None
+    start = 0
+    for window in member.windows():
+        window = window.reshape(-1, SIDE, SIDE)
+        _check_range(member, window)
         sha.update(np.ascontiguousarray(window, little))
-        yield window
+        for watch in watchers:
+            watch(name, size, start, window)
+        if keep:
+            X[start : start + len(window)] = window
+        start += len(window)
     sha.update(np.ascontiguousarray(y, "<i8"))
+    return Split(name, X, y, sha.hexdigest(), str(member.dtype))
+
+
+def _room(member: npz.Member, size: int) -> np.ndarray:
+    try:
+        return np.empty((size, SIDE, SIDE), member.dtype.newbyteorder("="))
+    except MemoryError:
+        raise RunError(f"{member.path}: {member.key}: {size:,} images do not fit into memory") from None
+
+
+class _Overlap:
+    """Counts the test images that train holds too."""
+
+    def __init__(self, one_type: bool):
+        self.one_type = one_type
+        self.in_test: dict[int, int] = {}  # by 64-bit hash: among 400,000 x 14,000 a false match has a chance of 3e-10
+        self.shared: set[int] = set()
+
+    def see(self, name: str, size: int, start: int, window: np.ndarray) -> None:
+        if name == "val":
+            return
+        for image in window if self.one_type else as_images(window):
+            key = hash(image.tobytes())
+            if name == "test":
+                self.in_test[key] = self.in_test.get(key, 0) + 1
+            elif key in self.in_test:
+                self.shared.add(key)
+
+    def count(self) -> int:
+        return sum(self.in_test[key] for key in self.shared)
 
 
 def _check_range(member: npz.Member, window: np.ndarray) -> None:
@@ -244,24 +248,3 @@ def as_images(x: np.ndarray) -> np.ndarray:
     if x.dtype == np.uint8:
         images /= 255
     return images
-
-
-# --- what is remembered of a file, so that it is scanned once ---------------------------------------------------------
-
-
-def _records() -> dict[str, dict]:
-    try:
-        return json.loads((home() / "digests.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # absent or damaged: what it would say is worked out again
-        return {}
-
-
-def _remembered(path: Path, stamp: dict) -> dict | None:
-    record = _records().get(str(path), {})
-    return record if stamp.items() <= record.items() else None
-
-
-def _remember(path: Path, record: dict) -> None:
-    records = {known: value for known, value in _records().items() if Path(known).exists()}
-    with replacing(home() / "digests.json") as part:
-        part.write_text(json.dumps({**records, str(path): record}, indent=1), encoding="utf-8")

@@ -10,8 +10,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 
-from poolnet import npz
-from poolnet.data import Split, windows
+from poolnet.data import Split
 
 EVAL_BATCH = 4096  # images; bounds memory, changes no figure
 
@@ -48,14 +47,12 @@ Fetch = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 def fetcher(split: Split, device: torch.device) -> Fetch:
     """`fetch(rows)` gives those images (n, 1, 28, 28) float32 and labels (n,) on `device`.
 
-    On the CPU they are read from the split as it is mapped; to another device the split is copied once, and stays.
+    To another device than the CPU the split is copied once, and stays.
     """
     if device.type == "cpu":
         return lambda rows: (torch.from_numpy(split.images(rows.numpy())), torch.from_numpy(split.y[rows.numpy()]))
     stored = torch.uint8 if split.X.dtype == np.uint8 else torch.float32
-    X = torch.empty((len(split), *split.X.shape[1:]), dtype=stored, device=device)
-    for start, window in zip(range(0, len(split), npz.ROWS), windows(split.X), strict=True):
-        X[start : start + len(window)] = torch.tensor(window).to(stored)
+    X = torch.tensor(split.X, dtype=stored, device=device)
     y = torch.tensor(split.y, device=device)
 
     def fetch(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

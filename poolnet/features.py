@@ -1,12 +1,12 @@
 """The pooled features: 784 pixels become 49 numbers once, since the poolings have no weights to learn.
 
 A feature array is (N, 50) float32: the 49 features of each image, and the constant 1 that carries the bias. It is
-computed in a stream, in the pass that validates and digests the data where that is still due, and cached by what it is
-made of: `POOLNET_HOME/features/POOL-DIGEST-CHECKSUM.npy`.
+computed in a stream, in the pass that digests the images, and cached by what it is made of:
+`POOLNET_HOME/features/POOL-DIGEST-CHECKSUM.npy`.
 """
 
 import contextlib
-import hashlib
+import io
 import os
 import zlib
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 
 from poolnet.config import home
-from poolnet.data import Split, Splits, as_images, open_splits, windows
+from poolnet.data import Split, Splits, as_images, open_splits
 from poolnet.files import replacing
 from poolnet.model import SimplePoolNet
 
 WIDTH = 50
+KEPT = ("test",)  # whose images a figure shows; all else needs the features only
 CACHE_LIMIT = 4 << 30  # bytes; the reference experiment takes 95 MB a pooling
 
 
@@ -29,40 +29,22 @@ def open_pooled(
     path: Path, pool: str, cache: bool = True, say: Callable[[str], None] = lambda line: None
 ) -> tuple[Splits, dict[str, np.ndarray]]:
     """The data set, opened as `open_splits` does, and the feature array of each split by its name."""
-    path = Path(path).absolute()
-    net = SimplePoolNet(pool)
-    arrays: dict[str, np.ndarray] = {}
+    if cache:
+        splits = open_splits(path, keep=KEPT)
+        known = {split.name: _load(split, pool) for split in splits}
+        if all(array is not None for array in known.values()):
+            return splits, known
+    net, arrays = SimplePoolNet(pool), {}
 
     def watch(name: str, size: int, start: int, window: np.ndarray) -> None:
         if name not in arrays:
             arrays[name] = np.empty((size, WIDTH), np.float32)
         arrays[name][start : start + len(window)] = pooled(net, window)
 
-    with _one_process(path) if cache else contextlib.nullcontext():
-        splits = open_splits(path, watch)
-        for split in splits:
-            if split.name not in arrays:  # the file was known, and not read from end to end
-                known = _load(split, pool) if cache else None
-                arrays[split.name] = compute(net, split) if known is None else known
-        fresh = [split for split in splits if not isinstance(arrays[split.name], np.memmap)]
-        if cache and fresh:
-            try:
-                for split in fresh:
-                    _save(arrays[split.name], split, pool)
-                say(f"Features: cached in {_folder()}, {_size() / 1e6:,.1f} MB of at most {CACHE_LIMIT / 1e6:,.0f} MB")
-            except OSError as error:  # they are in memory all the same
-                say(f"Features: not cached, {_folder()} cannot be written ({error}); is the disk full?")
+    splits = open_splits(path, KEPT, watch)  # in one pass, so that the features are of what has this digest
+    if cache:
+        _save_all(splits, arrays, pool, say)
     return splits, arrays
-
-
-def compute(net: SimplePoolNet, split: Split) -> np.ndarray:
-    """The features of a split, (N, 50), window by window."""
-    array = np.empty((len(split), WIDTH), np.float32)
-    start = 0
-    for window in windows(split.X):
-        array[start : start + len(window)] = pooled(net, window)
-        start += len(window)
-    return array
 
 
 @torch.inference_mode()
@@ -79,29 +61,44 @@ def _folder() -> Path:
     return folder
 
 
-def _one_process(path: Path) -> FileLock:
-    """Held while a data set is opened: of two processes at once, the second finds what the first has computed."""
-    return FileLock(_folder() / f"{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.lock")
-
-
 def _load(split: Split, pool: str) -> np.ndarray | None:
-    """The cached array as a map, if it is there and whole. One that is damaged is removed."""
+    """The cached array, if it is there and every bit is right. One that is damaged is removed."""
+    header = _header(len(split))
     for path in _folder().glob(f"{pool}-{split.sha256}-*.npy"):
-        with contextlib.suppress(ValueError, EOFError, OSError):
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            if array.shape == (len(split), WIDTH) and path.stem.endswith(_checksum(array)):
+        with contextlib.suppress(OSError):
+            content = np.fromfile(path, np.uint8)
+            data = content[len(header) :]
+            right = content[: len(header)].tobytes() == header and len(data) == len(split) * WIDTH * 4
+            if right and path.stem.endswith(f"-{_checksum(data)}"):
                 os.utime(path)  # the oldest that goes first is the one not used for longest
-                return array
-            del array
-        path.unlink(missing_ok=True)
+                return data.view(np.float32).reshape(-1, WIDTH)
+            path.unlink(missing_ok=True)
     return None
+
+
+def _save_all(splits: Splits, arrays: dict[str, np.ndarray], pool: str, say: Callable[[str], None]) -> None:
+    try:
+        for split in splits:
+            _save(arrays[split.name], split, pool)
+        say(f"Features: cached in {_folder()}, {_size() / 1e6:,.1f} MB of at most {CACHE_LIMIT / 1e6:,.0f} MB")
+    except OSError as error:  # they are in memory all the same
+        say(f"Features: not cached, {_folder()} cannot be written ({error})")
 
 
 def _save(array: np.ndarray, split: Split, pool: str) -> None:
     target = _folder() / f"{pool}-{split.sha256}-{_checksum(array)}.npy"
     with replacing(target) as part, part.open("wb") as file:
-        np.save(file, array)
+        file.write(_header(len(array)))
+        file.write(array)
     _evict(keep=target)
+
+
+def _header(size: int) -> bytes:
+    """What stands before the numbers in the file of so many images."""
+    header = io.BytesIO()
+    about = {"descr": "<f4", "fortran_order": False, "shape": (size, WIDTH)}
+    np.lib.format.write_array_header_1_0(header, about)
+    return header.getvalue()
 
 
 def _checksum(array: np.ndarray) -> str:

@@ -5,6 +5,7 @@ import glob
 import json
 import os
 import socket
+import stat
 import sys
 import time
 import uuid
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from poolnet.config import RunError
+from poolnet.config import InputError, RunError
 
 LOCK_SECONDS = 5  # that a command waits for another one, before it says who that is
 
@@ -48,6 +49,44 @@ def _read_holder(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
     except OSError:
         return "another process"
+
+
+def regular(path: Path, wanted: str) -> None:
+    """Refuse what is no regular file, before an attempt to open it can hang."""
+    try:
+        found = _kind(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, expected {wanted}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}), expected {wanted}") from None
+    if found:
+        raise InputError(f"{path}: found {found}, expected {wanted}")
+
+
+def writable(path: Path) -> Path:
+    """The file that `path` leads to, new or regular. Anything else is refused: it would be replaced."""
+    try:
+        found = _kind(path)
+    except FileNotFoundError:
+        found = ""
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', error)})") from None
+    if found:
+        raise InputError(f"{path}: found {found}, expected a file, or a name that is free")
+    path = path.resolve()
+    folder = next(parent for parent in path.parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(f"{path}: cannot be written, since {folder} is no folder that you may write to")
+    return path
+
+
+def _kind(path: Path) -> str:
+    """What stands there, in words; empty for a regular file."""
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode):
+        return ""
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def replace(part: Path, path: Path) -> None:

@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import http.client
 import io
-import os
+import lzma
 import struct
 import tarfile
 import urllib.error
@@ -24,11 +24,11 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 
-from poolnet.config import InputError, home, progress
+from poolnet.config import InputError, RunError, cores, expanded, home, progress
 from poolnet.data import LETTERS, SIDE
+from poolnet.files import regular, replacing
 
 MIRRORS = ("http://yaroslavvb.com/upload/notMNIST/", "https://commondatastorage.googleapis.com/books1000/")
 SIZES = {"notMNIST_large.tar.gz": 247_336_696, "notMNIST_small.tar.gz": 8_458_043}  # bytes
@@ -75,6 +75,9 @@ def prepare(large: Path | None, small: Path | None, seed: int) -> tuple[dict[str
 
 def read(path: Path) -> Letters:
     """Decode every `A..J/*.png` of a tarball or a folder, on all cores. What cannot be read is skipped and counted."""
+    path = expanded(path)
+    if not path.is_dir():
+        regular(path, "a notMNIST tarball, or a folder")
     files = _folder_files(path) if path.is_dir() else _tar_files(path)
     labels, images, keys, unreadable = [], [], [], 0
     chunks = iter(lambda: tuple(islice(files, CHUNK)), ())
@@ -142,9 +145,9 @@ def _tar_files(path: Path) -> Iterator[tuple[int, bytes]]:
                         yield label, tar.extractfile(entry).read() if entry.size <= MAX_PNG else b""
             while stream.read(1 << 20):  # the checksum stands at the end
                 pass
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file or folder, expected a notMNIST tarball") from None
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # not of what is in the file
+            raise RunError(f"{path}: cannot be read ({error.strerror})") from None
         raise InputError(f"{path}: not a whole tarball ({error}), expected notMNIST's .tar.gz or a folder") from None
 
 
@@ -163,7 +166,7 @@ def _label(path: PurePosixPath | Path) -> int | None:
 
 def _on_all_cores(work, items: Iterable) -> Iterator:
     """`work(item)` for each, in order, by worker processes; never more in flight than the workers can soon take."""
-    workers = os.cpu_count() or 1
+    workers = min(cores(), 61)  # more than that Windows does not wait for
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
         pending = deque()
         for item in items:
@@ -202,22 +205,17 @@ def _pixels(content: bytes) -> bytes | None:
 
 
 def download(name: str, mirrors: tuple[str, ...] = MIRRORS, sizes: dict[str, int] = SIZES) -> Path:
-    """The tarball `name`, fetched into the local state if it is not there; a download that was cut goes on."""
+    """The tarball `name`, fetched into the local state if it is not there; at the second mirror if the first fails."""
     target = home() / "downloads" / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{name}.part")
+    if target.exists() and target.stat().st_size == sizes[name]:
+        return target
     failures = []
-    with FileLock(target.with_name(f"{name}.lock")):
-        if target.exists():
+    for mirror in mirrors:
+        try:
+            _fetch(mirror + name, target, sizes[name])
             return target
-        for mirror in mirrors:
-            try:
-                _fetch(mirror + name, part, sizes[name])
-            except (urllib.error.URLError, OSError, http.client.HTTPException, ValueError) as error:
-                failures.append(f"{mirror} ({getattr(error, 'reason', error)})")
-                continue
-            part.replace(target)
-            return target
+        except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException, ValueError) as error:
+            failures.append(f"{mirror} ({getattr(error, 'reason', error)})")
     option = "large" if "large" in name else "small"
     raise InputError(
         f"{name}: could not be downloaded from {' or '.join(failures)}; get it on a machine with a network and "
@@ -225,27 +223,12 @@ def download(name: str, mirrors: tuple[str, ...] = MIRRORS, sizes: dict[str, int
     )
 
 
-def _fetch(url: str, part: Path, size: int, cuts: int = 5) -> None:
-    """Bring `part` to `size` bytes, from where it is. A connection that was cut is taken up again, `cuts` times."""
-    while (have := part.stat().st_size if part.exists() else 0) < size:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
-        with urllib.request.urlopen(request, timeout=30) as response:
-            resumed = response.status == 206
-            with (
-                part.open("ab" if resumed else "wb") as file,
-                progress(length=size, label=f"Downloading {part.stem}") as bar,
-            ):
-                bar.update(have if resumed else 0)
-                try:
-                    while data := response.read(1 << 16):
-                        file.write(data)
-                        bar.update(len(data))
-                except (OSError, http.client.HTTPException):
-                    if cuts == 0:
-                        raise
-        if part.stat().st_size <= have or cuts == 0:
-            raise ValueError(f"ended at {part.stat().st_size:,} of {size:,} bytes")
-        cuts -= 1
-    if have > size:
-        part.unlink()
-        raise ValueError(f"found {have:,} bytes, expected {size:,}")
+def _fetch(url: str, target: Path, size: int) -> None:
+    """Download a file of this size, whole or not at all."""
+    with urllib.request.urlopen(url, timeout=30) as response, replacing(target) as part:
+        with part.open("wb") as file, progress(length=size, label=f"Downloading {target.name}") as bar:
+            while file.tell() <= size and (data := response.read(1 << 16)):
+                file.write(data)
+                bar.update(len(data))
+        if part.stat().st_size != size:
+            raise ValueError(f"found {part.stat().st_size:,} bytes, expected {size:,}")

@@ -1,29 +1,30 @@
-"""NumPy archives, read member by member without ever holding one in memory.
+"""NumPy archives, read member by member in a stream. Nothing is ever unpickled.
 
-An `.npz` is a zip of `.npy` members. A member stored uncompressed is mapped where it lies in the archive; a compressed
-one is unpacked once, in a stream, into poolnet's local state and mapped there. Nothing is ever unpickled.
+An `.npz` is a zip of `.npy` members. All is read through one open file, each member once, and zipfile compares its
+checksum on the way: what was read is what the file held, whatever becomes of the file afterwards.
 """
 
 import contextlib
 import errno
-import hashlib
 import lzma
 import math
-import shutil
+import struct
 import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from filelock import FileLock
 
-from poolnet.config import InputError, RunError, home
-from poolnet.files import replacing
+from poolnet.config import InputError, RunError
+from poolnet.files import regular, replacing
 
-ROWS = 8192  # rows moved at a time
+ROWS = 8192  # rows read at a time
+GARBLED = (ValueError, KeyError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError)  # a header
+FULL = (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # numpy's own errors have no number
 
 
 @dataclass(frozen=True)
@@ -36,67 +37,38 @@ class Member:
     shape: tuple[int, ...]
     dtype: np.dtype
     fortran: bool
-    header: bytes  # what stands before the array's data, and counts for the checksum
 
-    @property
-    def info(self) -> zipfile.ZipInfo:
-        return self.archive.getinfo(f"{self.key}.npy")
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.shape)
-
-    @property
-    def in_place(self) -> bool:
-        """Whether it can be mapped where it lies; only then is its checksum still to be compared."""
-        return self.info.compress_type == zipfile.ZIP_STORED and not self.fortran
+    def windows(self) -> Iterator[np.ndarray]:
+        """The rows in order, `ROWS` at a time, in C order."""
+        if self.fortran:
+            whole = self.read()
+            for start in range(0, len(whole), ROWS):
+                yield np.ascontiguousarray(whole[start : start + ROWS])
+            return
+        with _said(self.path), self.archive.open(f"{self.key}.npy") as stream:
+            _header(stream)
+            for start in range(0, self.shape[0], ROWS):
+                shape = (min(ROWS, self.shape[0] - start), *self.shape[1:])
+                content = stream.read(self.dtype.itemsize * math.prod(shape))
+                yield np.frombuffer(content, self.dtype).reshape(shape)
 
     def read(self) -> np.ndarray:
-        """The whole array, for members that are small."""
-        with self.archive.open(self.info) as stream:
+        """The whole array."""
+        with _said(self.path), self.archive.open(f"{self.key}.npy") as stream:
             return np.lib.format.read_array(stream, allow_pickle=False)
-
-    def map(self) -> np.memmap:
-        """The array as a read-only map of its file, C order."""
-        if self.in_place:
-            return np.memmap(self.path, self.dtype, "r", self._offset(), self.shape)
-        return np.memmap(_unpacked(self), self.dtype, "r", 0, self.shape)
-
-    def check(self, crc: int) -> None:
-        """Compare the checksum of header and data, for a member whose bytes did not pass through zipfile."""
-        if crc != self.info.CRC:
-            raise InputError(f"{self.path}: {self.key}: damaged, found another checksum than recorded; copy it again")
-
-    def _offset(self) -> int:
-        with self.path.open("rb") as file:
-            file.seek(self.info.header_offset)
-            local = file.read(30)  # name and extra field may be longer or shorter than in the central directory
-            name, extra = (int.from_bytes(local[at : at + 2], "little") for at in (26, 28))
-            start = self.info.header_offset + 30 + name + extra + len(self.header)
-            if start + self.nbytes > file.seek(0, 2):
-                raise zipfile.BadZipFile(f"{self.key} ends beyond the file")
-        return start
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The archive at `path`, with whatever may be wrong with it said as `InputError`."""
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file, expected an .npz file, glyphs, or notmnist") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}), expected an .npz file") from None
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise  # trouble of the disk; the two others are garbled offsets and garbled bzip2
-        if magic != b"PK\x03\x04":
-            raise InputError(f"{path}: found no zip archive, expected an .npz file") from None
-        raise InputError(f"{path}: truncated or damaged ({error}), expected a whole .npz file") from None
+    """The archive at `path`."""
+    regular(path, "an .npz file, glyphs, or notmnist")
+    with contextlib.ExitStack() as stack:
+        with _said(path):
+            file = stack.enter_context(path.open("rb"))
+            if file.read(2) != b"PK":
+                raise InputError(f"{path}: found no zip archive, expected an .npz file")
+            archive = stack.enter_context(zipfile.ZipFile(file))
+        yield archive
 
 
 def member(archive: zipfile.ZipFile, path: Path, key: str) -> Member:
@@ -104,69 +76,51 @@ def member(archive: zipfile.ZipFile, path: Path, key: str) -> Member:
     names = [name.removesuffix(".npy") for name in archive.namelist()]
     if key not in names:
         raise InputError(f"{path}: {key}: missing, found {', '.join(sorted(names)) or 'an empty archive'}")
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    with archive.open(f"{key}.npy") as stream:
-        recorder = _Recorder(stream)
+    with _said(path), archive.open(f"{key}.npy") as stream:
         try:
-            shape, fortran, dtype = readers[np.lib.format.read_magic(recorder)](recorder)
-        except (ValueError, KeyError, TypeError, SyntaxError, tokenize.TokenError) as error:  # of a garbled header
+            shape, fortran, dtype = _header(stream)
+        except GARBLED as error:
             raise InputError(f"{path}: {key}: found no array ({error}), expected numpy's own format") from None
+        start = stream.tell()
+    if not all(type(size) is int and size >= 0 for size in shape):  # numpy takes True for a size
+        raise InputError(f"{path}: {key}: found shape {shape}, expected whole numbers")
     if dtype.hasobject:
         raise InputError(f"{path}: {key}: found an object array, which is never unpickled; expected numbers")
-    found = Member(archive, path, key, shape, dtype, fortran, recorder.seen)
-    size = len(found.header) + found.nbytes
-    if found.info.file_size != size:
-        raise InputError(f"{path}: {key}: truncated, found {found.info.file_size:,} bytes, expected {size:,}")
-    return found
+    found, size = archive.getinfo(f"{key}.npy").file_size, start + dtype.itemsize * math.prod(shape)
+    if found != size:
+        raise InputError(f"{path}: {key}: truncated, found {found:,} bytes, expected {size:,}")
+    return Member(archive, path, key, shape, dtype, fortran)
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write the arrays uncompressed, so that each can be mapped; the file appears whole or not at all."""
+    """Write the arrays uncompressed; the file appears whole or not at all."""
     try:
         with replacing(path) as part, part.open("wb") as file:
             np.savez(file, **arrays)
     except OSError as error:  # numpy's own names no file
-        raise RunError(f"{path}: cannot be written ({error}); is the disk full?") from error
+        cure = "; is the disk full?" if error.errno in FULL else ""
+        raise RunError(f"{path}: cannot be written ({error.strerror or error}){cure}") from error
 
 
-class _Recorder:
-    """A stream that remembers what was read from it."""
-
-    def __init__(self, stream):
-        self._stream, self.seen = stream, b""
-
-    def read(self, size: int) -> bytes:
-        data = self._stream.read(size)
-        self.seen += data
-        return data
+def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and type; what follows in the stream is the data."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    return readers[np.lib.format.read_magic(stream)](stream)
 
 
-def _unpacked(source: Member) -> Path:
-    """The bare data of a compressed or Fortran-ordered member, in C order; of each archive one version is kept."""
-    folder = home() / "unpacked" / hashlib.sha256(str(source.path).encode()).hexdigest()[:16]
-    stat = source.path.stat()
-    version = folder / f"{stat.st_size}-{stat.st_mtime_ns}"
-    target = version / f"{source.key}.raw"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
-        for other in folder.iterdir():
-            if other.is_dir() and other != version:
-                shutil.rmtree(other, ignore_errors=True)  # Windows keeps what another process has mapped
-        if not target.exists():
-            with replacing(target) as part:
-                _unpack(source, part)
-    return target
-
-
-def _unpack(source: Member, part: Path) -> None:
-    with source.archive.open(source.info) as stream, part.open("wb") as file:
-        stream.read(len(source.header))
-        shutil.copyfileobj(stream, file, 1 << 20)
-    if part.stat().st_size != source.nbytes:
-        raise zipfile.BadZipFile(f"{source.key} is shorter than its header says")
-    if source.fortran:
-        with replacing(part) as turned, turned.open("wb") as file:
-            columns = np.memmap(part, source.dtype, "r", 0, source.shape, order="F")
-            for start in range(0, source.shape[0], ROWS):
-                file.write(columns[start : start + ROWS].tobytes())
-            del columns  # Windows does not replace a file that is mapped
+@contextlib.contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """With whatever goes wrong in reading said as what it is, in one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except MemoryError:
+        raise RunError(f"{path}: there is not enough memory to read it; end other programs") from None
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of garbled bzip2 and offsets
+            kind = InputError if isinstance(error, PermissionError) else RunError
+            raise kind(f"{path}: cannot be read ({error.strerror}), expected an .npz file") from None
+        raise InputError(f"{path}: truncated or damaged ({error}), expected a whole .npz file") from None
+    except (RuntimeError, OverflowError) as error:  # zipfile's, of what is encrypted or packed in ways it does not know
+        raise InputError(f"{path}: cannot be unpacked ({error}), expected an .npz file as numpy writes it") from None

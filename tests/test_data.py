@@ -1,8 +1,12 @@
-import json
+import contextlib
+import hashlib
 import os
 import pickle
+import shutil
+import socket
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -12,14 +16,21 @@ from conftest import make_arrays
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from poolnet import npz
-from poolnet.config import InputError
-from poolnet.data import digest, locate, open_splits, windows
+from poolnet import cli, data, files, glyphs, npz
+from poolnet.config import InputError, RunError, home
+from poolnet.data import locate, open_splits
 
 
 def save(path, arrays, writer=np.savez):
     writer(path, **arrays)
     return path
+
+
+def digest(X, y):
+    """As it is recorded of a split: type and size, pixels, labels."""
+    pixels = np.ascontiguousarray(X, X.dtype.newbyteorder("<"))
+    head = f"{pixels.dtype.str} {len(X)}x28x28\n".encode()
+    return hashlib.sha256(head + pixels.tobytes() + np.asarray(y, "<i8").tobytes()).hexdigest()
 
 
 class Payload:
@@ -46,7 +57,7 @@ def test_every_form_of_the_file_gives_the_same_images(tmp_path, arrays, form, wr
     stored = {key: FORMS[form](value) if key[0] == "X" else value for key, value in arrays.items()}
     splits = open_splits(save(tmp_path / "d.npz", stored, writer))
     for split in splits:
-        assert isinstance(split.X, np.memmap)
+        assert split.dtype == str(stored[f"X_{split.name}"].dtype)
         expected = stored[f"X_{split.name}"].reshape(-1, 1, 28, 28).astype(np.float32)
         if stored[f"X_{split.name}"].dtype == np.uint8:
             expected = expected / np.float32(255)
@@ -55,22 +66,6 @@ def test_every_form_of_the_file_gives_the_same_images(tmp_path, arrays, form, wr
         np.testing.assert_array_equal(images, expected)
         np.testing.assert_array_equal(split.y, arrays[f"y_{split.name}"])
         assert split.sha256 == digest(np.reshape(stored[f"X_{split.name}"], (-1, 28, 28)), split.y)
-
-
-def test_an_uncompressed_file_is_mapped_where_it_lies(letters):
-    splits = open_splits(letters)
-    assert {split.X.filename for split in splits} == {letters}
-
-
-def test_a_compressed_file_is_unpacked_once_and_the_copy_follows_the_file(tmp_path):
-    path = save(tmp_path / "d.npz", make_arrays(seed=1), np.savez_compressed)
-    first = open_splits(path).train.X.filename
-    before = Path(first).stat().st_mtime_ns
-    assert open_splits(path).train.X.filename == first
-    assert Path(first).stat().st_mtime_ns == before
-    save(path, make_arrays(seed=2), np.savez_compressed)
-    np.testing.assert_array_equal(open_splits(path).train.X, make_arrays(seed=2)["X_train"])
-    assert len(list((tmp_path / "home" / "unpacked").glob("*/*/X_train.raw"))) == 1
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint64, ">i8"])
@@ -129,7 +124,7 @@ def test_the_payload_of_these_tests_would_run(tmp_path):
 def test_files_that_are_no_whole_archive_are_refused(tmp_path, letters):
     with pytest.raises(InputError, match=r"nowhere.npz: no such file, expected an .npz file"):
         open_splits(tmp_path / "nowhere.npz")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"found a folder, expected an \.npz file"):
         open_splits(tmp_path)
     (tmp_path / "text.npz").write_text("not a zip")
     with pytest.raises(InputError, match=r"text.npz: found no zip archive"):
@@ -201,33 +196,85 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path, where, bit, compr
         np.testing.assert_array_equal(split.y, arrays[f"y_{split.name}"])
 
 
-def test_the_digest_sees_the_last_pixel_the_labels_and_the_type(arrays):
+def test_the_digest_sees_the_last_pixel_the_labels_and_the_type(tmp_path, arrays):
     X, y = arrays["X_train"], arrays["y_train"]
     pixel, label = X.copy(), y.copy()
     pixel[-1, -1, -1] ^= 1
     label[-1] = (label[-1] + 1) % 10
-    digests = {
-        digest(X, y),
-        digest(pixel, y),
-        digest(X, label),
-        digest(X.astype(np.float32), y),
-        digest(X[:-1], y[:-1]),
-    }
-    assert len(digests) == 5
-    assert digest(X, y) == digest(np.asfortranarray(X), y.astype(np.uint8))
+    variants = [(X, y), (pixel, y), (X, label), (X.astype(np.float32) / 255, y), (X[:-1], y[:-1])]
+    found = [
+        open_splits(save(tmp_path / "d.npz", arrays | {"X_train": X, "y_train": y})).train.sha256 for X, y in variants
+    ]
+    assert len(set(found)) == 5
+    assert found == [digest(X, y) for X, y in variants]
 
 
-def test_digests_are_remembered_until_the_file_changes(tmp_path, letters):
-    expected = open_splits(letters).train.sha256
-    memory = tmp_path / "home" / "digests.json"
-    records = json.loads(memory.read_text())
-    records[str(letters)]["sha256"]["train"] = "what was remembered"
-    memory.write_text(json.dumps(records))
-    assert open_splits(letters).train.sha256 == "what was remembered"
-    os.utime(letters, ns=(1, 1))
-    assert open_splits(letters).train.sha256 == expected
-    memory.write_text("{ damaged")
-    assert open_splits(letters).train.sha256 == expected
+def same_size_and_time(path, arrays):
+    """Write other data there, as `cp -p`, `rsync -t`, container layers and FAT may leave them."""
+    save(path, arrays)
+    os.utime(path, (315532800, 315532800))
+
+
+def test_another_file_of_the_same_size_and_time_is_another_data_set(tmp_path):
+    path = tmp_path / "d.npz"
+    same_size_and_time(path, make_arrays(seed=1))
+    first, size = open_splits(path), path.stat().st_size
+    same_size_and_time(path, make_arrays(seed=2))
+    assert path.stat().st_size == size
+    second, expected = open_splits(path), make_arrays(seed=2)
+    assert second.sha256 != first.sha256
+    for split in second:
+        np.testing.assert_array_equal(split.X, expected[f"X_{split.name}"])
+        assert split.sha256 == digest(expected[f"X_{split.name}"], expected[f"y_{split.name}"])
+
+
+@pytest.mark.parametrize("writer", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("how", ["replaced", "overwritten", "cut", "gone"])
+def test_what_becomes_of_the_file_later_changes_nothing(tmp_path, arrays, writer, how):
+    path = save(tmp_path / "d.npz", arrays, writer)
+    splits = open_splits(path)
+    if how == "replaced":
+        npz.save(path, make_arrays(seed=2))
+    elif how == "overwritten":
+        path.write_bytes(bytes(path.stat().st_size))
+    elif how == "cut":
+        os.truncate(path, 10)
+    else:
+        path.unlink()
+    for split in splits:
+        np.testing.assert_array_equal(split.X, arrays[f"X_{split.name}"])
+        assert digest(split.X, split.y) == split.sha256
+
+
+@pytest.mark.parametrize("how", ["replaced", "overwritten"])
+def test_a_file_that_changes_while_it_is_opened_is_the_old_one_or_refused(tmp_path, arrays, monkeypatch, how):
+    monkeypatch.setattr(npz, "ROWS", 50)
+    path = save(tmp_path / "d.npz", arrays)
+    other = save(tmp_path / "other.npz", make_arrays(seed=2))
+
+    def meddle(name, size, start, window):
+        if name == "val" and how == "replaced":
+            shutil.copy(other, tmp_path / "copy.npz")
+            (tmp_path / "copy.npz").replace(path)
+        elif name == "val":
+            shutil.copy(other, path)
+
+    if sys.platform == "win32" and how == "replaced":
+        pytest.skip("Windows replaces no file that is open")
+    if how == "overwritten":
+        with pytest.raises(InputError, match=r"d.npz: truncated or damaged"):
+            open_splits(path, watch=meddle)
+        return
+    for split in open_splits(path, watch=meddle):
+        np.testing.assert_array_equal(split.X, arrays[f"X_{split.name}"])
+        assert split.sha256 == digest(split.X, split.y)
+
+
+def test_images_that_nobody_wants_are_not_kept(letters, arrays):
+    splits = open_splits(letters, keep=("test",))
+    assert (splits.train.X, splits.val.X) == (None, None)
+    np.testing.assert_array_equal(splits.test.X, arrays["X_test"])
+    assert splits.described() == open_splits(letters).described()
 
 
 def test_test_images_that_train_holds_are_counted(tmp_path):
@@ -240,13 +287,186 @@ def test_test_images_that_train_holds_are_counted(tmp_path):
     assert open_splits(save(tmp_path / "f.npz", make_arrays((50, 20, 20)))).overlap == 0
 
 
-@pytest.mark.parametrize("size", [1, 7, 300, 1000])
-def test_windows_are_the_rows_in_order(letters, arrays, size):
-    X = open_splits(letters).train.X
-    np.testing.assert_array_equal(np.concatenate(list(windows(X, size))), arrays["X_train"])
-    np.testing.assert_array_equal(np.concatenate(list(windows(arrays["X_train"], size))), arrays["X_train"])
-    with pytest.raises(AssertionError):
-        next(windows(X[5:], size))
+@pytest.mark.parametrize("rows", [1, 7, 300, 1000])
+def test_windows_are_the_rows_in_order(tmp_path, arrays, monkeypatch, rows):
+    monkeypatch.setattr(npz, "ROWS", rows)
+    seen = {name: [] for name in data.SPLITS}
+    for writer in (np.savez, np.savez_compressed):
+        open_splits(save(tmp_path / "d.npz", arrays, writer), (), lambda name, *rest: seen[name].append(rest))
+        for name, windows in seen.items():
+            starts = [start for _, start, _ in windows]
+            assert starts == list(range(0, len(arrays[f"X_{name}"]), rows))
+            np.testing.assert_array_equal(np.concatenate([pixels for *_, pixels in windows]), arrays[f"X_{name}"])
+            windows.clear()
+
+
+def header_of(path, key, shape, descr="|u1"):
+    """Replace a member by one whose header says this."""
+    text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    text += b" " * (-(len(text) + 11) % 64) + b"\n"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members[f"{key}.npy"] = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + b"\0"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize("key", ["X_train", "y_train", "y_test"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *("(True,)", "(True, 28, 28)", "(-1,)", "(10**30,)", "(1.0,)", "(None,)", "('1',)", "1", "(1, (2,))"),
+        *(f"({10**30},)", f"({10**15}, 28, 28)", f"({10**12},)", "(" * 3000 + ")" * 3000, "[" * 500 + "]" * 500),
+    ],
+)
+def test_a_header_of_any_other_shape_is_refused_in_one_line(letters, key, shape):
+    header_of(letters, key, shape)
+    with pytest.raises(InputError, match=rf"letters.npz: {key}: "):
+        open_splits(letters)
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, letters):
+    places = {tmp_path: "a folder"}
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.npz")
+        places |= {tmp_path / "pipe.npz": "a pipe", Path("/dev/zero"): "a device", Path("/dev/null"): "a device"}
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind("s.npz")
+        places |= {tmp_path / "s.npz": "a socket"}
+    for place, kind in places.items():
+        for refused in (lambda p: open_splits(p), lambda p: npz.opened(p).__enter__()):
+            with pytest.raises(InputError, match=f"{place}: found {kind}, expected an .npz file"):
+                refused(place)
+
+
+def run(*args, capsys):
+    """Exit code and what is said on stderr, of the command in this process."""
+    capsys.readouterr()
+    code = cli._run([str(arg) for arg in args])
+    return code, capsys.readouterr().err
+
+
+def small(out):
+    return ["prepare", "glyphs", "--train", 1, "--val", 1, "--test", 1, "--out", out]
+
+
+def test_out_replaces_regular_files_only(tmp_path, letters, capsys, monkeypatch):
+    places = {"": "found an empty text", tmp_path: "found a folder", letters / "x.npz": "cannot be written"}
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "link").symlink_to("/dev/full")
+        places |= {tmp_path / "pipe": "found a pipe", "/dev/full": "found a device", tmp_path / "link": "a device"}
+    monkeypatch.setattr(glyphs, "render", None)  # nothing is rendered before it is known where to
+    for place, message in places.items():
+        code, said = run(*small(place), capsys=capsys)
+        assert (code, message in said, said.count("\n")) == (2, True, 1), said
+        code, said = run("prepare", "notmnist", "--small", letters, "--out", place, capsys=capsys)
+        assert (code, message in said, said.count("\n")) == (2, True, 1), said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+def test_out_writes_where_a_link_leads(tmp_path, capsys):
+    (tmp_path / "link.npz").symlink_to(tmp_path / "target.npz")
+    assert run(*small(tmp_path / "link.npz"), capsys=capsys) == (0, "")
+    assert (tmp_path / "link.npz").is_symlink()
+    assert len(open_splits(tmp_path / "target.npz").train) == 1
+
+
+def test_an_empty_name_of_data_is_refused(capsys):
+    for text in ("", "  "):
+        with pytest.raises(InputError, match="--data: found an empty text"):
+            locate(text)
+
+
+def test_a_tilde_is_the_users_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "me"))
+    (tmp_path / "me").mkdir()
+    assert run(*small("~/made.npz"), capsys=capsys) == (0, "")
+    assert len(open_splits(locate("~/made.npz")).train) == 1
+    assert locate("~/made.npz") == tmp_path / "me" / "made.npz"
+    monkeypatch.setenv("POOLNET_HOME", "~/state")
+    assert home() == tmp_path / "me" / "state"
+
+
+ODD_NAMES = ["a b", "a#b?c=d%20", "it's", 'a"b', "Büro", "文字", "$HOME", "a;b&c"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
+@pytest.mark.parametrize("name", [*ODD_NAMES, "\x1b[31mred\x1b[0m", "\u202ereversed", os.fsdecode(b"not-utf8-\xff")])
+def test_any_name_works_and_none_reaches_the_terminal_raw(tmp_path, capsys, name):
+    path = tmp_path / f"{name}.npz"
+    assert cli._run([str(arg) for arg in small(path)]) == 0
+    said = capsys.readouterr()
+    assert open_splits(path).name == name
+    path.write_bytes(b"damaged")
+    code, error = run("prepare", "notmnist", "--small", path, capsys=capsys)
+    assert code == 2
+    for text in (said.out, error):
+        assert text.count("\n") == 1
+        assert text.rstrip("\n").isprintable()
+
+
+def test_rendered_letters_that_are_damaged_are_rendered_again(monkeypatch):
+    rendered = glyphs.render(20, 10, 10)
+    monkeypatch.setattr(glyphs, "render", lambda: rendered)
+    said = []
+    path = locate("glyphs", said.append)
+    assert (len(said), locate("glyphs", said.append), len(said)) == (1, path, 1)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damage in (bytes(flipped), whole[:-1], whole[:1000], b"", b"text"):
+        path.write_bytes(damage)
+        assert locate("glyphs", said.append) == path
+        assert open_splits(path).sha256 == open_splits(save(path, rendered)).sha256
+    assert len(said) == 6
+
+
+def test_who_renders_is_named_while_another_waits(monkeypatch):
+    rendered = glyphs.render(20, 10, 10)
+    monkeypatch.setattr(glyphs, "render", lambda: rendered)
+    monkeypatch.setattr(data, "locked", lambda path, wait=0.1: files.locked(path, wait))
+    lock, said = home() / "data" / f"glyphs-v{glyphs.VERSION}.lock", []
+    with contextlib.ExitStack() as held:
+        held.enter_context(files.locked(lock))
+        thread = threading.Thread(target=locate, args=("glyphs", said.append))
+        thread.start()
+        while not said:
+            assert thread.is_alive()
+    thread.join(30)
+    assert said[0].startswith("Waiting for the embedded letters: ")
+    assert f"process {os.getpid()}" in said[0]
+    assert said[1].startswith("Rendering")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (MemoryError(), RunError, "not enough memory"),
+        (OSError(5, "Input/output error"), RunError, r"cannot be read \(Input/output error\)"),
+        (PermissionError(13, "Permission denied"), InputError, r"cannot be read \(Permission denied\)"),
+        (OSError(22, "Invalid argument"), InputError, "truncated or damaged"),
+    ],
+)
+def test_trouble_while_data_are_read_is_called_what_it_is(letters, monkeypatch, error, kind, message):
+    def fail(*args):
+        raise error
+
+    with npz.opened(letters) as archive:
+        member = npz.member(archive, letters, "X_train")
+        monkeypatch.setattr(zipfile.ZipExtFile, "read", fail)
+        with pytest.raises(kind, match=f"letters.npz: .*{message}"):
+            next(member.windows())
+
+
+def test_an_error_of_the_one_who_watches_is_not_the_files(letters):
+    def watch(*args):
+        raise RuntimeError("can't allocate memory")
+
+    with pytest.raises(RuntimeError, match=r"^can't allocate memory$"):
+        open_splits(letters, watch=watch)
 
 
 def test_locate_says_how_to_make_notmnist(tmp_path):

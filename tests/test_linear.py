@@ -25,7 +25,7 @@ def figures(history):
 
 def assert_equal_runs(config, path):
     splits, arrays = open_pooled(path, config.pool)
-    fast, slow = linear.fit(config, splits, arrays), fit(config, splits)
+    fast, slow = linear.fit(config, splits, arrays), fit(config, open_splits(path))
     sizes = np.array([len(splits.train)] * 2 + [len(splits.val)] * 2)
     within = np.where([False, True, False, True], 2 / sizes, 1e-5) + 1e-12  # losses to 1e-5, accuracies to two images
     assert len(fast.history) == config.epochs

@@ -1,16 +1,18 @@
 import contextlib
 import http.server
 import io
+import os
 import re
 import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from poolnet import notmnist
-from poolnet.config import InputError
+from poolnet.config import InputError, home
 from poolnet.data import open_splits
 
 
@@ -143,7 +145,7 @@ def test_nothing_of_a_tarball_reaches_the_disk(tmp_path):
 def test_bad_sources_are_refused_by_name(tmp_path):
     path = tarball(tmp_path / "whole.tar.gz", some_files())
     cases = {
-        "nowhere.tar.gz": (None, "nowhere.tar.gz: no such file or folder"),
+        "nowhere.tar.gz": (None, "nowhere.tar.gz: no such file, expected a notMNIST tarball, or a folder"),
         "cut.tar.gz": (path.read_bytes()[:-3000], "cut.tar.gz: not a whole tarball"),
         "text.tar.gz": (b"text", "text.tar.gz: not a whole tarball"),
     }
@@ -197,19 +199,17 @@ NAME = "notMNIST_small.tar.gz"
 
 
 @contextlib.contextmanager
-def mirror(content=CONTENT, cut_after=None, ranges=True):
-    """A real server on loopback that may break off after so many bytes, and may not know ranges."""
-    starts = []
+def mirror(content=CONTENT, cut_after=None):
+    """A real server on loopback that may break off after so many bytes."""
+    asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            start = int(re.match(r"bytes=(\d+)-", self.headers["Range"])[1]) if ranges else 0
-            starts.append(start)
-            body = content[start:]
-            self.send_response(206 if ranges else 200)
-            self.send_header("Content-Length", str(len(body)))
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(body[:cut_after])
+            self.wfile.write(content[:cut_after])
 
         def log_message(self, *args):
             pass
@@ -218,7 +218,7 @@ def mirror(content=CONTENT, cut_after=None, ranges=True):
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/", starts
+        yield f"http://127.0.0.1:{server.server_port}/", asked
     finally:
         server.shutdown()
         thread.join()
@@ -229,38 +229,65 @@ def fetch(*mirrors):
     return notmnist.download(NAME, mirrors, {NAME: len(CONTENT)})
 
 
+def downloads():
+    return sorted(path.name for path in (home() / "downloads").glob("*"))
+
+
 def test_a_download_is_kept_and_not_repeated():
-    with mirror() as (url, starts):
+    with mirror() as (url, asked):
         assert fetch(url).read_bytes() == CONTENT
         assert fetch(url).read_bytes() == CONTENT
-    assert starts == [0]
+    assert asked == [f"/{NAME}"]
 
 
-def test_a_download_that_was_cut_goes_on_where_it_was():
-    with mirror(cut_after=70_000) as (url, starts):
-        assert fetch(url).read_bytes() == CONTENT
-    assert starts == [0, 70_000, 140_000, 210_000, 280_000]
+def test_a_download_that_was_cut_is_tried_at_the_second_mirror():
+    with mirror(cut_after=70_000) as (cut, _), mirror() as (good, asked):
+        assert fetch(cut, good).read_bytes() == CONTENT
+    assert asked == [f"/{NAME}"]
+    assert downloads() == [NAME]
 
 
-def test_a_later_command_goes_on_too_and_at_another_mirror():
-    with mirror(cut_after=10_000) as (slow, _), pytest.raises(InputError, match="ended at 60,000 of 300,000 bytes"):
-        fetch(slow)
-    with mirror() as (good, starts):
-        assert fetch("http://127.0.0.1:9/", good).read_bytes() == CONTENT
-    assert starts == [60_000]
-
-
-def test_a_server_without_ranges_starts_over(tmp_path):
-    part = tmp_path / "home" / "downloads" / f"{NAME}.part"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(b"an old beginning")
-    with mirror(ranges=False) as (url, _):
-        assert fetch(url).read_bytes() == CONTENT
-
-
-def test_a_file_of_another_size_is_not_taken():
-    with mirror(content=CONTENT + b"more") as (url, _), pytest.raises(InputError, match="found 300,004 bytes"):
+@pytest.mark.parametrize(
+    ("content", "cut_after", "found"),
+    [(CONTENT + b"more", None, "300,004"), (CONTENT[:10], None, "10"), (CONTENT, 70_000, "70,000"), (b"", None, "0")],
+)
+def test_a_file_of_another_size_is_not_taken(content, cut_after, found):
+    with mirror(content, cut_after) as (url, _), pytest.raises(InputError, match=f"found {found} bytes, expected"):
         fetch(url)
+    assert downloads() == []
+
+
+def test_a_kept_file_of_another_size_is_downloaded_again():
+    with mirror() as (url, _):
+        fetch(url).write_bytes(CONTENT[:-1])
+        assert fetch(url).read_bytes() == CONTENT
+
+
+def test_a_disk_that_takes_no_more_is_not_the_mirrors_fault(monkeypatch):
+    (home() / "downloads").write_text("where a folder should be")
+    with mirror() as (url, _), pytest.raises(FileExistsError):
+        fetch(url)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes in folders")
+def test_a_pipe_or_device_as_source_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.tar.gz")
+    for place, kind in ((tmp_path / "pipe.tar.gz", "a pipe"), (Path("/dev/zero"), "a device")):
+        with pytest.raises(InputError, match=f"{place}: found {kind}, expected a notMNIST tarball"):
+            notmnist.prepare(None, place, seed=0)
+
+
+@pytest.mark.parametrize(("available", "workers"), [(1, 1), (2, 2), (64, 61), (200, 61)])
+def test_as_many_workers_as_cores_that_may_be_used(monkeypatch, available, workers):
+    asked = []
+    monkeypatch.setattr(notmnist, "cores", lambda: available)
+    monkeypatch.setattr(
+        notmnist.concurrent.futures,
+        "ProcessPoolExecutor",
+        lambda number: asked.append(number) or notmnist.concurrent.futures.ThreadPoolExecutor(1),
+    )
+    assert list(notmnist._on_all_cores(str, [1, 2, 3])) == ["1", "2", "3"]
+    assert asked == [workers]
 
 
 def test_offline_is_one_clear_line():
