@@ -228,6 +228,12 @@ def test_a_model_says_nothing_of_the_folders_it_was_made_in(trained):
             assert place.encode() not in content.replace(str(folder).encode(), b""), (name, place)
 
 
+def test_the_description_recommends_what_executes_nothing(trained):
+    note = mlflow.MlflowClient().get_run(trained.info.run_id).data.tags["mlflow.note.content"]
+    assert 'poolnet.registry.load("models:/poolnet/1").net' in note
+    assert "load_model" not in note
+
+
 @pytest.mark.parametrize("place", ["absolute", "file"])
 def test_a_folder_that_is_no_model_is_not_fetched(capsys, tmp_path, monkeypatch, place):
     """What is there is looked at first: nothing of it is copied, and nothing left."""
