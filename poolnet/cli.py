@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import json
 import os
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,8 +16,20 @@ import click
 from click.core import ParameterSource
 
 from poolnet import cli_models, signals
-from poolnet.cli_models import AS_JSON, FILE, SEED, SWITCH, TIMEOUT, asked, points
-from poolnet.config import POOLS, InputError, RunError, TrainConfig, expanded, failed, home, printable, progress, warn
+from poolnet.cli_models import AS_JSON, DATA, FILE, SEED, STUDY, SWITCH, TIMEOUT, asked, completed, points
+from poolnet.config import (
+    POOLS,
+    InputError,
+    RunError,
+    TrainConfig,
+    expanded,
+    failed,
+    home,
+    pasted,
+    printable,
+    progress,
+    warn,
+)
 from poolnet.files import writable
 
 SETTINGS = {  # of MLflow, in our own processes, where the user has not decided otherwise
@@ -28,8 +39,22 @@ SETTINGS = {  # of MLflow, in our own processes, where the user has not decided 
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow's own 7 block for four minutes; we try again
 }
 
+COMPLETED = {  # of the options of `train`
+    "data": DATA,
+    "device": completed("auto", "cpu", "cuda", "mps"),
+    "register": completed("yes", "no"),
+}
 
-@click.group()
+
+class InOrder(click.Group):
+    """Commands in the order in which they are used, not by name."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return [*("prepare", "train", "sync", "sweep", "compare"), *(command.name for command in cli_models.COMMANDS)]
+
+
+@click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="poolnet", message="%(prog)s %(version)s")
 def cli() -> None:
     """Which pooling layer loses less? Train, record, compare and use networks of two poolings and one linear layer."""
 
@@ -39,10 +64,9 @@ def train_options(command: Callable) -> Callable:
     for field in reversed(dataclasses.fields(TrainConfig)):
         names = dict.fromkeys((f"--{field.name.replace('_', '-')}", f"--{field.name}"))  # `mlflow run` says batch_size
         kind = click.Choice(POOLS) if field.name == "pool" else field.type
-        help_text = field.metadata["help"]
-        command = click.option(*names, field.name, type=kind, default=field.default, show_default=True, help=help_text)(
-            command
-        )
+        about = {"help": field.metadata["help"], "shell_complete": COMPLETED.get(field.name)}
+        option = click.option(*names, field.name, type=kind, default=field.default, show_default=True, **about)
+        command = option(command)
     return command
 
 
@@ -69,7 +93,7 @@ def _look_ahead() -> None:
 def train(
     context: click.Context, resume: str, no_cache: bool, optimum: bool, timeout: float, **options: object
 ) -> None:
-    """Train one network and record it in MLflow, from its data to its registered model."""
+    """Train one network and record it in MLflow."""
     config = TrainConfig(**options)
     if optimum and config.pool == "conv":
         raise InputError("--optimum: found pool conv, expected max or avg, whose loss has a single minimum")
@@ -132,7 +156,10 @@ def sync(
     follow_stdin: bool,
     timeout: float,
 ) -> None:
-    """Publish what tracking servers do not have yet of runs in .poolnet: of all, or of those named."""
+    """Publish what tracking servers do not have yet of runs.
+
+    Of all runs in .poolnet, or of those named.
+    """
     from poolnet import follow, journal, stores, sync
 
     if follow_stdin:
@@ -151,14 +178,16 @@ def sync(
 
 
 @cli.command()
-@click.argument("study", type=FILE)
-@click.option("--data", default="", help="Another data set than the study's own.")
+@click.argument("study", type=FILE, shell_complete=STUDY)
+@click.option("--data", default="", shell_complete=DATA, help="Another data set than the study's own.")
 @click.option("--workers", default="", help="Processes that train.  [default: one a core; one where conv takes part]")
 @TIMEOUT
 @AS_JSON
 @click.pass_context
 def sweep(context: click.Context, study: Path, data: str, workers: str, timeout: float, as_json: bool) -> None:
-    """Train what is missing of a STUDY, each combination of its grid and seeds. Cut off, the same command goes on.
+    """Train what is missing of a STUDY.
+
+    That is each combination of its grid and seeds. Cut off, the same command goes on.
 
     A study is a .toml file with question, data, seeds and margin (in points of accuracy); under [grid] options of
     `poolnet train`, each a value or a list; under [arms] the two that are compared, as in: max = { pool = "max" }
@@ -170,8 +199,9 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, timeout:
         raise InputError(f"--workers: found {workers!r}, expected a whole number from 1 to 999")
     home()
     _look_ahead()
-    again = shlex.join([str(study), *(["--data", data] if data else [])])
-    signals.last_words = f"stopped; go on with: poolnet sweep {again}"
+    options = [study, *(["--data", data] if data else [])]
+    again = pasted("poolnet", "sweep", *options)
+    signals.last_words = f"stopped; go on with: {again}"
 
     from poolnet.publisher import Publisher
 
@@ -188,11 +218,11 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, timeout:
         done, now = sum(result.done for result in results), sum(result.done and result.trained for result in results)
         click.echo(f"{under_way.name}: {done} of {len(results)} runs finished, {now} of them now")
         click.echo(sweeps.table(under_way))
-        click.echo(f"Compare: poolnet compare --study {again}")
+        click.echo(f"Compare: {pasted('poolnet', 'compare', '--study', *options)}")
         if under_way.look:
             click.echo(f"Look at it: {under_way.look}")
     if under_way.missing:
-        failed(f"missing runs: {len(under_way.missing)}, see above; again with: poolnet sweep {again}", 1)
+        failed(f"missing runs: {len(under_way.missing)}, see above; again with: {again}", 1)
         context.exit(1)
     if under_way.trouble:
         failed(
@@ -203,10 +233,15 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, timeout:
 
 @cli.command()
 @click.argument("runs", nargs=-1, metavar="[RUN RUN]")
-@click.option("--study", default="", help="The two arms of this study, a .toml file.")
-@click.option("--data", default="", help="Runs on this data set; of a study, instead of its own.")
+@click.option("--study", default="", shell_complete=STUDY, help="The two arms of this study, a .toml file.")
+@click.option("--data", default="", shell_complete=DATA, help="Runs on this data set; of a study, instead of its own.")
 @click.option("--experiment", default="", help="All runs of this experiment.  [default: the one in the environment]")
-@click.option("--by", default="", help="With --experiment: the option that tells the arms apart, such as pool.")
+@click.option(
+    "--by",
+    default="",
+    shell_complete=completed(*(field.name for field in dataclasses.fields(TrainConfig))),
+    help="With --experiment: the option that tells the arms apart, such as pool.",
+)
 @click.option("--arms", nargs=2, help="With --by: the two values to compare, the second with the first.")
 @click.option("--margin", default="", help="Points within which arms are equivalent.  [default: the study's, or 0.5]")
 @SEED
@@ -224,8 +259,11 @@ def compare(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Which arm is better, and how sure is that? From what the tracking server has of a study, an experiment or two
-    runs. The answer becomes a run in MLflow, with a report."""
+    """Say which of two arms is better, and how sure that is.
+
+    From what the tracking server has of a study, an experiment or two runs. The answer becomes a run in MLflow, with a
+    report.
+    """
     from poolnet.study import MARGIN, read
 
     names = [name for text in runs for name in text.split()]  # `mlflow run` passes one text
@@ -267,7 +305,7 @@ def _output(context: click.Context, option: click.Parameter, text: str | None) -
 
 @cli.group()
 def prepare() -> None:
-    """Make a data set: notmnist from its tarballs, or glyphs, letters rendered from fonts."""
+    """Make a data set: notMNIST, or letters rendered from fonts."""
 
 
 @prepare.command()

@@ -2,14 +2,35 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
 from poolnet.config import POOLS, InputError, failed, home, warn
 
 FILE = click.Path(path_type=Path)
+
+
+def completed(*words: str, suffix: str = "") -> Callable[..., list[CompletionItem]]:
+    """For `shell_complete`: these words, and folders and files with this suffix."""
+
+    def complete(context: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        folder = os.path.dirname(incomplete)  # noqa: PTH120 - keeps "./"
+        found = []
+        with contextlib.suppress(OSError):  # no such folder
+            for path in sorted(Path(folder or ".").iterdir()) if suffix else ():
+                if path.suffix == suffix or (path.is_dir() and not path.name.startswith(".")):
+                    found.append(os.path.join(folder, path.name) + ("/" if path.is_dir() else ""))  # noqa: PTH118
+        return [CompletionItem(word) for word in [*words, *found] if word.startswith(incomplete)]
+
+    return complete
+
+
+DATA = completed("glyphs", "notmnist", suffix=".npz")
+STUDY = completed(suffix=".toml")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the bootstraps.")
 SWITCH = {"type": bool, "is_flag": False, "flag_value": True, "default": False}  # `mlflow run` gives it a value
@@ -59,7 +80,7 @@ def points(option: str, text: str) -> float | None:
 
 @click.command()
 @click.argument("model")
-@click.option("--data", default="", help="The data set.  [default: what the model was trained on]")
+@click.option("--data", default="", shell_complete=DATA, help="The data set.  [default: what the model was trained on]")
 @click.option(
     "--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True, help="Part of the data."
 )
@@ -67,10 +88,13 @@ def points(option: str, text: str) -> float | None:
 @TIMEOUT
 @AS_JSON
 def evaluate(model: str, data: str, split: str, seed: int, timeout: float, as_json: bool) -> None:
-    """Score a MODEL: models:/poolnet@champion, models:/poolnet/3, models:/m-..., runs:/RUN/model, or a folder.
+    """Score a MODEL on a data set, with intervals.
+
+    A model is models:/poolnet@champion, models:/poolnet/3, models:/m-..., runs:/RUN/model, or a folder. Nothing of its
+    file is unpickled or executed.
 
     Loss, accuracy, precision, recall, F1, calibration and confusions, with intervals, also as a run in MLflow; and
-    whether they are what its training recorded. Nothing of the model's file is unpickled or executed.
+    whether they are what its training recorded.
     """
     with asked(timeout):
         from poolnet import registry, scorecard, stores
@@ -89,7 +113,13 @@ def evaluate(model: str, data: str, split: str, seed: int, timeout: float, as_js
 
 @click.command()
 @click.argument("model", default="")
-@click.option("--alias", default="champion", show_default=True, help="Of what: champion, champion-max, champion-avg.")
+@click.option(
+    "--alias",
+    default="champion",
+    show_default=True,
+    shell_complete=completed("champion", *(f"champion-{pool}" for pool in POOLS)),
+    help="Of what: champion, champion-max, champion-avg.",
+)
 @click.option("--non-inferior", default="", metavar="M", help="Also if it is not worse by M points of accuracy.")
 @click.option("--force", **SWITCH, help="Whatever the test says; recorded as such.")
 @click.option("--rollback", **SWITCH, help="Give the alias back to the champion before.")
@@ -106,10 +136,11 @@ def promote(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Make MODEL, or the newest version, the champion, if it is better on the same validation letters.
+    """Make a MODEL champion if it is shown to be better.
 
-    An exact McNemar test at 5 % decides, on what both models' runs predicted. The decision, with its numbers, is
-    written on the model version. Exit code 1 if the champion stays.
+    Without MODEL the newest version. An exact McNemar test at 5 % decides, on what both models' runs predicted of the
+    same validation letters. The decision, with its numbers, is written on the model version. Exit code 1 if the
+    champion stays.
     """
     margin = points("--non-inferior", non_inferior)
     if rollback and (model or non_inferior or force):
@@ -148,9 +179,10 @@ def predict(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Say which letter, A to J, is on each IMAGE: PNG, JPEG and the like, or folders of them, of any size and colour.
+    """Say which letter, A to J, is on each IMAGE.
 
-    An image that cannot be read is named, and the others are predicted all the same; exit code 2 then.
+    PNG, JPEG and the like, or folders of them, of any size and colour. An image that cannot be read is named, and the
+    others are predicted all the same; exit code 2 then.
     """
     if as_csv and as_json:
         raise InputError("--csv: found it with --json, expected one of the two")
@@ -176,15 +208,16 @@ def predict(
 
 @click.command()
 @click.argument("run")
-@click.option("--data", default="", help="Where its data set is.  [default: where it was]")
+@click.option("--data", default="", shell_complete=DATA, help="Where its data set is.  [default: where it was]")
 @TIMEOUT
 @AS_JSON
 @click.pass_context
 def reproduce(context: click.Context, run: str, data: str, timeout: float, as_json: bool) -> None:
-    """Train a recorded RUN again, by its name or MLflow id, and say whether it comes to the same.
+    """Train a recorded RUN again and compare all figures.
 
-    Data must be the same; other code, packages or machines are named. Every metric of every step, the predictions and
-    the weights are compared: bit-identical, within tolerance, or different, and then exit code 1.
+    RUN is its name or MLflow id. Data must be the same; other code, packages or machines are named. Every metric of
+    every step, the predictions and the weights are compared: bit-identical, within tolerance, or different, and then
+    exit code 1.
     """
     home()
 
@@ -218,12 +251,19 @@ def reproduce(context: click.Context, run: str, data: str, timeout: float, as_js
 @click.command()
 @click.argument("file", type=FILE)
 @click.option("--pool", type=click.Choice(POOLS), required=True, help="The pooling that they were trained with.")
-@click.option("--data", default="", help="Score them on this data set too; without, no test can compare them.")
+@click.option(
+    "--data",
+    default="",
+    shell_complete=DATA,
+    help="Score them on this data set too; without, no test can compare them.",
+)
 @TIMEOUT
 @AS_JSON
 def register(file: Path, pool: str, data: str, timeout: float, as_json: bool) -> None:
-    """Register weights that were trained elsewhere: a FILE of torch.save(model.state_dict(), FILE), as the notebook
-    writes it. It is read as tensors only."""
+    """Register weights that were trained elsewhere.
+
+    FILE is what torch.save(model.state_dict(), FILE) wrote, as in the notebook. It is read as tensors only.
+    """
     with asked(timeout):
         from poolnet import imported, stores
 
@@ -239,4 +279,4 @@ def register(file: Path, pool: str, data: str, timeout: float, as_json: bool) ->
     click.echo(f"Model: models:/poolnet/{found.version}\nLook at it: {look}")
 
 
-COMMANDS = (evaluate, promote, predict, reproduce, register)
+COMMANDS = (evaluate, predict, promote, reproduce, register)  # in their order of use

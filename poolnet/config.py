@@ -5,7 +5,11 @@ Apart from `train.py` because the command line needs the defaults before it may 
 
 import dataclasses
 import math
+import numbers
+import operator
 import os
+import re
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -47,6 +51,8 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _typed(field, getattr(self, field.name)))
         if self.pool not in POOLS:
             raise InputError(f"pool: found {self.pool!r}, expected one of {', '.join(POOLS)}")
         for name in ("epochs", "batch_size"):
@@ -56,6 +62,21 @@ class TrainConfig:
             raise InputError(f"lr: found {self.lr}, expected a finite number above 0")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed: found {self.seed}, expected a whole number from 0 to 2**63 - 1")
+
+
+def _typed(field: dataclasses.Field, value: object) -> object:
+    """The value as its field's own type, as NumPy's numbers become Python's."""
+    expected = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}[field.type]
+    try:
+        if isinstance(value, bool) != (field.type is bool):
+            raise TypeError
+        if field.type is int:
+            return operator.index(value)
+        if not isinstance(value, numbers.Real if field.type is float else field.type):
+            raise TypeError
+        return field.type(value)
+    except (TypeError, OverflowError):
+        raise InputError(f"{field.name}: found {value!r}, expected {expected}") from None
 
 
 def home() -> Path:
@@ -81,6 +102,26 @@ def expanded(path: Path) -> Path:
 def cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pasted(*words: object, windows: bool = os.name == "nt") -> str:
+    """A command that can be pasted into a shell: POSIX, or on Windows PowerShell and cmd.
+
+    Double quotes mean the same to both of the latter, unless there are signs in them that PowerShell would replace or
+    end the text at: such a word is for PowerShell alone. Of `%NAME%` cmd replaces the name of a variable that is set.
+    """
+    texts = map(str, words)
+    return " ".join(map(_quoted_on_windows, texts)) if windows else shlex.join(texts)
+
+
+def _quoted_on_windows(word: str) -> str:
+    if re.fullmatch(r"[\w.:/\\+-]+", word):
+        return word
+    word = re.sub(r"(\\+)$", r"\1\1", word)  # or the last one would keep the quote from ending
+    if not re.search('["$`\u201c-\u201e]', word):
+        return f'"{word}"'
+    doubled = re.sub("['\u2018-\u201b]", r"\g<0>\g<0>", word)
+    return f"'{doubled}'"
 
 
 def progress(*args, **options):

@@ -1,8 +1,7 @@
 """A run's description in the UI, in Markdown: the result, what it rests on, and how to use and repeat it."""
 
-import shlex
-
 from poolnet import registry, scores
+from poolnet.config import pasted
 from poolnet.journal import Journal
 from poolnet.train import PLATEAU_MARGIN
 
@@ -14,7 +13,7 @@ def of_run(run: Journal, version: int | None) -> str:
     data, environment = record["data"], record["environment"]
     sizes = {split["name"]: split["shape"][0] for split in data["splits"]}
     acc = scores.wilson(round(once["test_acc"] * sizes["test"]), sizes["test"])
-    options = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in record["config"].items())
+    options = [word for name, value in record["config"].items() for word in (f"--{name}", value)]
     lines = [
         f"**Test accuracy {once['test_acc']:.4f}**, 95 % interval over the {sizes['test']:,} test letters "
         f"{acc.low:.4f} to {acc.high:.4f} (Wilson; other seeds vary as well). Test loss {once['test_loss']:.4f}.",
@@ -32,7 +31,7 @@ def of_run(run: Journal, version: int | None) -> str:
         f"- Code: commit `{record['code']['commit'] or 'unknown'}`, uncommitted changes: {record['code']['dirty']}",
         f"- Machine: {record['device']}, torch {environment['torch']} ({environment['threads']} threads), "
         f"Python {environment['python']}, {environment['system']} {environment['machine']}",
-        f"- Again: `poolnet train {options}`",
+        f"- Again: `{pasted('poolnet', 'train', *options)}`",
     ]
     if "optimum_train_loss" in once:
         lines.append(

@@ -1,3 +1,4 @@
+import importlib.metadata
 import inspect
 import re
 import shutil
@@ -8,11 +9,12 @@ import click
 import mlflow
 import numpy as np
 import pytest
+from click.shell_completion import ShellComplete
 from conftest import make_arrays, poolnet
 
 from poolnet import glyphs, journal
 from poolnet.cli import cli, main
-from poolnet.config import home
+from poolnet.config import InputError, TrainConfig, home, pasted
 from poolnet.data import open_splits
 
 
@@ -156,7 +158,133 @@ def test_every_command_and_option_has_help(capsys):
         assert command.help, path
         for option in command.params:
             assert isinstance(option, click.Argument) or option.help, (path, option.name)
-        assert run(capsys, *path, "--help")[0] == 0
+        assert run(capsys, *path, "--help")[0] == run(capsys, *path, "-h")[0] == 0
+
+
+def test_the_help_names_the_commands_in_their_order_of_use_each_in_a_whole_line(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, "-h")
+    assert code == 0
+    lines = out.partition("Commands:\n")[2].splitlines()
+    assert not any(line.endswith("...") for line in lines)
+    assert max(map(len, lines)) <= 80
+    order = ["prepare", "train", "sync", "sweep", "compare", "evaluate", "predict", "promote", "reproduce", "register"]
+    assert [line.split()[0] for line in lines] == order
+    assert sorted(order) == sorted(cli.commands)
+
+
+def test_the_version_is_the_packages(capsys):
+    assert run(capsys, "--version") == (0, f"poolnet {importlib.metadata.version('poolnet')}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "incomplete", "expected"),
+    [
+        (["train", "--data"], "", ["glyphs", "notmnist", "folder/", "letters.npz"]),
+        (["train", "--data"], "n", ["notmnist"]),
+        (["train", "--data"], "folder/", ["folder/small.npz"]),
+        (["train", "--data"], "./l", ["./letters.npz"]),
+        (["train", "--data"], "nowhere/", []),
+        (["evaluate", "models:/poolnet/1", "--data"], "l", ["letters.npz"]),
+        (["sweep"], "", ["folder/", "study.toml"]),
+        (["sweep", "study.toml", "--data"], "g", ["glyphs"]),
+        (["compare", "--study"], "s", ["study.toml"]),
+        (["compare", "--by"], "b", ["batch_size"]),
+        (["train", "--pool"], "", ["max", "avg", "conv"]),
+        (["train", "--device"], "c", ["cpu", "cuda"]),
+        (["promote", "--alias"], "champion-", ["champion-max", "champion-avg", "champion-conv"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_the_shell_completes(tmp_path, words, incomplete, expected):
+    (tmp_path / "folder").mkdir()
+    for name in ("letters.npz", "study.toml", "notes.txt", "folder/small.npz"):
+        (tmp_path / name).touch()
+    for path in tmp_path.glob("mlflow.db*"):
+        path.unlink()
+    found = ShellComplete(cli, {}, "poolnet", "_POOLNET_COMPLETE").get_completions(words, incomplete)
+    assert [item.value for item in found] == expected
+
+
+WORDS = [
+    "plain",
+    "a b",
+    "$HOME",
+    "`date`",
+    "it's",
+    "100%",
+    "a;b",
+    "",
+    "Büro",
+    "#",
+    "~",
+    "a\\b c\\",
+    "(x)",
+    "!",
+    "*",
+    "“x”",
+]
+
+
+@pytest.mark.skipif(not shutil.which("sh"), reason="needs a POSIX shell")
+def test_a_printed_command_is_what_a_posix_shell_reads():
+    script = "import sys; print(ascii(sys.argv[1:]))"
+    line = pasted(sys.executable, "-c", script, *WORDS, windows=False)
+    finished = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True)
+    assert finished.stdout == f"{WORDS!a}\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        (r"C:\data\x.npz", r"C:\data\x.npz"),
+        ("a b", '"a b"'),
+        ("", '""'),
+        ("a,b", '"a,b"'),  # an array to PowerShell
+        ("@x", '"@x"'),
+        ("a&b|c", '"a&b|c"'),
+        ("100%", '"100%"'),
+        ("it's", '"it\'s"'),
+        ("a b\\", '"a b\\\\"'),
+        ("$HOME", "'$HOME'"),
+        ("a`b", "'a`b'"),
+        ("it's $5", "'it''s $5'"),
+        ("“x”", "'“x”'"),  # ends a text in double quotes, to PowerShell
+    ],
+)
+def test_a_printed_command_is_quoted_for_windows(word, expected):
+    assert pasted("poolnet", word, windows=True) == f"poolnet {expected}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 2.5),
+        ("epochs", True),
+        ("epochs", "2"),
+        ("batch_size", np.float32(32)),
+        ("seed", 1.0),
+        ("lr", "0.001"),
+        ("lr", True),
+        ("lr", 10**400),
+        ("register", "yes"),
+        ("register", 1),
+        ("data", 5),
+        ("data", None),
+        ("pool", ["max"]),
+        ("device", 0),
+    ],
+)
+def test_a_setting_of_another_type_is_refused(field, value):
+    with pytest.raises(InputError, match=f"^{field}: found .*, expected "):
+        TrainConfig(**{field: value})
+
+
+def test_numpys_numbers_become_pythons():
+    config = TrainConfig(epochs=np.int64(3), lr=np.float32(0.5), seed=np.uint8(7))
+    assert [type(getattr(config, name)) for name in ("epochs", "lr", "seed")] == [int, float, int]
+    assert (config.epochs, config.lr, config.seed) == (3, 0.5, 7)
+    assert type(TrainConfig(lr=1).lr) is float
 
 
 def test_help_imports_nothing_heavy():
