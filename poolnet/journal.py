@@ -289,6 +289,7 @@ def _parsed(line: bytes, number: int) -> dict | None:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     if "crc32" not in found:
+        plain = plain and found.keys() == record.keys() == {"t", "step", "metrics"}
         plain = plain and step in (0, number - 1, number) and all(_is_metric(*pair) for pair in metrics.items())
     return {"t": t, "step": step, "metrics": metrics} if plain else None
 

@@ -154,7 +154,7 @@ class Publication:
         """Say in the run that `mlflow run -P resume=...` made what it is for. (It cannot be deleted: `mlflow run` fails
         when it cannot set its status in the end.)"""
         if self.carrier and self.carrier != self.held.run_id:
-            note = f"Made by `mlflow run` to resume {self.run.name}, run {self.held['run_id']}, which holds everything."
+            note = f"Made by `mlflow run` to resume {self.run.name}, run {self.held.run_id}, which holds everything."
             tags = {"mlflow.note.content": note, "mlflow.runName": f"resumes {self.run.name}"}
             self.client.log_batch(self.carrier, tags=[RunTag(*tag) for tag in tags.items()])
         self.carrier = ""

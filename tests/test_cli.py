@@ -127,7 +127,7 @@ def test_the_embedded_letters_are_rendered_once(capsys, monkeypatch):
 
 def test_prepare_glyphs_writes_any_size(capsys, tmp_path):
     code, out, _ = run(capsys, "prepare", "glyphs", "--train", 30, "--val", 20, "--test", 10, "--out", "g.npz")
-    assert (code, out) == (0, "Wrote g.npz\n")
+    assert (code, out) == (0, f"Wrote {tmp_path / 'g.npz'}\n")
     assert [len(split) for split in open_splits(tmp_path / "g.npz")] == [30, 20, 10]
     assert [str(path) for path in tmp_path.glob(".*")] == []
 

@@ -198,8 +198,7 @@ def test_resume_goes_on_in_the_same_run_and_ends_as_if_nothing_had_happened(caps
     run_id = publish_killed.held.run_id
     code, out, err = run(capsys, "train", "--resume", run_id)  # the id that the UI shows is good as well
     assert (code, err) == (0, "")
-    assert f"Resuming {left.name} after epoch 1 of 2" in out
-    assert re.findall(r"^Epoch (\d\d)", out, re.MULTILINE) == ["02"]
+    assert re.findall(r"^Epoch (\d\d)", out, re.MULTILINE) == ["01", "02"]  # it was stopped before its checkpoint
     found = mlflow.get_run(run_id)
     assert found.info.status == "FINISHED"
     for name in set(calm.data.metrics) - {"epoch_seconds", "examples_per_second"}:
