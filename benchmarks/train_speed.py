@@ -2,14 +2,15 @@
 
     python benchmarks/train_speed.py [--rounds N] [--scale S] [--json]
 
-`epoch`: one pass over train, the two alternating, medians; growth is the time of poolnet's epoch at other sizes over
-that at the full one. `job`: the whole `poolnet train`, 30 epochs, tracking, model and figures included, as processes,
-against a script of the notebook's loop with its evaluation and no tracking, run for two epochs and extrapolated; and
-the peak memory of each as the operating system saw it.
+`epoch`: one pass over train, the two alternating, medians; the losses must be those of the readable loop. Growth is the
+time of poolnet's epoch at other sizes over that at the full one. `job`: the whole `poolnet train`, 30 epochs, tracking,
+model and figures included, as processes, against a script of the notebook's loop with its evaluation and no tracking,
+run for two epochs and extrapolated; and the peak memory of each as the operating system saw it.
 """
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from poolnet import features, npz
+from poolnet import data, features, npz, train
+from poolnet.config import TrainConfig
+from poolnet.evaluate import threads
 from poolnet.linear import SoftmaxRegression
 from poolnet.model import SimplePoolNet, build_model
 
@@ -84,43 +87,67 @@ def notebook_script(path: Path, epochs: int) -> None:
     for _ in range(epochs):
         notebook_epoch(model, loaders["train"], optimizer)
         notebook_epoch(model, loaders["val"], None)
-    notebook_epoch(model, loaders["test"], None)
+    print(f"TEST: loss={notebook_epoch(model, loaders['test'], None):.4f}")
 
 
-def seconds(work) -> float:
+def seconds(work) -> tuple[float, object]:
+    """The wall seconds of a piece of work, and what it returns."""
     start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    result = work()
+    return time.perf_counter() - start, result
 
 
-def learner(path: Path) -> tuple[SoftmaxRegression, int]:
-    splits, arrays = features.open_pooled(path, "max")
-    return SoftmaxRegression(build_model("max", 42), LR, arrays, splits.train.y), len(splits.train)
+class Ours:
+    """Poolnet's training of a data set, epoch by epoch, each timed."""
+
+    def __init__(self, path: Path):
+        splits, arrays = features.open_pooled(path, "max")
+        self.learner = SoftmaxRegression(build_model("max", 42), LR, arrays, splits.train.y)
+        self.n, self.order = len(splits.train), torch.Generator().manual_seed(42)
+        self.losses: list[float] = []
+
+    def epoch(self) -> float:
+        """Seconds of one epoch, whose loss is kept."""
+        with threads():
+            spent, parts = seconds(
+                lambda: list(self.learner.train_epoch(torch.randperm(self.n, generator=self.order), BATCH))
+            )
+        images, losses, _ = (np.array(column) for column in zip(*parts, strict=True))
+        assert images.sum() == self.n, f"{images.sum()} of {self.n} images were trained on"
+        self.losses.append(float(images @ losses / self.n))
+        assert np.isfinite(self.losses[-1]), f"a loss of {self.losses[-1]}"
+        return spent
+
+
+def expect(found: float, expected: float, within: float, what: str) -> None:
+    if not abs(found - expected) <= within:  # not for NaN either
+        raise click.ClickException(f"{what}: loss {found!r}, expected {expected!r}")
 
 
 def measure_epoch(path: Path, rounds: int) -> dict[str, list[float]]:
     loader = DataLoader(notebook_tensors(path, "train"), BATCH, shuffle=True)
     model = SimplePoolNet("max")
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
-    ours, n = learner(path)
-    order = torch.Generator().manual_seed(42)
-    times = {"notebook": [], "poolnet": []}
+    ours = Ours(path)
+    times, notebook = {"notebook": [], "poolnet": []}, []
     for _ in range(rounds):
-        times["notebook"].append(seconds(lambda: notebook_epoch(model, loader, optimizer)))
-        for _ in range(3):
-            times["poolnet"].append(seconds(lambda: ours.train_epoch(torch.randperm(n, generator=order), BATCH)))
+        spent, loss = seconds(lambda: notebook_epoch(model, loader, optimizer))
+        times["notebook"].append(spent)
+        notebook.append(loss)
+        times["poolnet"] += [ours.epoch() for _ in range(3)]
+    reference = train.fit(TrainConfig(pool="max", epochs=2, lr=LR, batch_size=BATCH), data.open_splits(path)).history
+    for record, loss in zip(reference, ours.losses, strict=False):
+        expect(loss, record.train_loss, 1e-5, f"poolnet's epoch {record.epoch}")
+    expect(notebook[0], reference[0].train_loss, 0.05, "the notebook's first epoch, in another order")
     return times
 
 
 def measure_growth(paths: dict[float, Path], rounds: int) -> dict[float, list[float]]:
-    learners = {scale: learner(path) for scale, path in paths.items()}
-    order = torch.Generator().manual_seed(42)
+    learners = {scale: Ours(path) for scale, path in paths.items()}
     times = {scale: [] for scale in paths}
     for _ in range(rounds):
-        for scale, (ours, n) in learners.items():
-            times[scale].append(
-                seconds(lambda ours=ours, n=n: ours.train_epoch(torch.randperm(n, generator=order), BATCH))
-            )
+        for scale, ours in learners.items():
+            times[scale].append(ours.epoch())
     return times
 
 
@@ -139,16 +166,20 @@ sys.exit(code)
 
 
 def process(command: list[str], folder: Path) -> tuple[float, float, float | None]:
-    """Wall seconds of a process, its peak resident memory in MB, and the seconds until it printed its first epoch."""
+    """Wall seconds of a process, its peak resident memory in MB, and the seconds until it printed its first epoch. All
+    test losses that it prints must be finite."""
     environment = os.environ | {"POOLNET_HOME": str(folder / "home"), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/m.db"}
     launched = [sys.executable, "-c", LAUNCHER, *command]
-    start, first = time.perf_counter(), None
+    start, first, found = time.perf_counter(), None, []
     with subprocess.Popen(launched, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as running:
         for line in running.stdout:
             if first is None and line.startswith("Epoch 01"):
                 first = time.perf_counter() - start
+            found += map(float, re.findall(r"(?:TEST: loss=|test_loss )([^\s,]+)", line))
     if running.returncode:
         raise click.ClickException(f"{' '.join(command)} failed")
+    if not np.isfinite(found).all() or ("sweep" not in command and len(found) != 1):
+        raise click.ClickException(f"{' '.join(command)}: test losses {found}, expected finite ones")
     return time.perf_counter() - start, float(line.split()[1]), first
 
 
