@@ -8,7 +8,6 @@ import errno
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -371,7 +370,7 @@ def _run(args: list[str] | None) -> int:
         return failed(error, 1)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename
-        places = f"; files go to {home()}, {tempfile.gettempdir()} and the tracking store" if full else ""
+        places = "; files go to POOLNET_HOME, the temporary folder and the tracking store" if full else ""
         return failed(f"{error}{places}", 1)
     except MemoryError:
         return failed("there is not enough memory; end other programs, or use a machine with more", 1)

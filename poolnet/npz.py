@@ -6,14 +6,17 @@ checksum on the way: what was read is what the file held, whatever becomes of th
 
 import contextlib
 import errno
+import io
 import lzma
 import math
 import struct
 import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,7 +26,9 @@ from poolnet.config import InputError, RunError
 from poolnet.files import regular, replacing
 
 ROWS = 8192  # rows read at a time
+HEADER = 10_010  # bytes at most: numpy refuses more than 10,000 signs, but would read them first
 GARBLED = (ValueError, KeyError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError)  # a header
+QUIET = partial(warnings.catch_warnings, action="ignore")  # at Python 2's numbers, and odd signs in a header
 FULL = (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # numpy's own errors have no number
 
 
@@ -37,6 +42,7 @@ class Member:
     shape: tuple[int, ...]
     dtype: np.dtype
     fortran: bool
+    start: int  # where its data begin
 
     def windows(self) -> Iterator[np.ndarray]:
         """The rows in order, `ROWS` at a time, in C order."""
@@ -46,7 +52,7 @@ class Member:
                 yield np.ascontiguousarray(whole[start : start + ROWS])
             return
         with _said(self.path), self.archive.open(f"{self.key}.npy") as stream:
-            _header(stream)
+            stream.read(self.start)
             for start in range(0, self.shape[0], ROWS):
                 shape = (min(ROWS, self.shape[0] - start), *self.shape[1:])
                 content = stream.read(self.dtype.itemsize * math.prod(shape))
@@ -54,7 +60,7 @@ class Member:
 
     def read(self) -> np.ndarray:
         """The whole array."""
-        with _said(self.path), self.archive.open(f"{self.key}.npy") as stream:
+        with _said(self.path), QUIET(), self.archive.open(f"{self.key}.npy") as stream:
             return np.lib.format.read_array(stream, allow_pickle=False)
 
 
@@ -73,15 +79,15 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 def member(archive: zipfile.ZipFile, path: Path, key: str) -> Member:
     """What the header of `key` says. Object arrays are refused here, before anything could unpickle them."""
-    names = [name.removesuffix(".npy") for name in archive.namelist()]
-    if key not in names:
-        raise InputError(f"{path}: {key}: missing, found {', '.join(sorted(names)) or 'an empty archive'}")
+    names = archive.namelist()
+    if f"{key}.npy" not in names:
+        found = ", ".join(sorted(name.removesuffix(".npy") for name in names)) or "an empty archive"
+        raise InputError(f"{path}: {key}: missing, found {found}; expected arrays as np.savez writes them")
     with _said(path), archive.open(f"{key}.npy") as stream:
         try:
-            shape, fortran, dtype = _header(stream)
+            shape, fortran, dtype, start = _header(stream)
         except GARBLED as error:
             raise InputError(f"{path}: {key}: found no array ({error}), expected numpy's own format") from None
-        start = stream.tell()
     if not all(type(size) is int and size >= 0 for size in shape):  # numpy takes True for a size
         raise InputError(f"{path}: {key}: found shape {shape}, expected whole numbers")
     if dtype.hasobject:
@@ -89,7 +95,7 @@ def member(archive: zipfile.ZipFile, path: Path, key: str) -> Member:
     found, size = archive.getinfo(f"{key}.npy").file_size, start + dtype.itemsize * math.prod(shape)
     if found != size:
         raise InputError(f"{path}: {key}: truncated, found {found:,} bytes, expected {size:,}")
-    return Member(archive, path, key, shape, dtype, fortran)
+    return Member(archive, path, key, shape, dtype, fortran, start)
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -102,10 +108,12 @@ def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         raise RunError(f"{path}: cannot be written ({error.strerror or error}){cure}") from error
 
 
-def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and type; what follows in the stream is the data."""
+def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, Fortran order, type, and where the data begin."""
+    first = io.BytesIO(stream.read(HEADER))
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    return readers[np.lib.format.read_magic(stream)](stream)
+    with QUIET():
+        return *readers[np.lib.format.read_magic(first)](first), first.tell()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import hashlib
 import os
 import pickle
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -326,6 +328,42 @@ def test_a_header_of_any_other_shape_is_refused_in_one_line(letters, key, shape)
         open_splits(letters)
 
 
+@pytest.mark.parametrize("key", ["X_train", "y_test"])
+def test_a_member_without_the_suffix_of_an_array_is_missing(letters, key):
+    rewrite(letters, lambda name, content: (key if name == f"{key}.npy" else name, content))
+    with pytest.raises(InputError, match=rf"letters.npz: {key}: missing, found .*; expected arrays as np.savez"):
+        open_splits(letters)
+
+
+def test_a_header_that_unpacks_to_very_much_is_not_read(letters):
+    size = 100_000_000
+    with zipfile.ZipFile(letters, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("X_train.npy", b"\x93NUMPY\x02\x00" + size.to_bytes(4, "little") + bytes(size))
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=r"letters.npz: X_train: found no array \(EOF"):
+            open_splits(letters)
+        assert tracemalloc.get_traced_memory()[1] < size / 10
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_header_of_python_2_is_read_without_a_word(letters, arrays):
+    old, new = b"(110,), }  ", b"(110L,), } "
+    rewrite(letters, lambda name, content: (name, content.replace(old, new)))
+    assert new in letters.read_bytes()
+    np.testing.assert_array_equal(open_splits(letters).test.y, arrays["y_test"])  # warnings are errors in these tests
+
+
+def rewrite(path, change):
+    """Each member of an archive under the name and with the content that `change` gives it."""
+    with zipfile.ZipFile(path) as archive:
+        members = [change(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+
+
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path, letters):
     places = {tmp_path: "a folder"}
     if hasattr(os, "mkfifo"):
@@ -371,6 +409,18 @@ def test_out_writes_where_a_link_leads(tmp_path, capsys):
     assert run(*small(tmp_path / "link.npz"), capsys=capsys) == (0, "")
     assert (tmp_path / "link.npz").is_symlink()
     assert len(open_splits(tmp_path / "target.npz").train) == 1
+
+
+def test_a_full_disk_is_one_line_where_nothing_can_be_written(tmp_path, monkeypatch, capsys):
+    def full(**sizes):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(glyphs, "render", full)
+    monkeypatch.setenv("POOLNET_HOME", str(Path("letters.txt", "home")))
+    Path("letters.txt").touch()  # where a folder would have to be
+    code, said = run(*small(tmp_path / "new.npz"), capsys=capsys)
+    assert (code, said.count("\n")) == (1, 1)
+    assert "No space left on device; files go to POOLNET_HOME" in said
 
 
 def test_an_empty_name_of_data_is_refused(capsys):
