@@ -10,6 +10,7 @@ from scipy.special import softmax
 
 from poolnet.compare import Arm, Comparison
 from poolnet.data import LETTERS
+from poolnet.figures import drawable
 
 A, B, BOTH = "#0072b2", "#d55e00", "#333333"  # told apart by the colour-blind too (Okabe & Ito)
 
@@ -27,8 +28,7 @@ def of_comparison(c: Comparison, images: np.ndarray | None = None) -> dict[str, 
 
 
 def _name(arm: Arm) -> str:
-    """As text: two dollar signs would make a formula of it."""
-    return arm.name.replace("$", r"\$")
+    return drawable(arm.name)
 
 
 def _difference(c: Comparison) -> str:

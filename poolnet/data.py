@@ -105,6 +105,8 @@ def open_splits(
     file, key, what was found and what was expected.
     """
     path = Path(path).absolute()
+    if str(path) != str(path).encode(errors="replace").decode():
+        raise InputError(f"{path}: found a name that is not UTF-8, which no tracking server stores; rename it")
     with npz.opened(path) as archive:
         members = {name: _image_member(npz.member(archive, path, f"X_{name}")) for name in SPLITS}
         labels = {name: _read_labels(npz.member(archive, path, f"y_{name}")) for name in SPLITS}

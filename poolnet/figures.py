@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
+from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import MaxNLocator
 
 from poolnet import scores
@@ -16,12 +18,13 @@ from poolnet.evaluate import Evaluation
 from poolnet.linear import Optimum
 from poolnet.train import EpochRecord, FitResult
 
+_GLYPHS = FT2Font(findfont("DejaVu Sans")).get_charmap()  # of matplotlib's own font: code point -> glyph
 TRAIN, VAL, TEST = "#0072b2", "#d55e00", "#333333"  # told apart by the colour-blind too (Okabe & Ito)
 
 
 def of_run(config: TrainConfig, splits: Splits, result: FitResult, optimum: Optimum | None) -> dict[str, Figure]:
     """The figures of a finished run, by file name."""
-    title = f"{config.pool} on {splits.name}, seed {config.seed}"
+    title = drawable(f"{config.pool} on {splits.name}, seed {config.seed}")
     weight = result.model.classifier.weight.detach().cpu().numpy()
     worst = f"{title}: highest test losses, true letter and what is said"
     return {
@@ -36,6 +39,11 @@ def save_all(folder: Path, figures: dict[str, Figure]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
+
+
+def drawable(text: str) -> str:
+    """The text as a figure can draw it: a `$` begins no formula, and what has no glyph is escaped."""
+    return "".join(char if ord(char) in _GLYPHS else ascii(char)[1:-1] for char in text).replace("$", r"\$")
 
 
 def learning_curves(history: Iterable[EpochRecord], test: Evaluation, optimum: Optimum | None, title: str) -> Figure:

@@ -255,7 +255,7 @@ def _write(card: Scorecard, folder: Path) -> None:
     (folder / "evaluation.json").write_text(json.dumps(as_json(card), allow_nan=False, indent=1), encoding="utf-8")
     (folder / "predictions").mkdir()
     np.savez(folder / "predictions" / f"{card.split.name}.npz", logits=card.evaluation.logits, y=card.evaluation.y)
-    title = _title(card)
+    title = figures.drawable(_title(card))
     drawn = {
         "confusion_matrix": figures.confusion_matrix(card.evaluation, title),
         "worst_mistakes": figures.worst_mistakes(card.evaluation, card.split, f"{title}, highest losses"),

@@ -444,7 +444,7 @@ ODD_NAMES = ["a b", "a#b?c=d%20", "it's", 'a"b', "Büro", "文字", "$HOME", "a;
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
-@pytest.mark.parametrize("name", [*ODD_NAMES, "\x1b[31mred\x1b[0m", "\u202ereversed", os.fsdecode(b"not-utf8-\xff")])
+@pytest.mark.parametrize("name", [*ODD_NAMES, r"a$\frac$b", "\x1b[31mred\x1b[0m", "\u202ereversed"])
 def test_any_name_works_and_none_reaches_the_terminal_raw(tmp_path, capsys, name):
     path = tmp_path / f"{name}.npz"
     assert cli._run([str(arg) for arg in small(path)]) == 0
@@ -456,6 +456,14 @@ def test_any_name_works_and_none_reaches_the_terminal_raw(tmp_path, capsys, name
     for text in (said.out, error):
         assert text.count("\n") == 1
         assert text.rstrip("\n").isprintable()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
+def test_a_name_that_no_server_stores_is_refused_before_training(letters, capsys):
+    named = letters.rename(os.fsdecode(b"not-utf8-\xff.npz"))
+    code, said = run("train", "--data", named, capsys=capsys)
+    assert (code, said.count("\n")) == (2, 1)
+    assert "not-utf8-\\udcff.npz: found a name that is not UTF-8" in said
 
 
 def test_rendered_letters_that_are_damaged_are_rendered_again(monkeypatch):

@@ -17,7 +17,7 @@ import torch
 from conftest import make_arrays, poolnet, world
 from PIL import Image
 
-from poolnet import features, job, journal, linear, provenance, publisher, stores, sync
+from poolnet import features, figures, job, journal, linear, provenance, publisher, stores, sync
 from poolnet.config import InputError, TrainConfig
 from poolnet.data import open_splits
 from poolnet.tracking import Publication
@@ -142,6 +142,16 @@ def test_figures_are_pictures(here):
     for path in folder.glob("*.png"):
         with Image.open(path) as image:
             assert np.asarray(image.convert("L")).std() > 10  # something is drawn
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
+def test_figures_can_be_drawn_of_data_of_any_name(tmp_path, letters):
+    for name in (r"a$\frac$b", "文字", "\x1b[31mred"):
+        splits = open_splits(letters.rename(tmp_path / f"{name}.npz"))
+        letters = splits.path
+        config = TrainConfig(data=str(letters), epochs=1, pool="avg")
+        result = linear.fit(config, *features.open_pooled(letters, "avg"))
+        figures.save_all(tmp_path / "figures", figures.of_run(config, splits, result, None))
 
 
 def test_the_registered_version_is_tagged_and_linked(trained):
