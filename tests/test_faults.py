@@ -81,7 +81,7 @@ def fingerprint(run):
 
 @posix
 def test_runs_that_are_killed_end_as_if_nothing_had_happened():
-    sizes = {"kills": 1, "sync-kills": 2, "images": 1_000, "epochs": 100}
+    sizes = {"kills": 1, "sync-kills": 2, "sweep-kills": 1, "images": 1_000, "epochs": 100}
     sizes |= {"server-runs": 0, "overhead-runs": 0, "at-once": 0}
     options = [f"--{name}={size}" for name, size in sizes.items()]
     command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), *options, "--json"]
@@ -90,6 +90,7 @@ def test_runs_that_are_killed_end_as_if_nothing_had_happened():
     found = json.loads(finished.stdout)
     assert found["kills"]["identical"] == 1
     assert found["sync kills"]["complete"] == 2
+    assert found["sweep kills"]["identical"] == 1
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------
