@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 
+from poolnet import addresses
 from poolnet.config import InputError
 from poolnet.files import read_json
 from poolnet.journal import Journal
@@ -109,9 +110,13 @@ class Publisher:
         """Raise `InputError` if `MLFLOW_RUN_ID` is another run's, as far as that can be heard in time."""
         if os.environ.get("MLFLOW_RUN_ID"):
             self._tell(f"{ASK}\n")
-            answer = threading.Thread(target=self.process.stdout.read, args=(1,), daemon=True)
-            answer.start()
-            answer.join(LOOK_SECONDS)
+            answers: list[bytes] = []
+            asking = threading.Thread(target=lambda: answers.append(self.process.stdout.read(1)), daemon=True)
+            asking.start()
+            asking.join(LOOK_SECONDS)
+            if answers == [b""]:  # it refuses: its output ends a moment before it does
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(LOOK_SECONDS)
         self.check()
 
     def add(self, journal: Journal, carrier: str = "") -> None:
@@ -168,5 +173,5 @@ class Publisher:
         return (
             lines[-1].removeprefix("poolnet: error: ")
             if lines
-            else f"the tracking server gave no answer for {self.drain_timeout:g} s"
+            else f"{addresses.shown(addresses.own())}: no answer for {self.drain_timeout:g} s"
         )
