@@ -84,10 +84,12 @@ def score(client: MlflowClient, model: Loaded, path: str, split: str, seed: int)
     trained = stores.look_up(client, model.run_id) if model.run_id else None
     splits = _open(model, trained, path)
     part = getattr(splits, split)
+    if len(part) < 2:
+        raise InputError(f"{splits.path}: {split}: found {len(part)} image, expected two or more to score a model on")
     found = evaluate(model.net, part)
     try:
         counted = scores.of(found.logits, found.y, seed)
-    except ValueError as error:  # one image, or weights that are not finite
+    except ValueError as error:  # weights that are not finite
         raise InputError(f"{model.uri} on {splits.path}: {error}") from None
     return Scorecard(model, trained, splits, part, found, counted, _recorded(trained, splits, split))
 

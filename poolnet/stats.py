@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import log_softmax, softmax
+from threadpoolctl import threadpool_limits
 
 LEVEL = 0.95
 CELLS = 1_000_000  # numbers drawn at a time, 8 MB: bounds the memory of a bootstrap
@@ -121,6 +122,7 @@ def over_examples(d: ArrayLike, rng: np.random.Generator, resamples: int = 9999)
     return replace(effect, low=float(interval.low), high=float(interval.high))
 
 
+@threadpool_limits.wrap(limits=1, user_api="blas")  # whose digits depend on their number
 def two_way(d: ArrayLike, rng: np.random.Generator, resamples: int = 2000) -> Effect:
     """Mean of d (S, N) over other seeds and other examples, by the pigeonhole bootstrap of Owen (2007).
 

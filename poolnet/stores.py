@@ -93,9 +93,11 @@ def limit(seconds: float) -> None:
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """All calls meanwhile have so many seconds together; `NoAnswer` ends them."""
+    """All calls meanwhile have so many seconds together, and no more than those of a block around this one."""
     global _deadline, _limit
-    before, _deadline, _limit = (_deadline, _limit), time.monotonic() + seconds, seconds
+    before = (_deadline, _limit)
+    _deadline = min(_deadline, time.monotonic() + seconds)
+    _limit = seconds if _limit is None else min(_limit, seconds)
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from poolnet import addresses, data, journal, parent, recorded, stores, train
 from poolnet.config import InputError, NoAnswer, TrainConfig, aligned, cores, piped, progress, spread
-from poolnet.files import locked
+from poolnet.files import Locked, locked
 from poolnet.journal import Journal
 from poolnet.publisher import Publisher
 from poolnet.recorded import SCORES
@@ -90,7 +90,7 @@ def opened(study: Study, say: Say, warn: Say) -> Sweep:
 
 def carry_out(sweep: Sweep, workers: int, publisher: Publisher, say: Say, warn: Say) -> None:
     """Train what is missing, and publish it. Of one study and data set, one process at a time."""
-    with locked(parent.folder() / f"{sweep.name}.lock", wait=1), _described(sweep, warn):
+    with _alone(sweep), _described(sweep, warn):
         begun = _look_at_journals(sweep, publisher, warn)
         if sweep.missing:
             _train(sweep, begun, workers, publisher, say, warn)
@@ -99,6 +99,17 @@ def carry_out(sweep: Sweep, workers: int, publisher: Publisher, say: Say, warn: 
             sweep.patience = ASK_SECONDS if sweep.trouble else publisher.drain_timeout
             with _warned(sweep, "cannot be asked which runs it has now", warn):
                 _look_at_server(sweep, warn)
+
+
+@contextlib.contextmanager
+def _alone(sweep: Sweep) -> Iterator[None]:
+    """Held by the one process that sweeps. Raises `InputError`, as for a run that another process trains."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(parent.folder() / f"{sweep.name}.lock", wait=1))
+        except Locked as error:
+            raise InputError(f"{sweep.study.path}: another process is sweeping it, {error}") from None
+        yield
 
 
 # --- what there is ----------------------------------------------------------------------------------------------------

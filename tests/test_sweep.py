@@ -16,8 +16,9 @@ import pytest
 from conftest import poolnet
 from test_faults import hears_ctrl_c
 
-from poolnet import files, journal
+from poolnet import files, journal, parent
 from poolnet import sweep as sweeps
+from poolnet.data import open_splits
 from poolnet.journal import Journal
 from poolnet.study import read
 
@@ -216,6 +217,18 @@ def test_without_a_server_the_children_are_on_disk_and_published_later(study, mo
     assert not any(run["trained"] for run in found["runs"])
     assert {run["run_id"] for run in found["runs"]} == {run.info.run_id for run in children.values()}
     assert mlflow.get_run(parent.info.run_id).info.status == "FINISHED"
+
+
+def test_a_second_sweep_of_the_same_study_is_refused_and_told_who_is_at_it(study):
+    path = study()
+    name = parent.name_of(path.stem, open_splits("letters.npz").sha256)
+    with files.locked(parent.folder() / f"{name}.lock"):
+        finished = poolnet("sweep", path)
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert finished.stderr.startswith(f"poolnet: error: {path}: another process is sweeping it, ")
+    assert f"held by process {os.getpid()} on " in finished.stderr
+    assert finished.stderr.count("\n") == 1
+    assert journal.names() == []
 
 
 @pytest.mark.parametrize(
