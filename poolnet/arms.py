@@ -2,14 +2,13 @@
 
 import itertools
 import operator
-import shlex
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import data, journal, recorded, stores
-from poolnet.config import InputError, TrainConfig
+from poolnet.config import InputError, TrainConfig, pasted
 from poolnet.recorded import SAME_RUN, Recorded
 from poolnet.study import Study
 
@@ -32,10 +31,10 @@ def of_study(client: MlflowClient, experiment_ids: list[str], study: Study) -> S
             for run in recorded.search(client, experiment_ids, warn=_say_nothing)
             if run.status != "FINISHED" and run.key == _key(config, run.device, sha256)
         ]
-        again = shlex.join([str(study.path), "--data", study.data])
+        again = pasted("poolnet", "sweep", study.path, "--data", study.data)
         raise InputError(
             f"{study.path}: found no finished run of {arm} with seed {config.seed}{more} on {Path(study.data).stem}, "
-            f"SHA-256 {sha256[:8] or 'unknown'}{''.join(begun)}; train what is missing with: poolnet sweep {again}"
+            f"SHA-256 {sha256[:8] or 'unknown'}{''.join(begun)}; train what is missing with: {again}"
         )
     runs = {arm: [found[_key(config, device, sha256)] for config in configs[arm]] for arm in configs}
     return runs, set().union(*study.arms.values())

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import re
-import shlex
 import signal
 import threading
 import time
@@ -24,7 +23,7 @@ from mlflow.tracking.client import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from poolnet import addresses, files
-from poolnet.config import InputError, NoAnswer, RunError
+from poolnet.config import InputError, NoAnswer, RunError, pasted
 from poolnet.journal import Journal
 
 AWAY = ("Connection refused", "Read timed out", "Name or service not known", "Connection reset", "timed out")
@@ -349,5 +348,5 @@ def page_of(uri: str, experiment_id: str, run_id: str) -> str:
         return f"{server.rstrip('/')}/{page}"
     shown = '"$MLFLOW_TRACKING_URI"'  # of a database, whose password is not for the screen
     if addresses.sqlite_file(uri):
-        shown = shlex.quote(addresses.for_mlflow(uri))
+        shown = pasted(addresses.for_mlflow(uri))
     return f"mlflow ui --backend-store-uri {shown}\nthen http://127.0.0.1:5000/{page}"

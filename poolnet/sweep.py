@@ -7,7 +7,6 @@ same command.
 import contextlib
 import dataclasses
 import os
-import shlex
 import statistics
 import time
 from collections import deque
@@ -18,7 +17,7 @@ from pathlib import Path
 from mlflow.exceptions import MlflowException
 
 from poolnet import addresses, data, journal, parent, recorded, stores, train
-from poolnet.config import InputError, NoAnswer, TrainConfig, aligned, cores, piped, progress, spread
+from poolnet.config import InputError, NoAnswer, TrainConfig, aligned, cores, pasted, piped, progress, spread
 from poolnet.files import Locked, locked
 from poolnet.journal import Journal
 from poolnet.publisher import Publisher
@@ -337,7 +336,7 @@ def _note(sweep: Sweep, experiment_id: str) -> str:
         *piped(spreads),
         "",
         "Mean and standard deviation over seeds. What they say: "
-        f"`poolnet compare --study {shlex.quote(study.path.as_posix())} --data {shlex.quote(study.data)}`",
+        f"`{pasted('poolnet', 'compare', '--study', study.path.as_posix(), '--data', study.data)}`",
         "",
         *piped(runs),
     ]

@@ -18,6 +18,7 @@ from mlflow.utils.environment import _PythonEnv
 from packaging.requirements import Requirement
 from test_tracking import journaled, publish
 
+from poolnet import recorded
 from poolnet.cli import cli
 from poolnet.config import TrainConfig
 
@@ -32,6 +33,7 @@ def test_defaults_are_the_same_everywhere():
     assert [*fields, "resume"] == list(declared)
     # these change nothing of the training
     assert set(options) - set(fields) == {"resume", "no_cache", "optimum", "timeout"}
+    assert set(options) < recorded.OPTIONS  # or a run with one of them, by `mlflow run`, would be of another version
     assert declared["resume"]["default"] == options["resume"].default == ""
     for name, default in fields.items():
         assert options[name].default == default
