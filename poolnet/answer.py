@@ -13,13 +13,16 @@ from poolnet import journal, provenance
 
 
 @contextlib.contextmanager
-def run(client: MlflowClient, experiment_id: str, command: str, name: str) -> Iterator[str]:
-    """The id of the run that `mlflow run` has made for this command, or of a new one; it ends with the block."""
-    run_id = os.environ.get("MLFLOW_RUN_ID", "")
+def run(
+    client: MlflowClient, experiment_id: str, command: str, name: str, begun: str = "", more: Mapping[str, str] = {}
+) -> Iterator[str]:
+    """The id of the run that `mlflow run` has made for this command, or was `begun` before, or of a new one with `more`
+    tags; it ends with the block."""
+    run_id = os.environ.get("MLFLOW_RUN_ID", "") or begun
     if run_id:
         client.set_tag(run_id, "mlflow.runName", name)
     else:
-        tags = {"mlflow.source.name": f"poolnet {command}", "mlflow.source.type": "LOCAL"}
+        tags = {"mlflow.source.name": f"poolnet {command}", "mlflow.source.type": "LOCAL", **more}
         tags["mlflow.user"] = provenance.user()
         run_id = client.create_run(experiment_id, journal.now(), tags, name).info.run_id
     try:

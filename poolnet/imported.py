@@ -10,14 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mlflow.entities import Run
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import answer, data, registry, stores, tracking
-from poolnet.config import InputError
+from poolnet.config import InputError, home
 from poolnet.data import Splits
 from poolnet.evaluate import Evaluation, evaluate
+from poolnet.files import locked, regular
 from poolnet.model import SimpleConvNet, SimplePoolNet, build_model
 
+LOCK_SECONDS = 20  # for another command that registers weights
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -32,14 +35,11 @@ class Registered:
 def read(path: Path, pool: str) -> SimplePoolNet | SimpleConvNet:
     """The network of this pool with the `state_dict` in a file that `torch.save` wrote, unpickled as tensors only."""
     cure = "expected what torch.save(model.state_dict(), FILE) writes"
-    if path.exists() and not path.is_file():  # a pipe or a device, which never ends
-        raise InputError(f"{path}: found no regular file, {cure}")
+    regular(path, cure.removeprefix("expected "))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # at a pickle that torch.save did not write
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file, {cure}") from None
     except (pickle.UnpicklingError, UserWarning):  # whose text explains how to run what is in the file after all
         raise InputError(f"{path}: found other things than tensors, which are not loaded; {cure}") from None
     except Exception as error:  # whatever else torch says of damaged bytes
@@ -68,7 +68,10 @@ def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
 
 def register(client: MlflowClient, path: Path, pool: str, source: str) -> Registered:
     """A run that holds the weights as an exported model, and the version of `poolnet` that this becomes; with `source`,
-    a data set, also its predictions, without which no test can compare it."""
+    a data set, also its predictions, without which no test can compare it.
+
+    The same weights, scored on the same data, become a version once: a command that was killed is ended by the next.
+    """
     net = read(path, pool)
     splits = data.open_splits(data.locate(source)) if source else None
     scores = {split.name: evaluate(net, split) for split in (splits.val, splits.test)} if splits else {}
@@ -77,16 +80,35 @@ def register(client: MlflowClient, path: Path, pool: str, source: str) -> Regist
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     params = {"pool": pool, "file": path.name, "sha256": digest} | ({"data": source} if source else {})
     experiment_id = stores.own_experiment(client)
-    with answer.run(client, experiment_id, "register", f"{pool} from {path.name}") as run_id:
-        run = client.get_run(run_id)
-        model_id = registry.log(client, run, {**params, "epochs": 0}, arrays)
-        _log(client, run_id, model_id, params, splits, scores)
-        tags = {"pool": pool, "source": path.name}
-        if splits:
-            tags |= {f"{name}_acc": repr(found.acc) for name, found in scores.items()}
-            tags["data_sha256"] = splits.sha256
-        version = registry.register(client, run_id, model_id, tags)
+    same = f"{pool} {digest} {splits.sha256 if splits else ''}".strip()
+    with locked(home() / "register.lock", LOCK_SECONDS):
+        begun = _begun(client, experiment_id, same)
+        if version := _finished(client, begun):
+            return Registered(version, begun.info.run_id, experiment_id, scores)
+        begun_id = begun.info.run_id if begun else ""
+        more = {"poolnet.weights": same}
+        with answer.run(client, experiment_id, "register", f"{pool} from {path.name}", begun_id, more) as run_id:
+            run = client.get_run(run_id)
+            model_id = registry.log(client, run, {**params, "epochs": 0}, arrays)
+            _log(client, run_id, model_id, params, splits, scores)
+            tags = {"pool": pool, "source": path.name}
+            if splits:
+                tags |= {f"{name}_acc": repr(found.acc) for name, found in scores.items()}
+                tags["data_sha256"] = splits.sha256
+            version = registry.register(client, run_id, model_id, tags)
     return Registered(version, run_id, run.info.experiment_id, scores)
+
+
+def _begun(client: MlflowClient, experiment_id: str, same: str) -> Run | None:
+    """The run of an earlier command on the same weights and data."""
+    found = client.search_runs([experiment_id], f"tags.`poolnet.weights` = '{same}'", max_results=1)
+    return found[0] if found else None
+
+
+def _finished(client: MlflowClient, begun: Run | None) -> int | None:
+    """The number of the version that it has made, if it came to its end and that is still there."""
+    model = registry.logged(client, begun) if begun and begun.info.status == "FINISHED" else None
+    return registry.version_of(client, begun.info.run_id, model.model_id) if model else None
 
 
 def _log(
