@@ -5,7 +5,6 @@ Modules that import torch or mlflow are imported inside the commands, so that `p
 
 import dataclasses
 import errno
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from poolnet.config import (
     pasted,
     printable,
     progress,
+    to_json,
     warn,
 )
 from poolnet.files import writable
@@ -170,7 +170,7 @@ def sync(
     with progress(runs or journal.names(), label="Publishing") as names:
         rows = [sync.sync(name, to, dry_run, prune) for name in names]
     if as_json:
-        click.echo(json.dumps({"runs": [dataclasses.asdict(row) for row in rows]}))
+        click.echo(to_json({"runs": rows}))
     else:
         click.echo(sync.table(rows))
     context.exit(0 if all(row.ok for row in rows) else 3)
@@ -212,7 +212,8 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, timeout:
         sweeps.carry_out(under_way, int(workers or sweeps.default_workers(found)), publisher, say, warn)
     results = under_way.results.values()
     if as_json:
-        click.echo(json.dumps(sweeps.as_json(under_way)))
+        about = {"sweep": under_way.name, "data_sha256": under_way.data_sha256, "look": under_way.look}
+        click.echo(to_json({**about, "runs": list(results)}))
     else:
         done, now = sum(result.done for result in results), sum(result.done and result.trained for result in results)
         click.echo(f"{under_way.name}: {done} of {len(results)} runs finished, {now} of them now")
@@ -290,7 +291,7 @@ def compare(
         run_id = report.publish(client, uri, where, comparison)
         look = stores.page_of(uri, where, run_id)
     if as_json:
-        click.echo(json.dumps({**report.as_json(comparison), "run_id": run_id, "look": look}, allow_nan=False))
+        click.echo(to_json({**report.contents(comparison), "run_id": run_id, "look": look}))
     else:
         click.echo(f"{report.table(comparison)}\nLook at it: {look}")
 

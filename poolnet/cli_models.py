@@ -1,7 +1,6 @@
 """The commands that use registered models, or make and check them: parse, call, print, as in `cli.py`."""
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem
 
-from poolnet.config import POOLS, InputError, failed, home, warn
+from poolnet.config import POOLS, InputError, failed, home, to_json, warn
 
 FILE = click.Path(path_type=Path)
 
@@ -104,7 +103,7 @@ def evaluate(model: str, data: str, split: str, seed: int, timeout: float, as_js
         run_id = scorecard.publish(client, card)
         look = stores.page_of(client.uri, client.get_run(run_id).info.experiment_id, run_id)
     if as_json:
-        click.echo(json.dumps({**scorecard.as_json(card), "run_id": run_id, "look": look}, allow_nan=False))
+        click.echo(to_json({**scorecard.contents(card), "run_id": run_id, "look": look}))
     else:
         click.echo(f"{scorecard.table(card)}\nLook at it: {look}")
     if card.agrees is False:
@@ -155,7 +154,7 @@ def promote(
         promote.publish(client, decision)
     refused = decision.kind == "refused"
     if as_json:
-        click.echo(json.dumps(promote.as_json(decision), allow_nan=False))
+        click.echo(to_json({**vars(decision), "promoted": decision.promoted, "sentence": decision.sentence}))
     elif not refused:
         click.echo(decision.sentence)
     if refused:
@@ -196,7 +195,7 @@ def predict(
     unreadable: list[InputError] = []
     found = list(predict.predict(net, paths, invert, unreadable.append))
     if as_json:
-        click.echo(json.dumps({"predictions": [predict.as_json(each) for each in found]}))
+        click.echo(to_json({"predictions": found}))
     elif as_csv:
         click.echo("".join(predict.csv_lines(found)), nl=False)
     elif found:
@@ -236,7 +235,7 @@ def reproduce(context: click.Context, run: str, data: str, timeout: float, as_js
             reproduce.publish(client, found, held.run_id)
     if as_json:
         more = {"run_id": held.run_id or None, "look": held.look or None}
-        click.echo(json.dumps({**reproduce.as_json(found), **more}))
+        click.echo(to_json({**reproduce.contents(found), **more}))
     else:
         click.echo(found.sentence)
         if held.look:
@@ -272,7 +271,7 @@ def register(file: Path, pool: str, data: str, timeout: float, as_json: bool) ->
         look = stores.page_of(client.uri, found.experiment_id, found.run_id)
     scores = {name: {"loss": each.loss, "acc": each.acc} for name, each in found.scores.items()}
     if as_json:
-        click.echo(json.dumps({"version": found.version, "run_id": found.run_id, "look": look, "scores": scores}))
+        click.echo(to_json({"version": found.version, "run_id": found.run_id, "look": look, "scores": scores}))
         return
     for name, score in scores.items():
         click.echo(f"{name}: loss={score['loss']:.4f}, acc={score['acc']:.4f}")

@@ -4,6 +4,7 @@ Apart from `train.py` because the command line needs the defaults before it may 
 """
 
 import dataclasses
+import json
 import math
 import numbers
 import operator
@@ -143,6 +144,23 @@ def printable(text: object) -> str:
     """On one line, without what a terminal would obey, or cannot show."""
     line = " ".join(str(text).split())
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+
+
+def to_json(value: object, indent: int | None = None) -> str:
+    """JSON of plain values, dataclasses and paths; numbers that are not finite become null."""
+    return json.dumps(_plain(value), allow_nan=False, indent=indent)
+
+
+def _plain(value: object) -> object:
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, Path):  # escapes stand for bytes that are not UTF-8
+        return os.fsencode(value).decode(errors="backslashreplace")
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -8,7 +8,6 @@ images of letters in 20 other fonts, drawn as `benchmarks/unseen_fonts.py` does.
 
 import csv
 import io
-import os
 import struct
 import warnings
 import zlib
@@ -249,11 +248,6 @@ def table(predictions: Iterable[Prediction]) -> str:
 def _printable(path: Path) -> str:
     """The name with escapes for what a terminal would obey or cannot show."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(path))
-
-
-def as_json(prediction: Prediction) -> dict[str, str | float | bool]:
-    """A plain dict, the path as text: escapes stand for bytes that are not UTF-8."""
-    return {**asdict(prediction), "path": os.fsencode(prediction.path).decode(errors="backslashreplace")}
 
 
 def csv_lines(predictions: Iterable[Prediction]) -> Iterator[str]:

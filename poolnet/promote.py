@@ -239,16 +239,6 @@ def _tags(decision: Decision) -> dict[str, str]:
     return {f"{decision.alias}.{key}": str(value) for key, value in tags.items()}
 
 
-def as_json(decision: Decision) -> dict:
-    """Plain numbers; None where there is none."""
-    plain = dataclasses.asdict(decision)
-    del plain["earlier"]
-    for split in ("val", "test"):
-        for effect in ("points", "nats") if plain[split] else ():
-            del plain[split][effect]["df"]
-    return {**plain, "promoted": decision.promoted, "sentence": decision.sentence}
-
-
 def publish(client: MlflowClient, decision: Decision) -> None:
     """Under `mlflow run`, say in the run that it has made what was decided; else the version says it."""
     if not os.environ.get("MLFLOW_RUN_ID"):

@@ -1,9 +1,7 @@
 """A comparison told: to the terminal, in Markdown, as a page by itself, as JSON, and as a run in MLflow."""
 
 import base64
-import dataclasses
 import io
-import json
 import math
 import statistics
 import tempfile
@@ -16,7 +14,7 @@ from mlflow.tracking.client import MlflowClient
 
 from poolnet import answer, comparison_figures, data, stores
 from poolnet.compare import Arm, Comparison
-from poolnet.config import InputError, aligned, piped, spread
+from poolnet.config import InputError, aligned, piped, spread, to_json
 from poolnet.data import LETTERS
 from poolnet.recorded import SAME_RUN
 from poolnet.stats import Effect
@@ -213,8 +211,8 @@ def _disagreements(c: Comparison) -> list[list[str]]:
     return rows
 
 
-def as_json(c: Comparison) -> dict:
-    """Plain numbers; None where there is none."""
+def contents(c: Comparison) -> dict:
+    """All that the comparison says, under the names of its JSON."""
     arms = [
         {
             "name": arm.name,
@@ -231,36 +229,24 @@ def as_json(c: Comparison) -> dict:
         "winner": c.winner,
         "sentence": c.sentence,
         "arms": arms,
-        "effects": {
-            name: dataclasses.asdict(effect) | {"df": _number(effect.df)}
-            for name, (_, effect) in _named_effects(c).items()
-        },
+        "effects": {name: effect for name, (_, effect) in _named_effects(c).items()},
         "margin_points": c.margin,
         "equivalence_p": c.equivalence_p,
         "smallest_effect_points": c.smallest_effect,
         "sign_flip_p": c.sign_flip_p,
-        "mcnemar": [dataclasses.asdict(test) for test in c.mcnemar],
+        "mcnemar": c.mcnemar,
         "per_class": [
-            {
-                "letter": LETTERS[found.label],
-                "n": found.n,
-                **{name: _number(value) for name, value in dataclasses.asdict(found.effect).items()},
-                "p_holm": _number(found.p_holm),
-            }
+            {"letter": LETTERS[found.label], "n": found.n, **vars(found.effect), "p_holm": found.p_holm}
             for found in c.per_class
         ],
         "n_seeds": len(c.seeds),
         "n_examples": len(c.y),
-        "seeds": list(c.seeds),
+        "seeds": c.seeds,
         "varied": c.varied,
         "data": c.data,
         "data_sha256": c.data_sha256,
-        "caveats": list(c.caveats),
+        "caveats": c.caveats,
     }
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 # --- the run in MLflow ------------------------------------------------------------------------------------------------
@@ -286,7 +272,7 @@ def _write(c: Comparison, folder: Path, uri: str) -> None:
     for figure, png in pngs.items():
         (folder / "figures" / f"{figure}.png").write_bytes(png)
     (folder / "report.html").write_text(html(c, pngs, links), encoding="utf-8")
-    (folder / "comparison.json").write_text(json.dumps(as_json(c), allow_nan=False, indent=1), encoding="utf-8")
+    (folder / "comparison.json").write_text(to_json(contents(c), indent=1), encoding="utf-8")
 
 
 def _metrics(c: Comparison) -> dict[str, float]:

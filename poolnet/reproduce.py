@@ -233,7 +233,8 @@ def publish(client: MlflowClient, found: Reproduction, run_id: str) -> None:
         client.set_tag(original.run_id, "poolnet.reproduced_by", run_id)
 
 
-def as_json(found: Reproduction) -> dict:
+def contents(found: Reproduction) -> dict:
+    """All that is found, under the names of its JSON."""
     return {
         "verdict": found.verdict,
         "sentence": found.sentence,

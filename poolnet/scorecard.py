@@ -12,13 +12,14 @@ from mlflow.entities import LoggedModelInput, Run
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import answer, data, figures, recorded, scores, stores, tracking
-from poolnet.config import InputError, aligned, piped
+from poolnet.config import InputError, aligned, piped, to_json
 from poolnet.data import LETTERS, Split, Splits
 from poolnet.evaluate import Evaluation, evaluate
 from poolnet.registry import Loaded
 from poolnet.scores import Scores, Share
 
 TAG = "poolnet.evaluation"  # of the run
+MEASURES = ("precision", "recall", "f1")  # of each letter
 # Between the training and an evaluation of the same model on the same data, on one kind of device and on two.
 TOLERANCE = {"loss": 1e-6, "acc": 1e-6}
 TOLERANCE_ELSEWHERE = {"loss": 1e-4, "acc": 1e-3}  # and one letter: sums in another order turn near ties round
@@ -188,17 +189,9 @@ def markdown(card: Scorecard) -> str:
     return "\n".join(lines)
 
 
-def as_json(card: Scorecard) -> dict:
-    """Plain numbers; None where there is none."""
+def contents(card: Scorecard) -> dict:
+    """All that the scorecard says, under the names of its JSON."""
     s, model = card.scores, card.model
-    classes = [
-        {
-            "letter": LETTERS[found.label],
-            "n": found.n,
-            **{key: _plain(getattr(found, key)) for key in ("precision", "recall", "f1")},
-        }
-        for found in s.per_class
-    ]
     return {
         "model": model.uri,
         "version": int(model.version.version) if model.version else None,
@@ -208,20 +201,19 @@ def as_json(card: Scorecard) -> dict:
         "split": card.split.name,
         "n": s.n,
         "loss": {"estimate": s.loss.estimate, "low": s.loss.low, "high": s.loss.high},
-        "acc": _plain(s.acc),
+        "acc": s.acc,
         "ece": s.calibration.ece,
         "ece_if_calibrated": s.ece_if_calibrated,
-        "per_class": classes,
+        "per_class": [
+            {"letter": LETTERS[found.label], "n": found.n, **{key: getattr(found, key) for key in MEASURES}}
+            for found in s.per_class
+        ],
         "confusion": s.confusion.tolist(),
         "trained_by": card.trained.info.run_id if card.trained else None,
         "recorded": card.recorded,
         "agrees": card.agrees,
         "agreement": card.agreement,
     }
-
-
-def _plain(share: Share) -> dict[str, float | None]:
-    return {key: None if math.isnan(value) else value for key, value in dataclasses.asdict(share).items()}
 
 
 # --- the run in MLflow ------------------------------------------------------------------------------------------------
@@ -234,7 +226,7 @@ def publish(client: MlflowClient, card: Scorecard) -> str:
     metrics |= {f"{split}_loss_low": s.loss.low, f"{split}_loss_high": s.loss.high}
     metrics |= {f"{split}_acc_low": s.acc.low, f"{split}_acc_high": s.acc.high}
     for found in s.per_class:
-        shares = {key: getattr(found, key).estimate for key in ("precision", "recall", "f1")}
+        shares = {key: getattr(found, key).estimate for key in MEASURES}
         metrics |= {f"{key}_{LETTERS[found.label]}": value for key, value in shares.items() if not math.isnan(value)}
     agrees = {True: "agrees", False: "differs", None: "not compared"}[card.agrees]
     tags = {TAG: agrees, "poolnet.data_sha256": card.splits.sha256, "mlflow.note.content": markdown(card)}
@@ -254,7 +246,7 @@ def publish(client: MlflowClient, card: Scorecard) -> str:
 
 def _write(card: Scorecard, folder: Path) -> None:
     """The artifacts: numbers, predictions, figures."""
-    (folder / "evaluation.json").write_text(json.dumps(as_json(card), allow_nan=False, indent=1), encoding="utf-8")
+    (folder / "evaluation.json").write_text(to_json(contents(card), indent=1), encoding="utf-8")
     (folder / "predictions").mkdir()
     np.savez(folder / "predictions" / f"{card.split.name}.npz", logits=card.evaluation.logits, y=card.evaluation.y)
     title = figures.drawable(_title(card))

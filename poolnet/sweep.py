@@ -363,8 +363,3 @@ def table(sweep: Sweep) -> str:
 def default_workers(study: Study) -> int:
     """One a core for pooled models; a convolutional one takes all cores by itself."""
     return 1 if "conv" in study.grid.get("pool", ()) else cores()
-
-
-def as_json(sweep: Sweep) -> dict:
-    results = [dataclasses.asdict(result) for result in sweep.results.values()]
-    return {"sweep": sweep.name, "data_sha256": sweep.data_sha256, "look": sweep.look, "runs": results}

@@ -14,7 +14,7 @@ from conftest import REAL_LETTERS
 from PIL import Image, ImageDraw, ImageFont
 
 from poolnet import data, glyphs, npz, predict, train
-from poolnet.config import InputError, TrainConfig
+from poolnet.config import InputError, TrainConfig, to_json
 from poolnet.predict import Prediction
 
 RED, GREEN = "#c81e1e", "#286e28"  # of the same brightness
@@ -393,7 +393,7 @@ def test_csv_can_be_read_back():
 
 
 def test_json_is_plain():
-    assert predict.as_json(AWKWARD) == {
+    assert json.loads(to_json(AWKWARD)) == {
         "path": str(AWKWARD.path),
         "letter": "A",
         "probability": 0.75,
@@ -418,7 +418,7 @@ def test_names_that_a_terminal_would_obey_are_escaped():
         assert "\x1b" not in text
     (row,) = csv.DictReader(io.StringIO(csv_text))
     assert row["letter"] == "A"
-    plain = json.loads(json.dumps(predict.as_json(odd)))
+    plain = json.loads(to_json(odd))
     assert plain["path"] == "\x1b[31m$HOME\n\\xff.png"
     plain["path"].encode()  # which a lone surrogate could not be
 

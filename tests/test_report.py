@@ -10,7 +10,7 @@ from matplotlib.text import Text
 
 from poolnet import compare, comparison_figures, report, stats
 from poolnet.compare import Arm, Comparison
-from poolnet.config import TrainConfig
+from poolnet.config import TrainConfig, to_json
 from poolnet.recorded import Recorded
 
 N = 300
@@ -112,7 +112,7 @@ def test_the_terminal_gets_lines_that_fit_and_the_verdict_last(c):
 @pytest.mark.parametrize("classes", [10, 9])
 def test_json_and_metrics_hold_plain_numbers(c, classes):
     found = made(len(c.seeds), classes=classes)  # with 9, no test image is a J
-    text = json.dumps(report.as_json(found), allow_nan=False)
+    text = to_json(report.contents(found))
     back = json.loads(text)
     assert back["effects"]["acc"]["estimate"] == found.acc.estimate
     assert (back["per_class"][9]["estimate"] is None) == (classes == 9)
