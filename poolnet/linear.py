@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import nn
 
 from poolnet.config import TrainConfig
@@ -80,6 +79,8 @@ def optimum(result: FitResult, train: Split, features: np.ndarray) -> Optimum:
     scale = np.ones(WIDTH)
     scale[:-1] = 1 / np.maximum(features[:, :-1].std(0, dtype=np.float64), 1e-6)
     start = _weights(result.model).numpy() / scale[:, None]
+    from scipy.optimize import minimize  # half a second, for those who ask for it
+
     found = minimize(
         _loss_and_gradient,
         start.ravel(),

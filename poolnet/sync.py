@@ -64,7 +64,7 @@ def sync(name: str, to: str | None = None, dry_run: bool = False, prune: bool = 
     row = Row(name)
     try:
         run = find(name)
-        row.run = run.name
+        row.run, row.state = run.name, (run.ended() or {"status": "KILLED"})["status"]
         if run.is_training():
             row.state, row.found = "training", "its own process publishes it"
         elif dry_run:
@@ -99,7 +99,6 @@ def table(rows: list[Row]) -> str:
 
 
 def _open(row: Row, run: Journal, to: str | None) -> Publication:
-    row.state = (run.ended() or {"status": "KILLED"})["status"]
     publication = Publication(run, addresses.absolute(to, Path.cwd()) if to else stores.home_of(run))
     row.server = publication.key
     return publication

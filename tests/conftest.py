@@ -1,6 +1,7 @@
 """Tiny data, a tracking store for each test, and nothing of the user's own within reach."""
 
 import contextlib
+import io
 import os
 import shutil
 import socket
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from poolnet import glyphs, npz
-from poolnet.cli import SETTINGS
+from poolnet.cli import SETTINGS, main
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
 import mlflow.db
@@ -134,6 +135,17 @@ def server(tmp_path_factory):
     finally:
         process.terminate()
         process.wait()
+
+
+def inside(*args, **environment):
+    """The command in this process, which has its imports done."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+            main([*map(str, args)])
+    return subprocess.CompletedProcess(args, end.value.code or 0, out.getvalue(), err.getvalue())
 
 
 def poolnet(*args, **options):

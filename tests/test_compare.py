@@ -8,7 +8,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from conftest import poolnet
+from conftest import inside
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from test_cli import assert_refused, run
 from test_project import mlflow_run
@@ -86,7 +86,7 @@ def write_study(seeds=6):
 
 
 def compared(*arguments):
-    finished = poolnet("compare", *arguments, "--json")
+    finished = inside("compare", *arguments, "--json")
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == ""
     return json.loads(finished.stdout)

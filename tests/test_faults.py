@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import mlflow
 import numpy as np
 import pytest
-from conftest import ROOT, make_arrays, poolnet, world
+from conftest import inside, make_arrays, poolnet, world
 from test_tracking import journaled
 
 from poolnet import files, journal, sync
@@ -80,23 +80,6 @@ def fingerprint(run):
     return sorted(figures, key=lambda record: record[0]), predictions, weights
 
 
-# --- kills: the short form of benchmarks/faults.py -------------------------------------------------------------------
-
-
-@posix
-def test_runs_that_are_killed_end_as_if_nothing_had_happened():
-    sizes = {"kills": 1, "sync-kills": 2, "sweep-kills": 1, "images": 1_000, "epochs": 100}
-    sizes |= {"server-runs": 0, "overhead-runs": 0, "at-once": 0}
-    options = [f"--{name}={size}" for name, size in sizes.items()]
-    command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), *options, "--json"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert finished.returncode == 0, finished.stderr
-    found = json.loads(finished.stdout)
-    assert found["kills"]["identical"] == 1
-    assert found["sync kills"]["complete"] == 2
-    assert found["sweep kills"]["identical"] == 1
-
-
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 
@@ -154,7 +137,7 @@ def test_a_second_ctrl_c_and_a_checkpoint_cut_in_half_and_the_run_goes_on_all_th
     run = journal.find(name)
     newest = max(run.folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime_ns)
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
-    resumed = poolnet("train", "--resume", name)
+    resumed = inside("train", "--resume", name)
     assert resumed.returncode == 0, resumed.stderr
     assert f"Resuming {name} after epoch" in resumed.stdout
     calm = journaled(TrainConfig(data="letters.npz", epochs=1000))
@@ -182,7 +165,7 @@ def snapshot(uri):
 
 def test_without_a_server_all_is_on_disk_and_sync_creates_the_run_elsewhere(letters, monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
-    finished = poolnet("train", "--data", letters, "--epochs", 3, "--drain-timeout", 3)
+    finished = inside("train", "--data", letters, "--epochs", 3, "--drain-timeout", 3)
     (name,) = journal.names()
     assert finished.returncode == 3
     assert finished.stdout.splitlines()[-1].startswith("TEST: ")
@@ -194,7 +177,7 @@ def test_without_a_server_all_is_on_disk_and_sync_creates_the_run_elsewhere(lett
     )
     store = f"sqlite:///{tmp_path / 'team.db'}"
     for expected in ("published", "nothing"):
-        synced = poolnet("sync", "--to", store, "--json")
+        synced = inside("sync", "--to", store, "--json")
         assert synced.returncode == 0, synced.stderr
         (row,) = json.loads(synced.stdout)["runs"]
         assert (row["run"], row["state"], row["did"], row["server"]) == (name, "FINISHED", expected, store)
@@ -204,7 +187,7 @@ def test_without_a_server_all_is_on_disk_and_sync_creates_the_run_elsewhere(lett
     assert only_run(store).info.status == "FINISHED"
     (entry,) = before[0]
     assert [m["_step"] for m in entry[1]["val_loss"]] == [1, 2, 3]
-    assert json.loads(poolnet("sync", "--json").stdout)["runs"][0]["server"] == store  # its home from now on
+    assert json.loads(inside("sync", "--json").stdout)["runs"][0]["server"] == store  # its home from now on
 
 
 class Trouble(BaseHTTPRequestHandler):
@@ -271,7 +254,7 @@ def test_a_server_in_trouble_costs_no_run(letters, troubled, monkeypatch):
         assert (row.ok, row.state) == (False, "FINISHED")
         assert ("timed out" if status == "hang" else str(status)) in row.did
     troubled.trouble = None
-    synced = poolnet("sync", name)
+    synced = inside("sync", name)
     assert synced.returncode == 0, synced.stderr
     assert re.search(rf"^{name} +FINISHED .* published", synced.stdout, re.MULTILINE)
     client = mlflow.MlflowClient()
@@ -307,7 +290,7 @@ def test_a_disk_that_fills_up_fails_in_one_line_and_the_run_goes_on_once_there_i
         assert len(recorded) == len(re.findall("^Epoch", out, re.MULTILINE)) < epochs
     else:
         assert [record["step"] for record in recorded] == [*range(1, epochs + 1), 0]
-    resumed = poolnet("train", "--resume", name, "--drain-timeout", 1)
+    resumed = inside("train", "--resume", name, "--drain-timeout", 1)
     assert resumed.returncode == 3, resumed.stderr  # the server is still not there
     assert journal.find(name).finished
     assert [record["step"] for record in journal.find(name).metrics()] == [*range(1, epochs + 1), 0]

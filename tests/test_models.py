@@ -503,9 +503,9 @@ def test_files_that_are_no_weights_are_one_line(capsys, content):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes among the files of this system")
 def test_pipes_and_devices_in_place_of_weights_are_refused_at_once(capsys):
     os.mkfifo("pipe.pt")
-    for name in ("pipe.pt", "/dev/zero"):
+    for name, kind in (("pipe.pt", "a pipe"), ("/dev/zero", "a device")):
         code, _, err = run(capsys, "register", name, "--pool", "max")
-        assert_refused(code, err, f"{name}: found no regular file")
+        assert_refused(code, err, f"{name}: found {kind}, expected what torch.save(")
 
 
 def test_data_without_some_letters_or_with_one_image_are_scored_or_refused_in_one_line(capsys):

@@ -9,7 +9,7 @@ import shutil
 import mlflow
 import numpy as np
 import pytest
-from conftest import enter, make_arrays, poolnet
+from conftest import enter, inside, make_arrays, poolnet
 from test_cli import assert_refused, run
 from test_tracking import journaled, publish
 
@@ -38,7 +38,8 @@ def original(store, monkeypatch):
 
 
 def reproduced(name, *options, code=0, **environment):
-    finished = poolnet("reproduce", name, *options, "--json", env=os.environ | environment)
+    command = ["reproduce", name, *options, "--json"]  # other numbers of threads need a process of their own
+    finished = poolnet(*command, env=os.environ | environment) if environment else inside(*command)
     assert finished.returncode == code, finished.stderr
     return json.loads(finished.stdout), finished.stderr
 
@@ -100,7 +101,7 @@ def test_a_metric_that_differs_is_found_with_its_step(letters):
     client = mlflow.MlflowClient()
     value = client.get_metric_history(changed.info.run_id, "val_loss")[1].value
     client.log_metric(changed.info.run_id, "val_loss", value + 0.5, step=2)
-    finished = poolnet("reproduce", changed.info.run_id)
+    finished = inside("reproduce", changed.info.run_id)
     assert finished.returncode == 1
     line = next(line for line in finished.stdout.splitlines() if line.startswith("different: "))
     assert f"first difference: epoch 2: val_loss {value!r}, recorded {value + 0.5!r}" in line

@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, poolnet, world
+from conftest import ROOT, inside, poolnet, world
 from mlflow.utils.file_utils import path_to_local_sqlite_uri
 from test_cli import assert_refused
 from test_cli import run as command
@@ -120,9 +120,8 @@ def test_an_address_that_can_never_work_is_refused_before_anything_is_done(uri, 
 
 
 def test_a_server_that_is_down_is_said_before_training(letters):
-    finished = poolnet(
-        "train", "--data", letters, "--epochs", 1, "--timeout", 0, env=world(letters.parent, "http://127.0.0.1:9")
-    )
+    options = ("--data", letters, "--epochs", 1, "--timeout", 0)
+    finished = inside("train", *options, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert finished.returncode == 3
     first, *_ = finished.stderr.splitlines()
     assert first.startswith("poolnet: warning: http://127.0.0.1:9 cannot be reached (Connection refused); ")
@@ -297,7 +296,7 @@ def test_no_secret_is_stored_printed_or_published(letters, tmp_path):
         ["evaluate", "models:/poolnet/1"],
         ["sync", "--to", f"sqlite:///{tmp_path}/mlflow.db"],
     ):
-        finished = poolnet(*args, env=world(tmp_path, uri))
+        finished = inside(*args, MLFLOW_TRACKING_URI=uri)
         for text in (finished.stdout, finished.stderr):
             assert "pl4nted" not in text
             assert "pl#nt" not in text

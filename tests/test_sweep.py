@@ -13,11 +13,13 @@ from collections import deque
 
 import mlflow
 import pytest
-from conftest import poolnet
+from conftest import inside
 from test_faults import hears_ctrl_c
+from test_tracking import journaled, publish
 
 from poolnet import files, journal, parent
 from poolnet import sweep as sweeps
+from poolnet.config import TrainConfig
 from poolnet.data import open_splits
 from poolnet.journal import Journal
 from poolnet.study import read
@@ -50,7 +52,7 @@ def study(tmp_path):
 
 
 def swept(path, *options, code=0, **environment):
-    finished = poolnet("sweep", path, "--workers", 2, "--json", *options, env={**os.environ, **environment})
+    finished = inside("sweep", path, "--workers", 2, "--json", *options, **environment)
     assert finished.returncode == code, finished.stderr
     return json.loads(finished.stdout), finished.stderr
 
@@ -69,10 +71,8 @@ def histories(run):
     return {name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] for name in SAME}
 
 
-def test_a_sweep_trains_what_is_missing_and_each_child_equals_the_run_on_its_own(study):
-    alone = poolnet("train", "--data", "letters.npz", "--pool", "avg", "--seed", 2, "--epochs", 3)
-    assert alone.returncode == 0, alone.stderr
-    (own,) = mlflow.MlflowClient().search_runs(["0"])
+def test_a_sweep_trains_what_is_missing_and_each_child_equals_the_run_on_its_own(study, monkeypatch):
+    own = publish(journaled(TrainConfig(data="letters.npz", pool="avg", seed=2, epochs=3)))
     result, err = swept(study())
     assert err == ""
     assert [(run["run"] == own.info.run_name, run["trained"]) for run in result["runs"]].count((False, True)) == 3
@@ -91,12 +91,8 @@ def test_a_sweep_trains_what_is_missing_and_each_child_equals_the_run_on_its_own
     assert not any(run["trained"] for run in again["runs"])
     assert [run["run_id"] for run in again["runs"]] == [run.info.run_id for run in _in_order(children)]
     # one of the children once more, by itself
-    other = poolnet(
-        "train", "--data", "letters.npz", "--seed", 1, "--epochs", 3, env={**os.environ, "MLFLOW_EXPERIMENT_NAME": "x"}
-    )
-    assert other.returncode == 0, other.stderr
-    experiment = mlflow.MlflowClient().get_experiment_by_name("x")
-    (single,) = mlflow.MlflowClient().search_runs([experiment.experiment_id])
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "x")
+    single = publish(journaled(TrainConfig(data="letters.npz", seed=1, epochs=3)))
     assert histories(single) == histories(children["max", 1])
     assert single.data.params == children["max", 1].data.params
 
@@ -165,10 +161,7 @@ def test_runs_begin_seed_by_seed_and_one_whose_process_dies_is_left_for_the_next
 
 def test_what_only_resembles_a_run_of_the_study_is_left_out_and_named(study, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
-    done = poolnet("train", "--data", "letters.npz", "--seed", 1, "--epochs", 3, "--drain-timeout", 0)
-    assert done.returncode == 3, done.stderr
-    (name,) = journal.names()
-    its = journal.folder() / name
+    its = journaled(TrainConfig(data="letters.npz", seed=1, epochs=3)).folder
     for index, change in enumerate(
         [{"config": {"momentum": 0.9}}, {"config": {"pool": "median"}}, {"reproduces": "0" * 32}, {"data": None}]
     ):
@@ -208,9 +201,7 @@ def test_without_a_server_the_children_are_on_disk_and_published_later(study, mo
     result, err = swept(path, "--drain-timeout", 1, code=3, MLFLOW_TRACKING_URI=DEAD)
     assert [run["status"] for run in result["runs"]] == ["FINISHED"] * 4
     assert "published by: poolnet sync" in err.splitlines()[-1]
-    again, _ = swept(path, "--drain-timeout", 1, code=3, MLFLOW_TRACKING_URI=DEAD)
-    assert not any(run["trained"] for run in again["runs"])
-    assert poolnet("sync", "--to", uri).returncode == 0
+    assert inside("sync", "--to", uri).returncode == 0
     children, (parent,) = runs()
     assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parent.info.run_id}
     found, _ = swept(path)
@@ -223,7 +214,7 @@ def test_a_second_sweep_of_the_same_study_is_refused_and_told_who_is_at_it(study
     path = study()
     name = parent.name_of(path.stem, open_splits("letters.npz").sha256)
     with files.locked(parent.folder() / f"{name}.lock"):
-        finished = poolnet("sweep", path)
+        finished = inside("sweep", path)
     assert (finished.returncode, finished.stdout) == (2, "")
     assert finished.stderr.startswith(f"poolnet: error: {path}: another process is sweeping it, ")
     assert f"held by process {os.getpid()} on " in finished.stderr
@@ -242,7 +233,7 @@ def test_a_second_sweep_of_the_same_study_is_refused_and_told_who_is_at_it(study
 )
 def test_bad_input_is_refused_in_one_line(study, arguments, said):
     study()
-    refused = poolnet("sweep", *arguments)
+    refused = inside("sweep", *arguments)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     for part in said:

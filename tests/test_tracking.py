@@ -14,7 +14,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import make_arrays, poolnet, world
+from conftest import inside, make_arrays, poolnet, world
 from PIL import Image
 
 from poolnet import features, figures, job, journal, linear, provenance, publisher, stores, sync
@@ -279,7 +279,7 @@ def test_a_stale_run_id_is_refused_before_training_and_the_cure_helps(monkeypatc
     )
     assert journal.names() == [name]
     monkeypatch.delenv("MLFLOW_RUN_ID")
-    assert poolnet("train", "--data", letters, "--epochs", "2").returncode == 0
+    assert inside("train", "--data", letters, "--epochs", "2").returncode == 0
     assert len(mlflow.MlflowClient().search_runs(["0"])) == 2
 
 
@@ -287,15 +287,15 @@ def test_the_command_refuses_such_a_run_as_bad_input_and_sync_publishes_it_once_
     monkeypatch, letters
 ):
     run_id = adopted(monkeypatch, {"lr": "0.1"})
-    finished = poolnet("train", "--data", letters, "--epochs", "2")
+    finished = inside("train", "--data", letters, "--epochs", "2")
     assert finished.returncode == 2
     (line,) = finished.stderr.splitlines()
     (name,) = journal.names()
     problem = f"run {run_id}: lr: found 0.1 in its record, expected 0.001"
     assert line == f"poolnet: error: {problem}; unset MLFLOW_RUN_ID, then: poolnet sync {name}"
-    assert poolnet("sync", name).returncode == 3
+    assert inside("sync", name).returncode == 3
     monkeypatch.delenv("MLFLOW_RUN_ID")
-    synced = poolnet("sync", name)
+    synced = inside("sync", name)
     assert synced.returncode == 0, synced.stdout
     (own,) = mlflow.MlflowClient().search_runs(["0"], f"tags.`poolnet.run` = '{name}'")
     assert own.info.run_id != run_id
