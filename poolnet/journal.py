@@ -61,7 +61,6 @@ FORM = {
     },
     "tracking": dict.fromkeys(("uri", "folder", "experiment_id", "experiment_name", "run_id"), str),
 }
-HELD = {"run_id": str, "experiment_id": str, "done": [str], "metrics": int}  # of a server, in published.json
 STATUSES = ("FINISHED", "KILLED", "FAILED")
 
 
@@ -340,14 +339,6 @@ def _problem(found: object, form: object, where: str = "") -> str:
     return f"{where.rstrip('.')}: found {str(found)[:40]!r}"
 
 
-def read_published(folder: Path) -> dict:
-    """What servers hold of the run in that folder: the key of its `home`, and `servers` by key (see tracking.py)."""
-    found = read_json(folder / "published.json")
-    servers = found.get("servers") if isinstance(found.get("servers"), dict) else {}
-    known = {key: held for key, held in servers.items() if not _problem(held, HELD)}
-    return {"home": found["home"] if isinstance(found.get("home"), str) else "", "servers": known}
-
-
 def create(stem: str, record: dict, diff: bytes = b"") -> Journal:
     """A new run, named `STEM-` and eight random digits. `record` is completed with format and start."""
     path = folder() / f"{stem}-{uuid.uuid4().hex[:8]}"
@@ -376,8 +367,9 @@ def find(run: str) -> Journal | None:
     if is_name(run) and (folder() / run / "record.json").exists():
         return Journal(folder() / run)
     for name in names():
-        servers = read_published(folder() / name)["servers"]
-        if any(run == held["run_id"] for held in servers.values()):
+        servers = read_json(folder() / name / "published.json").get("servers")
+        held = servers.values() if isinstance(servers, dict) else ()
+        if any(isinstance(server, dict) and server.get("run_id") == run for server in held):
             return Journal(folder() / name)
     return None
 
