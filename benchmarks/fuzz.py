@@ -207,9 +207,13 @@ def record_case(uri: str, names: list[str], study_file: Path, letters_file: Path
     code, _ = checked(found, "sync")
     if not any(expected[key] in on_server(uri).get(key, []) for key in expected if key[:2] == WHOLE):
         found.append("sync: the undamaged run was not published")
-    for name in names:
-        checked(found, "train", "--resume", name)
+    commands = [("train", "--resume", name) for name in names]
+    random.Random(" ".join(names)).shuffle(commands)
+    for command in commands[: len(commands) // 2]:
+        checked(found, *command)
     code, _ = checked(found, "sweep", study_file, "--data", letters_file, "--workers", "1")
+    for command in commands[len(commands) // 2 :]:
+        checked(found, *command)
     have = on_server(uri)
     for (pool, seed, status), runs in have.items():
         right = expected[pool, seed, "FINISHED"]

@@ -48,7 +48,7 @@ def resume(
         defaults = {**dataclasses.asdict(TrainConfig()), "optimum": False}
         given = {option: value for option, value in given.items() if value != defaults[option]}
     check_options(old, given)
-    if old.finished and _is_whole(old):
+    if old.is_whole():
         publisher.add(old, carrier)
         say(f"{old.name} is finished")
         return old
@@ -106,14 +106,6 @@ def settings(run: Journal) -> TrainConfig:
     if unknown := run.record["config"].keys() - known:
         raise InputError(f"{run.name}: {', '.join(sorted(unknown))}: no setting of this version; update poolnet")
     return TrainConfig(**run.record["config"])
-
-
-def _is_whole(run: Journal) -> bool:
-    try:
-        run.check_results()
-    except RunError:
-        return False
-    return True
 
 
 def check_options(run: Journal, given: dict[str, object]) -> None:

@@ -229,6 +229,14 @@ class Journal:
             if not whole:
                 raise self._damage(path)
 
+    def is_whole(self) -> bool:
+        """Whether the run is finished, and nothing of its results damaged."""
+        try:
+            self.check_results()
+        except RunError:
+            return False
+        return self.finished
+
     def _damage(self, path: Path, what: str = "") -> RunError:
         return RunError(f"{path}: {what}damaged; made again by: {resume_command(self.name)}")
 

@@ -132,13 +132,13 @@ def _look_at_server(sweep: Sweep, warn: Say) -> None:
 
 
 def _look_at_journals(sweep: Sweep, publisher: Publisher, warn: Say) -> dict[tuple, str]:
-    """Take what the server does not have yet. Returns the runs of this sweep that were cut off, by key."""
+    """Take what the server does not have yet. Returns the runs of this sweep that were cut off or damaged, by key."""
     begun = {}
     for key, run in _journals(sweep, warn):
         result, mine = sweep.results[key], run.record.get("sweep") == sweep.name
         if mine:
             _wait_for_orphan(run)
-        if run.finished:
+        if run.is_whole():
             _take(result, run)
             publisher.add(run)
         elif mine and run.is_training():

@@ -201,6 +201,11 @@ def test_without_a_server_the_children_are_on_disk_and_published_later(study, mo
     result, err = swept(path, "--drain-timeout", 1, code=3, MLFLOW_TRACKING_URI=DEAD)
     assert [run["status"] for run in result["runs"]] == ["FINISHED"] * 4
     assert "published by: poolnet sync" in err.splitlines()[-1]
+    damaged = journal.find(journal.names()[1]).folder / "metrics.jsonl"
+    damaged.write_bytes(damaged.read_bytes().replace(b"0.", b"1.", 1))
+    again, _ = swept(path, "--drain-timeout", 1, code=3, MLFLOW_TRACKING_URI=DEAD)
+    assert [run["run"] for run in again["runs"] if run["trained"]] == [damaged.parent.name]
+    assert [run["scores"] for run in again["runs"]] == [run["scores"] for run in result["runs"]]
     assert inside("sync", "--to", uri).returncode == 0
     children, (parent,) = runs()
     assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parent.info.run_id}
