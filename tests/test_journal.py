@@ -467,6 +467,7 @@ def test_a_run_whose_checkpoints_are_lost_is_trained_again_and_its_record_stays(
     before = run.metrics()
     for path in run.folder.glob("checkpoint-*"):
         path.write_bytes(path.read_bytes()[:100])
+    assert run.checkpoints() == []
     with run.training():
         job.carry_out(run, splits, pooled, say=lambda line: None)
     assert run.metrics() == before
