@@ -131,19 +131,22 @@ def progress(*args, **options):
 
 
 def warn(message: str) -> None:
-    click.echo(f"poolnet: warning: {printable(message)}", err=True)
+    click.echo(f"poolnet: warning: {printable(_line(message))}", err=True)
 
 
 def failed(error: object, code: int) -> int:
     """Say what went wrong, in one line. Returns the exit code."""
-    click.echo(f"poolnet: error: {printable(error)}", err=True)
+    click.echo(f"poolnet: error: {printable(_line(error))}", err=True)
     return code
 
 
+def _line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
 def printable(text: object) -> str:
-    """On one line, without what a terminal would obey, or cannot show."""
-    line = " ".join(str(text).split())
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+    """With escapes for what a terminal would obey or cannot show: on one line."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
 
 
 def to_json(value: object, indent: int | None = None) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from poolnet.config import InputError, aligned
+from poolnet.config import InputError, aligned, printable
 from poolnet.data import LETTERS, SIDE, as_images
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")  # and no other of Pillow's: EPS would start Ghostscript
@@ -234,7 +234,7 @@ def table(predictions: Iterable[Prediction]) -> str:
         turned = "dark on bright" if p.inverted else ""
         rows.append(
             (
-                _printable(p.path),
+                printable(p.path),
                 p.letter,
                 f"{p.probability:.4f}",
                 p.runner_up,
@@ -243,11 +243,6 @@ def table(predictions: Iterable[Prediction]) -> str:
             )
         )
     return "\n".join(aligned(rows))
-
-
-def _printable(path: Path) -> str:
-    """The name with escapes for what a terminal would obey or cannot show."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(path))
 
 
 def csv_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
@@ -259,5 +254,5 @@ def csv_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
         yield text.getvalue()
         text.seek(0)
         text.truncate()
-        writer.writerow({**asdict(prediction), "path": _printable(prediction.path)})
+        writer.writerow({**asdict(prediction), "path": printable(prediction.path)})
     yield text.getvalue()

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -42,6 +43,17 @@ def empty_store(tmp_path_factory):
     path = tmp_path_factory.mktemp("empty") / "mlflow.db"
     mlflow.db.commands.main(["upgrade", f"sqlite:///{path}"], standalone_mode=False)
     return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def scratch(tmp_path_factory):
+    """What MLflow downloads for a test stays among pytest's folders."""
+    folder = str(tmp_path_factory.mktemp("scratch"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", folder)
+        for name in ("TMPDIR", "TEMP", "TMP"):
+            patch.setenv(name, folder)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -332,7 +332,9 @@ cli.main(sys.argv[1:])
 @posix
 @pytest.mark.parametrize("home", ["home", "file/home"])
 def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path_factory, home):
-    folder = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
+    folder = Path(
+        subprocess.run(["mktemp", "-d", "-p", "/tmp"], capture_output=True, text=True, check=True).stdout.strip()
+    )
     try:
         np.savez(folder / "letters.npz", **make_arrays())
         (folder / "home").mkdir()
