@@ -40,7 +40,7 @@ EPOCHS = 3
 BATCH = 10  # records that are damaged at once, beside one that is not
 CODES = (0, 1, 2, 3)
 DEEP = "[" * 5_000
-VALUES = (None, True, -1, 0, 2**70, 1e308, float("nan"), "", "x" * 5_000, "\x1b[2J", [], [[1]], {}, {"a": {}})
+VALUES = (None, -1, float("nan"), "", "x" * 5_000, "\x1b[2J", [], [[1]], {}, {"a": {}})  # none would be another run
 
 Found = list[str]  # what is wrong of a case, in words
 
@@ -167,12 +167,17 @@ def tried(folder: Path, count: int, workers: int, trial: Callable[[Path, int], t
     """So many trials, each in a folder that no other uses meanwhile: how many, and what was wrong."""
     slots = [folder / str(slot) for slot in range(workers)]
 
-    def run(slot: int) -> list[tuple[str, Found]]:
-        return [trial(slots[slot], index) for index in range(slot, count, workers)]
+    def run(slot: int) -> Found:
+        wrong: Found = []
+        for index in range(slot, count, workers):
+            what, found = trial(slots[slot], index)
+            for line in found:
+                click.echo(f"{what}: {line}", err=True)
+            wrong += found
+        return wrong
 
     with ThreadPoolExecutor(workers) as pool:
-        results = [result for part in pool.map(run, range(workers)) for result in part]
-    wrong = [f"{what}: {line}" for what, found in results for line in found]
+        wrong = [line for found in pool.map(run, range(workers)) for line in found]
     return {"cases": count, "wrong": wrong}
 
 
@@ -508,8 +513,8 @@ def main(seed: int, workers: int, as_json: bool, **counts: int) -> None:
     else:
         for part, numbers in result.items():
             click.echo(f"{part}: {counts[part]} tried, {len(numbers['wrong'])} wrong")
-    if wrong := [f"{part}: {line}" for part, numbers in result.items() for line in numbers["wrong"]]:
-        raise click.ClickException("\n".join(wrong))
+    if wrong := sum(len(numbers["wrong"]) for numbers in result.values()):
+        raise click.ClickException(f"wrong: {wrong}, see above")
 
 
 if __name__ == "__main__":

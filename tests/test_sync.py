@@ -267,9 +267,10 @@ def test_mlflow_run_resumes_in_the_run_that_was_begun():
     assert after.info.run_id in others[0].data.tags["mlflow.note.content"]
 
 
-def test_a_finished_run_with_a_damaged_model_is_made_whole_by_resuming_it(capsys):
+@pytest.mark.parametrize("name", ["model.safetensors", "predictions/val.npz"])
+def test_a_finished_run_with_damaged_results_is_made_whole_by_resuming_it(capsys, name):
     finished = journaled()
-    path = finished.folder / "model.safetensors"
+    path = finished.folder / name
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     (row,) = synced(code=3)
