@@ -48,7 +48,7 @@ def resume(
         defaults = {**dataclasses.asdict(TrainConfig()), "optimum": False}
         given = {option: value for option, value in given.items() if value != defaults[option]}
     check_options(old, given)
-    if old.is_whole():
+    if old.finished and old.has_results():
         publisher.add(old, carrier)
         say(f"{old.name} is finished")
         return old

@@ -214,7 +214,7 @@ class Journal:
             np.savez(file, logits=logits, y=y)
 
     def check_results(self) -> None:
-        """Raise `RunError` where metrics, weights or predictions of a finished run are damaged."""
+        """Raise `RunError` where metrics, weights or predictions are not all there, or damaged."""
         if not {*range(self.record["config"]["epochs"] + 1)} <= self.by_step().keys():
             raise self._damage(self.folder / "metrics.jsonl", "some lines are missing, ")
         if self.load_tensors("model") is None:
@@ -229,13 +229,13 @@ class Journal:
             if not whole:
                 raise self._damage(path)
 
-    def is_whole(self) -> bool:
-        """Whether the run is finished, and nothing of its results damaged."""
+    def has_results(self) -> bool:
+        """Whether metrics, weights and predictions are all there and whole."""
         try:
             self.check_results()
         except RunError:
             return False
-        return self.finished
+        return True
 
     def _damage(self, path: Path, what: str = "") -> RunError:
         return RunError(f"{path}: {what}damaged; made again by: {resume_command(self.name)}")

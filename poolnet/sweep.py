@@ -138,7 +138,7 @@ def _look_at_journals(sweep: Sweep, publisher: Publisher, warn: Say) -> dict[tup
         result, mine = sweep.results[key], run.record.get("sweep") == sweep.name
         if mine:
             _wait_for_orphan(run)
-        if run.is_whole():
+        if run.finished and run.has_results():
             _take(result, run)
             publisher.add(run)
         elif mine and run.is_training():

@@ -118,7 +118,7 @@ class Publication:
         steps = {"start": self._log_start, "inputs": self._log_inputs, "record.json": files["record.json"]}
         if (self.run.folder / "git.diff").exists():
             steps["git.diff"] = files["git.diff"]
-        if (self.run.folder / "model.safetensors").exists():
+        if self.run.has_results():
             steps |= {"predictions": files["predictions"], "model": self._log_model}
         if self.run.finished:
             steps |= {"scores": self._log_scores, "figures": files["figures"]}
