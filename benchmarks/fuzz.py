@@ -240,7 +240,8 @@ PARTS = [  # of a record, that are read back
 def measure_records(folder: Path, count: int, seed: int, workers: int) -> dict[str, object]:
     letters_file, study_file = letters(folder / "letters.npz", 300), folder / "study.toml"
     study_file.write_text(STUDY.replace("[1, 2]", "[1, 2, 3, 4, 5, 6]").format(epochs=EPOCHS), encoding="utf-8")
-    for slot in range(workers):  # whose records hold its own address
+    cases = -(-count // BATCH)
+    for slot in range(min(workers, cases)):  # whose records hold its own address
         world = World(folder / str(slot), letters_file, EPOCHS)
         world.finish([*POOLNET, "sweep", str(study_file), "--data", str(letters_file)])
         expected = {key: runs[0] for key, runs in on_server(world.uri).items()}
@@ -265,7 +266,7 @@ def measure_records(folder: Path, count: int, seed: int, workers: int) -> dict[s
         names = [what.partition(":")[0] for what in done]
         return "; ".join(done), apart(world, record_case, world.uri, names, study_file, letters_file, expected)
 
-    return tried(folder, -(-count // BATCH), workers, trial)
+    return tried(folder, cases, workers, trial)
 
 
 # --- caches ----------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class Publication:
         if not (confirmed and self.held.run_id) or self.held.status:
             self._find_or_create()
         ended, steps = self.run.ended(), self.steps()  # an end that comes from here on is for the next time
-        if self.run.finished and self.outstanding():
+        if self.run.finished:
             self.run.check_results()
         for name, publish in steps.items():
             if name not in self.held.done:

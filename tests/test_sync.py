@@ -272,9 +272,11 @@ def test_a_finished_run_with_damaged_results_is_made_whole_by_resuming_it(capsys
     finished = journaled()
     path = finished.folder / name
     whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    (row,) = synced(code=3)
-    assert row["did"] == f"{path}: damaged; made again by: poolnet train --resume {finished.name}"
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    for options in ([], ["--prune"]):
+        (row,) = synced(*options, code=3)
+        assert row["did"] == f"{path}: damaged; made again by: poolnet train --resume {finished.name}"
     code, out, err = run(capsys, "train", "--resume", finished.name)
     assert (code, err) == (0, "")
     assert finished.has_results()
