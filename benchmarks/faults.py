@@ -364,8 +364,8 @@ def measure_model_kills(folder: Path, kills: int, seed: int) -> dict[str, object
             world, moment = fresh(f"{name}{index}"), rng.uniform(0, duration)
             killed(world, command, moment)
             world.finish(command)
-            found = registry(world.uri)
-            wrong += [f"{name} {index} at {moment:.2f} s: {part}" for part in found if found[part] != expected[part]]
+            state = registry(world.uri)
+            wrong += [f"{name} {index} at {moment:.2f} s: {part}" for part in state if state[part] != expected[part]]
     return {"kills": len(commands) * kills, "wrong": wrong}
 
 

@@ -42,7 +42,7 @@ CODES = (0, 1, 2, 3)
 DEEP = "[" * 5_000
 VALUES = (None, -1, float("nan"), "", "x" * 5_000, "\x1b[2J", [], [[1]], {}, {"a": {}})  # none would be another run
 
-Found = list[str]  # what is wrong of a case, in words
+Wrong = list[str]  # what is wrong of a case, in words
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
@@ -124,13 +124,13 @@ def command(*args: object) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-def checked(found: Found, *args: object, codes: Iterable[int] = CODES) -> tuple[int, str]:
-    """Run a command, and add to `found` what is wrong with its end. Returns exit code and stdout."""
+def checked(wrong: Wrong, *args: object, codes: Iterable[int] = CODES) -> tuple[int, str]:
+    """Run a command, and add to `wrong` what is wrong with its end. Returns exit code and stdout."""
     code, out, err = command(*args)
     if code not in codes or "Traceback" in err or (code and not (err.strip() or out.strip())):
-        found.append(f"{' '.join(map(str, args))[:200]}: exit {code}: {err.strip()[-600:]}")
+        wrong.append(f"{' '.join(map(str, args))[:200]}: exit {code}: {err.strip()[-600:]}")
     if any(not char.isprintable() for char in err.replace("\n", "")):
-        found.append(f"{' '.join(map(str, args))[:200]}: not printable: {err[:200]!a}")
+        wrong.append(f"{' '.join(map(str, args))[:200]}: not printable: {err[:200]!a}")
     return code, out
 
 
@@ -144,7 +144,7 @@ def _in_process(connection, environment: dict[str, str], folder: Path, work: Cal
         connection.send([traceback.format_exc()])
 
 
-def apart(world: World, work: Callable[..., Found], *args: object) -> Found:
+def apart(world: World, work: Callable[..., Wrong], *args: object) -> Wrong:
     """What `work` finds in a process of its own."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
@@ -163,21 +163,21 @@ def apart(world: World, work: Callable[..., Found], *args: object) -> Found:
         process.join()
 
 
-def tried(folder: Path, count: int, workers: int, trial: Callable[[Path, int], tuple[str, Found]]) -> dict[str, object]:
+def tried(folder: Path, count: int, workers: int, trial: Callable[[Path, int], tuple[str, Wrong]]) -> dict[str, object]:
     """So many trials, each in a folder that no other uses meanwhile: how many, and what was wrong."""
     slots = [folder / str(slot) for slot in range(workers)]
 
-    def run(slot: int) -> Found:
-        wrong: Found = []
+    def run(slot: int) -> Wrong:
+        wrong: Wrong = []
         for index in range(slot, count, workers):
-            what, found = trial(slots[slot], index)
-            for line in found:
+            what, lines = trial(slots[slot], index)
+            for line in lines:
                 click.echo(f"{what}: {line}", err=True)
-            wrong += found
+            wrong += lines
         return wrong
 
     with ThreadPoolExecutor(workers) as pool:
-        wrong = [line for found in pool.map(run, range(workers)) for line in found]
+        wrong = [line for lines in pool.map(run, range(workers)) for line in lines]
     return {"cases": count, "wrong": wrong}
 
 
@@ -205,29 +205,29 @@ def on_server(uri: str) -> dict[tuple, list[dict]]:
     return found
 
 
-def record_case(uri: str, names: list[str], study_file: Path, letters_file: Path, expected: dict) -> Found:
+def record_case(uri: str, names: list[str], study_file: Path, letters_file: Path, expected: dict) -> Wrong:
     """The four commands on a home in which the records of these runs are damaged."""
-    found: Found = []
-    checked(found, "sync", "--dry-run")
-    code, _ = checked(found, "sync")
+    wrong: Wrong = []
+    checked(wrong, "sync", "--dry-run")
+    checked(wrong, "sync")
     if not any(expected[key] in on_server(uri).get(key, []) for key in expected if key[:2] == WHOLE):
-        found.append("sync: the undamaged run was not published")
+        wrong.append("sync: the undamaged run was not published")
     commands = [("train", "--resume", name) for name in names]
     random.Random(" ".join(names)).shuffle(commands)
-    for command in commands[: len(commands) // 2]:
-        checked(found, *command)
-    code, _ = checked(found, "sweep", study_file, "--data", letters_file, "--workers", "1")
-    for command in commands[len(commands) // 2 :]:
-        checked(found, *command)
+    for words in commands[: len(commands) // 2]:
+        checked(wrong, *words)
+    code, _ = checked(wrong, "sweep", study_file, "--data", letters_file, "--workers", "1")
+    for words in commands[len(commands) // 2 :]:
+        checked(wrong, *words)
     have = on_server(uri)
     for (pool, seed, status), runs in have.items():
         right = expected[pool, seed, "FINISHED"]
         if any(figures[key] != right.get(key) for figures in runs for key in figures):
-            found.append(f"the server has other figures of {pool}, seed {seed}, {status}")
+            wrong.append(f"the server has other figures of {pool}, seed {seed}, {status}")
     missing = [key for key in expected if expected[key] not in have.get(key, [])]
     if missing and code == 0:
-        found.append(f"sweep: exit 0, but the server has no whole run of {missing}")
-    return found
+        wrong.append(f"sweep: exit 0, but the server has no whole run of {missing}")
+    return wrong
 
 
 WHOLE = ("max", "1")  # the run that is not damaged
@@ -247,7 +247,7 @@ def measure_records(folder: Path, count: int, seed: int, workers: int) -> dict[s
         expected = {key: runs[0] for key, runs in on_server(world.uri).items()}
         world.folder.rename(folder / f"whole {slot}")
 
-    def trial(place: Path, index: int) -> tuple[str, Found]:
+    def trial(place: Path, index: int) -> tuple[str, Wrong]:
         rng = random.Random(f"{seed} {index}")
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(folder / f"whole {place.name}", place)
@@ -272,12 +272,12 @@ def measure_records(folder: Path, count: int, seed: int, workers: int) -> dict[s
 # --- caches ----------------------------------------------------------------------------------------------------------
 
 
-def cache_case(letters_file: Path, expected: list) -> Found:
-    found: Found = []
-    checked(found, "train", "--data", letters_file, "--epochs", EPOCHS, codes=(0,))
-    if not found and figures_of(Path("home")) != expected:
-        found.append("the training gave other figures")
-    return found
+def cache_case(letters_file: Path, expected: list) -> Wrong:
+    wrong: Wrong = []
+    checked(wrong, "train", "--data", letters_file, "--epochs", EPOCHS, codes=(0,))
+    if not wrong and figures_of(Path("home")) != expected:
+        wrong.append("the training gave other figures")
+    return wrong
 
 
 def figures_of(home: Path) -> list:
@@ -294,7 +294,7 @@ def measure_caches(folder: Path, count: int, seed: int, workers: int) -> dict[st
     expected = figures_of(template.folder / "home")
     shutil.rmtree(template.folder / "home" / "runs")
 
-    def trial(place: Path, index: int) -> tuple[str, Found]:
+    def trial(place: Path, index: int) -> tuple[str, Wrong]:
         rng = random.Random(f"{seed} {index}")
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(template.folder, place)
@@ -318,23 +318,23 @@ def damaged_study(rng: random.Random) -> tuple[str, bytes]:
     return "another value", "\n".join(lines).encode()
 
 
-def studies_case(contents: list[bytes], letters_file: Path) -> Found:
-    found: Found = []
+def studies_case(contents: list[bytes], letters_file: Path) -> Wrong:
+    wrong: Wrong = []
     for index, content in enumerate(contents):
         path = Path(f"{index}.toml")
         path.write_bytes(content)
-        checked(found, "compare", "--study", path, "--data", letters_file, codes=(2,))  # there are no runs to compare
+        checked(wrong, "compare", "--study", path, "--data", letters_file, codes=(2,))  # there are no runs to compare
         try:
             study.read(path)
         except InputError:
-            checked(found, "sweep", path, "--data", letters_file, codes=(2,))
-    return found
+            checked(wrong, "sweep", path, "--data", letters_file, codes=(2,))
+    return wrong
 
 
 def measure_studies(folder: Path, count: int, seed: int, workers: int) -> dict[str, object]:
     letters_file, batch = letters(folder / "letters.npz", 300), 10
 
-    def trial(place: Path, index: int) -> tuple[str, Found]:
+    def trial(place: Path, index: int) -> tuple[str, Wrong]:
         rng = random.Random(f"{seed} {index}")
         contents = [damaged_study(rng)[1] for _ in range(batch)]
         return f"{batch} files", apart(World(place, letters_file, EPOCHS), studies_case, contents, letters_file)
@@ -361,8 +361,8 @@ def picture(rng: random.Random) -> tuple[str, bytes]:
     return FORMATS[kind], buffer.getvalue()
 
 
-def images_case(model: str, images: list[tuple[str, bytes]], whole: Path, expected: dict) -> Found:
-    found: Found = []
+def images_case(model: str, images: list[tuple[str, bytes]], whole: Path, expected: dict) -> Wrong:
+    wrong: Wrong = []
     paths = [Path(f"{index}.{suffix}") for index, (suffix, _) in enumerate(images)]
     for path, (_, content) in zip(paths, images, strict=True):
         path.write_bytes(content)
@@ -372,12 +372,12 @@ def images_case(model: str, images: list[tuple[str, bytes]], whole: Path, expect
     said = {Path(each.pop("path")).name: each for each in json.loads(out)["predictions"]}
     named = [path for path in paths if path.name in said or f"{path}: " in err]
     if len(named) != len(paths) or (code == 2) != (len(said) <= len(paths)):
-        found.append(f"{len(named)} of {len(paths)} images were named, exit {code}")
+        wrong.append(f"{len(named)} of {len(paths)} images were named, exit {code}")
     if said[whole.name] | {"probability": 0, "runner_up_probability": 0} != expected:  # whose last digits vary
-        found.append(f"the whole image beside them became {said[whole.name]}")
+        wrong.append(f"the whole image beside them became {said[whole.name]}")
     if not all(each["letter"] in data.LETTERS and 0 < each["probability"] <= 1 for each in said.values()):
-        found.append("a prediction that is none")
-    return found
+        wrong.append("a prediction that is none")
+    return wrong
 
 
 def measure_images(folder: Path, count: int, seed: int, workers: int) -> dict[str, object]:
@@ -391,7 +391,7 @@ def measure_images(folder: Path, count: int, seed: int, workers: int) -> dict[st
     expected = {**expected, "probability": 0, "runner_up_probability": 0}
     del expected["path"]
 
-    def trial(place: Path, index: int) -> tuple[str, Found]:
+    def trial(place: Path, index: int) -> tuple[str, Wrong]:
         rng = random.Random(f"{seed} {index}")
         images = []
         for _ in range(batch):
@@ -447,8 +447,8 @@ def other_header(content: bytes, rng: random.Random) -> bytes:
     )
 
 
-def arrays_case(contents: list[bytes]) -> Found:
-    found: Found = []
+def arrays_case(contents: list[bytes]) -> Wrong:
+    wrong: Wrong = []
     path = Path("letters.npz")
     for index, content in enumerate(contents):
         path.write_bytes(content)
@@ -457,7 +457,7 @@ def arrays_case(contents: list[bytes]) -> Found:
         except (InputError, RunError):
             continue
         except Exception:
-            found.append(f"{index}: {traceback.format_exc()}")
+            wrong.append(f"{index}: {traceback.format_exc()}")
             continue
         try:
             with np.load(path, allow_pickle=False) as arrays:
@@ -466,14 +466,14 @@ def arrays_case(contents: list[bytes]) -> Found:
                     assert np.array_equal(split.X, X.reshape(-1, 28, 28))
                     assert np.array_equal(split.y, y)
         except Exception as error:
-            found.append(f"{index}: accepted, but NumPy finds something else: {error!r}")
-    return found
+            wrong.append(f"{index}: accepted, but NumPy finds something else: {error!r}")
+    return wrong
 
 
 def measure_arrays(folder: Path, count: int, seed: int, workers: int) -> dict[str, object]:
     batch = 50
 
-    def trial(place: Path, index: int) -> tuple[str, Found]:
+    def trial(place: Path, index: int) -> tuple[str, Wrong]:
         rng = random.Random(f"{seed} {index}")
         contents = [archive(rng)[1] for _ in range(batch)]
         return f"{batch} archives", apart(World(place, Path("letters.npz"), EPOCHS), arrays_case, contents)

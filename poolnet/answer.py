@@ -16,8 +16,10 @@ from poolnet import journal, provenance
 def run(
     client: MlflowClient, experiment_id: str, command: str, name: str, begun: str = "", more: Mapping[str, str] = {}
 ) -> Iterator[str]:
-    """The id of the run that `mlflow run` has made for this command, or was `begun` before, or of a new one with `more`
-    tags; it ends with the block."""
+    """The id of a run that ends with the block.
+
+    It is the one that `mlflow run` has made for this command, that which was `begun` before, or new, with `more` tags.
+    """
     run_id = os.environ.get("MLFLOW_RUN_ID", "") or begun
     if run_id:
         client.set_tag(run_id, "mlflow.runName", name)

@@ -131,17 +131,17 @@ def progress(*args, **options):
 
 
 def warn(message: str) -> None:
-    click.echo(f"poolnet: warning: {printable(_line(message))}", err=True)
+    _say("warning", message)
 
 
 def failed(error: object, code: int) -> int:
     """Say what went wrong, in one line. Returns the exit code."""
-    click.echo(f"poolnet: error: {printable(_line(error))}", err=True)
+    _say("error", error)
     return code
 
 
-def _line(text: object) -> str:
-    return " ".join(str(text).split())
+def _say(kind: str, text: object) -> None:
+    click.echo(f"poolnet: {kind}: {printable(' '.join(str(text).split()))}", err=True)
 
 
 def printable(text: object) -> str:

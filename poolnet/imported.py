@@ -106,7 +106,7 @@ def _begun(client: MlflowClient, experiment_id: str, same: str) -> Run | None:
 
 
 def _finished(client: MlflowClient, begun: Run | None) -> int | None:
-    """The number of the version that it has made, if it came to its end and that is still there."""
+    """The version that a finished run has made, where it still exists."""
     model = registry.logged(client, begun) if begun and begun.info.status == "FINISHED" else None
     return registry.version_of(client, begun.info.run_id, model.model_id) if model else None
 

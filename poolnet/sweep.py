@@ -132,7 +132,10 @@ def _look_at_server(sweep: Sweep, warn: Say) -> None:
 
 
 def _look_at_journals(sweep: Sweep, publisher: Publisher, warn: Say) -> dict[tuple, str]:
-    """Take what the server does not have yet. Returns the runs of this sweep that were cut off or damaged, by key."""
+    """Take what the server does not have yet.
+
+    Returns the runs of this sweep that were cut off or are damaged, by key.
+    """
     begun = {}
     for key, run in _journals(sweep, warn):
         result, mine = sweep.results[key], run.record.get("sweep") == sweep.name

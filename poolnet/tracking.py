@@ -29,7 +29,7 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import addresses, files, journal, parent, registry, stores
+from poolnet import addresses, files, parent, registry, stores
 from poolnet.config import InputError, RunError
 from poolnet.journal import Journal
 from poolnet.publisher import Held, published
@@ -98,8 +98,6 @@ class Publication:
         if not (confirmed and self.held.run_id) or self.held.status:
             self._find_or_create()
         ended, steps = self.run.ended(), self.steps()  # an end that comes from here on is for the next time
-        if self.run.finished:
-            self.run.check_results()
         for name, publish in steps.items():
             if name not in self.held.done:
                 publish()
@@ -113,14 +111,17 @@ class Publication:
         self.confirmed = True
 
     def steps(self) -> dict[str, Callable[[], None]]:
-        """What is to be published once, as far as the journal has it by now."""
+        """What is to be published once, as far as the journal has it. `RunError` where a finished run is damaged."""
+        finished = self.run.finished
+        if finished:
+            self.run.check_results()
         files = {name: functools.partial(self._upload, name) for name in FILES}
         steps = {"start": self._log_start, "inputs": self._log_inputs, "record.json": files["record.json"]}
         if (self.run.folder / "git.diff").exists():
             steps["git.diff"] = files["git.diff"]
-        if self.run.has_results():
+        if finished or self.run.has_results():
             steps |= {"predictions": files["predictions"], "model": self._log_model}
-        if self.run.finished:
+        if finished:
             steps |= {"scores": self._log_scores, "figures": files["figures"]}
             if self.record["config"]["register"]:
                 steps["version"] = self._register
@@ -290,11 +291,7 @@ class Publication:
     # --- the model ---------------------------------------------------------------------------------------------------
 
     def _log_model(self) -> None:
-        arrays = self.run.load_tensors("model")
-        if not arrays:
-            again = journal.resume_command(self.run.name)
-            raise RunError(f"{self.run.folder / 'model.safetensors'}: damaged; made again by: {again}")
-        found = self.client.get_run(self.held.run_id)
+        found, arrays = self.client.get_run(self.held.run_id), self.run.load_tensors("model")
         self.held.model_id = registry.log(self.client, found, self.record["config"], arrays)
 
     def _log_scores(self) -> None:

@@ -365,7 +365,7 @@ def test_a_run_that_is_being_trained_is_not_resumed(long_run):
     )
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=20):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with contextlib.suppress(Exception):  # of a store that is not there yet

@@ -100,7 +100,10 @@ def test_mlflow_run_gives_the_run_that_the_command_gives(letters):
         assert values[0] == values[1]
 
 
-@pytest.mark.parametrize(("option", "said"), [("data=nowhere.npz", "nowhere.npz: no such file"), ("size=3", "--size")])
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("pool=min", "min"), ("data=nowhere.npz", "nowhere.npz: no such file"), ("size=3", "--size")],
+)
 def test_mlflow_run_leaves_no_run_behind_as_running(letters, option, said):
     finished = mlflow_run(*([] if option.startswith("data") else ["-P", f"data={letters}"]), "-P", option)
     assert finished.returncode != 0

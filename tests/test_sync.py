@@ -131,7 +131,7 @@ def test_a_run_beside_a_running_sweep_is_published_without_waiting_for_its_end()
             follower.stdin.flush()
         wait_for(lambda: published(finished).servers)
         assert [row["did"] for row in synced(left.name)] == ["nothing"]
-        wait_for(lambda: Publication(finished, stores.home_of(finished)).complete)
+        wait_for(lambda: Publication(finished, stores.home_of(finished)).complete, 120)
         assert [row["did"] for row in synced(finished.name)] == ["nothing"]
         assert follower.poll() is None
         follower.kill()
@@ -274,7 +274,7 @@ def test_a_finished_run_with_damaged_results_is_made_whole_by_resuming_it(capsys
     whole = path.read_bytes()
     middle = len(whole) // 2
     path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    for options in ([], ["--prune"]):
+    for options in (["--dry-run"], [], ["--prune"]):
         (row,) = synced(*options, code=3)
         assert row["did"] == f"{path}: damaged; made again by: poolnet train --resume {finished.name}"
     code, out, err = run(capsys, "train", "--resume", finished.name)
@@ -296,7 +296,7 @@ def test_a_publisher_that_is_killed_is_made_up_for(moment):
     with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as first:
         first.stdin.write(f"{finished.name} \n")
         first.stdin.flush()
-        wait_for(lambda: begun[moment](next(iter(published(finished).servers.values()))))
+        wait_for(lambda: begun[moment](next(iter(published(finished).servers.values()))), 120)
         first.kill()
     (row,) = synced()
     assert row["did"] in ("published", "nothing")  # by the one or by the other
