@@ -407,7 +407,7 @@ def measure_images(folder: Path, count: int, seed: int, workers: int) -> dict[st
 
 
 def archive(rng: random.Random) -> tuple[str, bytes]:
-    """A data set of some form that is read, damaged; or with an array or a header that no data set has."""
+    """A data set of some form that is read, whole or damaged; or with an array or a header that no data set has."""
     arrays = {}
     numbers = np.random.default_rng(rng.randrange(2**32))
     kind = rng.choice((np.uint8, np.float32, np.float64, ">f4"))
@@ -415,7 +415,7 @@ def archive(rng: random.Random) -> tuple[str, bytes]:
         X = numbers.integers(0, 2, (size, 28, 28)).astype(kind)
         arrays[f"X_{name}"] = np.asfortranarray(X) if rng.random() < 0.2 else X if rng.random() < 0.5 else X[:, None]
         arrays[f"y_{name}"] = numbers.integers(0, 10, size).astype(rng.choice(("i8", "u1", ">i4")))
-    fate, buffer = rng.choice(("damaged", "array", "header")), io.BytesIO()
+    fate, buffer = rng.choice(("whole", "damaged", "array", "header")), io.BytesIO()
     if fate == "array":
         few = [np.zeros(0), np.array(1), np.full(30, 10), np.full(30, -1), np.zeros(30), np.array([None] * 30)]
         many = [np.full((30, 28, 28), value) for value in (np.nan, 255.0, 1j, "A")]
@@ -447,14 +447,16 @@ def other_header(content: bytes, rng: random.Random) -> bytes:
     )
 
 
-def arrays_case(contents: list[bytes]) -> Wrong:
+def arrays_case(archives: list[tuple[str, bytes]]) -> Wrong:
     wrong: Wrong = []
     path = Path("letters.npz")
-    for index, content in enumerate(contents):
+    for index, (fate, content) in enumerate(archives):
         path.write_bytes(content)
         try:
             splits = data.open_splits(path)
-        except (InputError, RunError):
+        except (InputError, RunError) as error:
+            if fate == "whole":
+                wrong.append(f"{index}: refused, though it is whole: {error}")
             continue
         except Exception:
             wrong.append(f"{index}: {traceback.format_exc()}")
@@ -475,8 +477,8 @@ def measure_arrays(folder: Path, count: int, seed: int, workers: int) -> dict[st
 
     def trial(place: Path, index: int) -> tuple[str, Wrong]:
         rng = random.Random(f"{seed} {index}")
-        contents = [archive(rng)[1] for _ in range(batch)]
-        return f"{batch} archives", apart(World(place, Path("letters.npz"), EPOCHS), arrays_case, contents)
+        archives = [archive(rng) for _ in range(batch)]
+        return f"{batch} archives", apart(World(place, Path("letters.npz"), EPOCHS), arrays_case, archives)
 
     return tried(folder, -(-count // batch), workers, trial)
 
