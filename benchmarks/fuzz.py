@@ -40,7 +40,8 @@ EPOCHS = 3
 BATCH = 10  # records that are damaged at once, beside one that is not
 CODES = (0, 1, 2, 3)
 DEEP = "[" * 5_000
-VALUES = (None, -1, float("nan"), "", "x" * 5_000, "\x1b[2J", [], [[1]], {}, {"a": {}})  # none would be another run
+VALUES = (None, -1, float("nan"), "", "x" * 5_000, "\x1b[2J", [], [[1]], {}, {"a": {}})
+MORE = (True, 0, 2**70, 1e308)  # in a record's settings these would be another run
 
 Wrong = list[str]  # what is wrong of a case, in words
 
@@ -70,7 +71,7 @@ def damaged(content: bytes, rng: random.Random) -> tuple[str, bytes]:
     return kind, kinds[kind]
 
 
-def other_form(found: object, rng: random.Random) -> object:
+def other_form(found: object, rng: random.Random, values: tuple) -> object:
     """JSON of another form: a part that is gone, more, or of another type, as another version may write it."""
     if isinstance(found, (dict, list)) and found and rng.random() < 0.8:
         key = rng.choice(list(found) if isinstance(found, dict) else range(len(found)))
@@ -79,17 +80,18 @@ def other_form(found: object, rng: random.Random) -> object:
             if fate < 0.2:
                 del changed[key]
             else:
-                changed["later"] = rng.choice(VALUES)
+                changed["later"] = rng.choice(values)
         else:
-            changed[key] = other_form(found[key], rng)
+            changed[key] = other_form(found[key], rng, values)
         return changed
-    return rng.choice(VALUES)
+    return rng.choice(values)
 
 
 def damage_file(path: Path, rng: random.Random) -> str:
     """Damage it in place. Returns how."""
     if path.suffix == ".json" and rng.random() < 0.5:
-        changed = other_form(files.read_json(path), rng)
+        values = VALUES if path.name == "record.json" else VALUES + MORE
+        changed = other_form(files.read_json(path), rng, values)
         if isinstance(changed, dict) and rng.random() < 0.5:
             changed = files.sealed(changed)
         path.write_text(json.dumps(changed), encoding="utf-8")

@@ -25,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from poolnet import addresses, files
 from poolnet.config import InputError, NoAnswer, RunError, pasted
 from poolnet.journal import Journal
+from poolnet.publisher import published
 
 AWAY = ("Connection refused", "Read timed out", "Name or service not known", "Connection reset", "timed out")
 SIGNS = (  # what says it all, in the long texts of MLflow and its libraries
@@ -45,7 +46,7 @@ STORE_SECONDS = 20  # that a process waits while others make the same SQLite sto
 
 def home_of(run: Journal) -> str:
     """The address of the server that a run belongs to, with the password if the environment has it."""
-    home = files.read_json(run.folder / "published.json").get("home") or recorded_home(run.record)
+    home = published(run).home or recorded_home(run.record)
     return addresses.own() if addresses.shown(addresses.own()) == home else home
 
 
