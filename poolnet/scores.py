@@ -3,11 +3,12 @@
 Shares have Wilson's (1927) interval, which needs no simulation and stays within 0..1.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binomtest
+from scipy.special import ndtri
 
 from poolnet import stats
 from poolnet.stats import Calibration, Effect
@@ -67,8 +68,11 @@ def wilson(successes: int, n: int) -> Share:
     """A share of n independent examples."""
     if not n:
         return Share(*[np.nan] * 3)
-    interval = binomtest(successes, n).proportion_ci(method="wilson")
-    return Share(successes / n, float(interval.low), float(interval.high))
+    share, z = successes / n, float(ndtri(0.975))
+    middle = share + z * z / (2 * n)
+    reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = ((middle + side * reach) / (1 + z * z / n) for side in (-1, 1))
+    return Share(share, 0.0 if not successes else low, 1.0 if successes == n else high)
 
 
 def confusion(logits: ArrayLike, y: ArrayLike) -> np.ndarray:

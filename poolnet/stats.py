@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import scipy  # whose parts are loaded when they are used: `scipy.stats` takes a second
 from numpy.typing import ArrayLike
-from scipy import stats
-from scipy.optimize import brentq
 from scipy.special import log_softmax, softmax
 from threadpoolctl import threadpool_limits
 
@@ -63,7 +62,7 @@ class Calibration:
 def over_seeds(d: ArrayLike) -> Effect:
     """Student's t interval (Student 1908) of the mean of d (S,), one difference a seed. Fewer than 2: `ValueError`."""
     d = _values(d, "seeds")
-    return _effect(d.mean(), stats.sem(d), len(d) - 1) if np.ptp(d) else _effect(d[0], 0.0, len(d) - 1)
+    return _effect(d.mean(), scipy.stats.sem(d), len(d) - 1) if np.ptp(d) else _effect(d[0], 0.0, len(d) - 1)
 
 
 def sign_flip(d: ArrayLike, rng: np.random.Generator) -> float:
@@ -73,7 +72,7 @@ def sign_flip(d: ArrayLike, rng: np.random.Generator) -> float:
     """
     d = _values(d, "seeds")
     return float(
-        stats.permutation_test(
+        scipy.stats.permutation_test(
             (d,),
             np.mean,
             permutation_type="samples",
@@ -95,7 +94,7 @@ def mcnemar(right_a: ArrayLike, right_b: ArrayLike) -> McNemar:
         raise ValueError(f"expected two bool arrays (N,), found {_form(right_a)} and {_form(right_b)}")
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     discordant = only_a + only_b
-    return McNemar(only_a, only_b, float(stats.binomtest(only_a, discordant).pvalue) if discordant else 1.0)
+    return McNemar(only_a, only_b, float(scipy.stats.binomtest(only_a, discordant).pvalue) if discordant else 1.0)
 
 
 def over_examples(d: ArrayLike, rng: np.random.Generator, resamples: int = 9999) -> Effect:
@@ -107,7 +106,7 @@ def over_examples(d: ArrayLike, rng: np.random.Generator, resamples: int = 9999)
     d = _values(d, "examples")
     if not np.ptp(d):
         return _effect(d[0], 0.0, np.inf)
-    found = stats.bootstrap(
+    found = scipy.stats.bootstrap(
         (d,),
         np.mean,
         confidence_level=LEVEL,
@@ -171,7 +170,7 @@ def _two_way_df(d: np.ndarray) -> float:
     quantiles = _quantile(np.array([S - 1, N - 1]))
     target = np.sqrt(np.average(quantiles**2, weights=variances))
     low, high = sorted((S - 1, N - 1))
-    return brentq(lambda df: _quantile(df) - target, 0.9 * low, 1.1 * high)
+    return scipy.optimize.brentq(lambda df: _quantile(df) - target, 0.9 * low, 1.1 * high)
 
 
 def holm(p: ArrayLike) -> np.ndarray:
@@ -263,7 +262,7 @@ def non_inferiority(test: McNemar, n: int, margin: float) -> float:
     b, c, lam = test.only_b, test.only_a, -margin
     A, B, C = 2 * n, -b - c + (2 * n - b + c) * lam, -c * lam * (1 - lam)
     q = (np.sqrt(B**2 - 4 * A * C) - B) / (2 * A)
-    return float(stats.norm.sf((b - c - n * lam) / np.sqrt(n * (2 * q + lam * (1 - lam)))))
+    return float(scipy.stats.norm.sf((b - c - n * lam) / np.sqrt(n * (2 * q + lam * (1 - lam)))))
 
 
 def equivalence(effect: Effect, margin: float) -> float:
@@ -275,7 +274,7 @@ def equivalence(effect: Effect, margin: float) -> float:
         raise ValueError(f"expected a margin above 0, found {margin}")
     if effect.se == 0:
         return 0.0 if abs(effect.estimate) < margin else 1.0
-    return float(stats.t.sf((margin - abs(effect.estimate)) / effect.se, effect.df))  # the larger p of the two
+    return float(scipy.stats.t.sf((margin - abs(effect.estimate)) / effect.se, effect.df))  # the larger p of the two
 
 
 def smallest_effect(se: float, df: float, power: float = 0.8, alpha: float = 0.05) -> float:
@@ -286,20 +285,20 @@ def smallest_effect(se: float, df: float, power: float = 0.8, alpha: float = 0.0
     """
     if not (se >= 0 and df > 0 and 0 < alpha < power < 1):
         raise ValueError(f"expected se >= 0, df > 0, 0 < alpha < power < 1, found {se}, {df}, {alpha}, {power}")
-    critical = stats.t.isf(alpha / 2, df)
+    critical = scipy.stats.t.isf(alpha / 2, df)
 
     def surplus(delta: float) -> float:
-        squares = stats.ncx2(1, delta**2) if np.isinf(df) else stats.ncf(1, df, delta**2)
+        squares = scipy.stats.ncx2(1, delta**2) if np.isinf(df) else scipy.stats.ncf(1, df, delta**2)
         return squares.sf(critical**2) - power
 
     # beyond this even an unlucky mean over an unlucky se is significant, each with half the probability of missing
     miss = (1 - power) / 2
-    spread = 1.0 if np.isinf(df) else np.sqrt(stats.chi2.isf(miss, df) / df)
-    return float(se * brentq(surplus, 0, critical * spread + stats.norm.isf(miss)))
+    spread = 1.0 if np.isinf(df) else np.sqrt(scipy.stats.chi2.isf(miss, df) / df)
+    return float(se * scipy.optimize.brentq(surplus, 0, critical * spread + scipy.stats.norm.isf(miss)))
 
 
 def _quantile(df: float | np.ndarray) -> float | np.ndarray:
-    return stats.t.ppf((1 + LEVEL) / 2, df)
+    return scipy.stats.t.ppf((1 + LEVEL) / 2, df)
 
 
 def _effect(estimate: float, se: float, df: float) -> Effect:
@@ -307,7 +306,7 @@ def _effect(estimate: float, se: float, df: float) -> Effect:
     if se == 0:
         p, reach = float(estimate == 0), 0.0
     else:
-        p, reach = 2 * stats.t.sf(abs(estimate) / se, df), _quantile(df) * se
+        p, reach = 2 * scipy.stats.t.sf(abs(estimate) / se, df), _quantile(df) * se
     return Effect(*map(float, (estimate, estimate - reach, estimate + reach, se, df, p)))
 
 
