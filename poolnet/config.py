@@ -19,6 +19,7 @@ from pathlib import Path
 
 import click
 
+PLATEAU_MARGIN = 0.002  # of accuracy: what 30 epochs gain once the published run has flattened
 POOLS = ("max", "avg", "conv")  # conv: the two strided convolutions that pooling replaced
 
 

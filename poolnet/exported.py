@@ -1,38 +1,63 @@
 """A model's folder: the weights, which poolnet reads, and the export, which MLflow serves.
 
 Torch executes more of an export than its pickles (shape guards, for one), so poolnet never loads one. It reads
-`weights.safetensors`, which names the pool too. Two exports of one network by one torch are equal byte for byte once
-the nodes' metadata are gone: stack traces, with the folders of whoever trained. So an export that differs is not ours.
+`weights.safetensors`, which names the pool too. Two exports of one network by one torch differ in the bytes of their
+weights and a serial number only, once the nodes' metadata are gone: stack traces, with the folders of whoever trained.
+So an export that differs in more is not ours; and one that is kept becomes that of other weights without torch, which
+takes seconds to import and to export.
 """
 
+import io
 import json
 import math
+import re
+import struct
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from poolnet.config import POOLS
-from poolnet.model import Checked, SimpleConvNet, SimplePoolNet, build_model
+
+if TYPE_CHECKING:  # only where a network is made
+    import torch
+
+    from poolnet.model import SimpleConvNet, SimplePoolNet
 
 EXPORT, WEIGHTS = "data/model.pt2", "data/weights.safetensors"
+SERIAL = "model/.data/serialization_id"  # a hash of all that is in the export
 FLOAT32 = 7  # in the numbering of types in an export
 LAYERS = {"max": "max_pool2d.default", "avg": "avg_pool2d.default", "conv": "conv2d.default"}
 CHECK = ["abs.default", "le.Scalar", "all.default", "_assert_async.msg"]  # the operations of `Checked`
 
-Net = SimplePoolNet | SimpleConvNet
+UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError)
+
+Net = Union["SimplePoolNet", "SimpleConvNet"]
 
 
 def write(folder: Path, pool: str, net: Net) -> None:
     """Write export and weights, instead of the export that MLflow has made."""
     _export(net, folder / EXPORT)
-    save_file(net.state_dict(), folder / WEIGHTS, {"pool": pool})
+    save_file({name: tensor.numpy() for name, tensor in net.state_dict().items()}, folder / WEIGHTS, {"pool": pool})
+
+
+def fill(folder: Path, pool: str, weights: dict[str, np.ndarray]) -> None:
+    """Write other weights of the same network into export and weights. `ValueError` where their layout is unknown."""
+    archive = (folder / EXPORT).read_bytes()
+    with zipfile.ZipFile(io.BytesIO(archive)) as members:
+        config = json.loads(members.read("model/data/weights/model_weights_config.json"))["config"]
+    paths = {f"model/data/weights/{entry['path_name']}": name.removeprefix("net.") for name, entry in config.items()}
+    if sorted(paths.values()) != sorted(weights):
+        raise ValueError(f"found an export with weights {', '.join(paths.values())}")
+    changed = {path: weights[name].astype("<f4").tobytes() for path, name in paths.items()}
+    (folder / EXPORT).write_bytes(_with_members(archive, changed))
+    save_file(weights, folder / WEIGHTS, {"pool": pool})
 
 
 def read(folder: Path) -> tuple[str, Net]:
@@ -52,11 +77,52 @@ def is_ours(folder: Path, net: Net) -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / Path(EXPORT).name  # a name that the archive repeats
         _export(net, path)
-        return path.read_bytes() == (folder / EXPORT).read_bytes()
+        return equal(path, folder / EXPORT)
+
+
+def equal(export: Path, other: Path) -> bool:
+    """Whether two exports are the same, byte for byte, but for the serial number. Ours is the first."""
+    archive = other.read_bytes()
+    try:
+        with zipfile.ZipFile(io.BytesIO(archive)) as members:
+            serial = members.read(SERIAL) if members.getinfo(SERIAL).file_size == 40 else b""
+    except (*UNREADABLE, KeyError, ValueError):
+        return False
+    return bool(re.fullmatch(rb"\d{40}", serial)) and _with_members(export.read_bytes(), {SERIAL: serial}) == archive
+
+
+def _with_members(archive: bytes, changed: dict[str, bytes]) -> bytes:
+    """A zip archive as torch writes it, with other bytes in some members, as many as before. `ValueError` otherwise.
+
+    In place, since torch reads what is stored and aligned its own way. The checksum of a member stands up to three
+    times (APPNOTE.TXT 4.3): in its local header or behind its data, and in the central directory.
+    """
+    data = bytearray(archive)
+    with zipfile.ZipFile(io.BytesIO(archive)) as members:
+        infos, at = members.infolist(), members.start_dir
+    for info in infos:  # in the order of the central directory
+        if info.filename in changed:
+            content = changed[info.filename]
+            name, extra = struct.unpack_from("<HH", data, info.header_offset + 26)
+            start = info.header_offset + 30 + name + extra
+            end = start + info.file_size
+            if info.compress_type != zipfile.ZIP_STORED or len(content) != info.file_size:
+                raise ValueError(f"found {info.filename} compressed, or of {info.file_size} bytes")
+            data[start:end] = content
+            places = [info.header_offset + 14, at + 16] + [end + 4] * (data[end : end + 4] == b"PK\x07\x08")
+            for place in places:
+                if struct.unpack_from("<I", data, place) == (info.CRC,):  # else it stands elsewhere
+                    struct.pack_into("<I", data, place, zlib.crc32(content))
+        at += 46 + sum(struct.unpack_from("<HHH", data, at + 28))
+    return bytes(data)
 
 
 def _export(net: Net, path: Path) -> None:
     """Export for any batch size, as MLflow does, without the nodes' metadata."""
+    import torch
+
+    from poolnet.model import Checked
+
     images = torch.zeros(2, 1, 28, 28)  # of one, the export would take only one
     program = torch.export.export(Checked(net).eval(), (images,), dynamic_shapes=[{0: torch.export.Dim.AUTO}])
     for node in program.graph.nodes:
@@ -64,7 +130,11 @@ def _export(net: Net, path: Path) -> None:
     torch.export.save(program, path)
 
 
-def _network(pool: str | None, weights: Mapping[str, torch.Tensor]) -> Net:
+def _network(pool: str | None, weights: Mapping[str, "torch.Tensor"]) -> Net:
+    import torch
+
+    from poolnet.model import build_model
+
     if pool not in POOLS:
         raise ValueError(f"found weights of pool {pool!r}, expected one of {', '.join(POOLS)}")
     net = build_model(pool, seed=0)
@@ -91,7 +161,7 @@ def _read_older(path: Path) -> tuple[str, Net]:
         pool = _pool(json.loads(members["models/model.json"]))
         config = json.loads(members["data/weights/model_weights_config.json"])["config"]
         weights = {name.removeprefix("net."): _weight(members, name, entry) for name, entry in config.items()}
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"found no whole export ({error})") from None
     except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"found an export of another form ({type(error).__name__} {error})") from None
@@ -109,7 +179,9 @@ def _pool(program: dict) -> str:
     raise ValueError(f"found a network that is none of {', '.join(LAYERS)}: {'; '.join(found)[:200]}")
 
 
-def _weight(members: dict[str, bytes], name: str, entry: dict) -> torch.Tensor:
+def _weight(members: dict[str, bytes], name: str, entry: dict) -> "torch.Tensor":
+    import torch
+
     meta, data = entry["tensor_meta"], members[f"data/weights/{entry['path_name']}"]
     shape, strides = (tuple(int(size["as_int"]) for size in meta[key]) for key in ("sizes", "strides"))
     plain = strides == tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

@@ -1,10 +1,15 @@
 """Models as MLflow keeps them: the logged model of a run, and the versions of the registered model `poolnet`."""
 
 import contextlib
+import datetime
 import importlib.metadata
 import json
 import re
+import shutil
+import struct
+import sys
 import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,15 +25,18 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.tracking.client import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
-from poolnet import stores
-from poolnet.config import InputError, warn
+from poolnet import exported, stores
+from poolnet.config import InputError, home, warn
 from poolnet.data import SIDE
+from poolnet.files import read_json, write_json
 
 if TYPE_CHECKING:  # torch only where a network is made
     from poolnet.model import SimpleConvNet, SimplePoolNet
 
 NAME = "poolnet"  # the registered model
 MODEL = "model"  # the logged model of a run
+SUMS = "sums.json"  # of an export that is kept
+VERSIONS = {name: importlib.metadata.version(name) for name in ("mlflow", "numpy", "torch")}
 SIGNATURE = ModelSignature(
     inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 1, SIDE, SIDE))]),
     outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 10))]),
@@ -62,33 +70,101 @@ def logged(client: MlflowClient, run: Run) -> LoggedModel | None:
 def export(arrays: dict[str, np.ndarray], pool: str, run_id: str, model: LoggedModel, path: Path) -> None:
     """Write the network to a new folder: its weights, and an exported program, free of pickle, for any batch size.
 
-    `arrays` holds its weights by name and, as `example`, two images: of one, the export would take only one.
+    `arrays` holds its weights by name and, as `example`, two images: of one, the export would take only one. Exported
+    once for each network and version of what makes it; then the weights in a copy are others, and torch is not needed.
     """
+    kept = _kept(pool)
+    if not _is_whole(kept):
+        _keep(arrays, pool, kept)
+    if _is_whole(kept):
+        shutil.copytree(kept, path, ignore=shutil.ignore_patterns(SUMS))
+        _fill(path, pool, arrays)
+    else:  # the layout of an export is not the known one, or there is no room
+        _export_in_full(path, pool, arrays)
+    saved = Model.load(str(path))
+    saved.artifact_path, saved.run_id = model.artifact_location, run_id
+    saved.model_uuid = saved.model_id = model.model_id
+    saved.utc_time_created = str(datetime.datetime.now(datetime.UTC).replace(tzinfo=None))
+    saved.model_size_bytes = sum(size for name, (size, _) in _sums(path).items() if name != MLMODEL_FILE_NAME)
+    # An exported program stays on the device that it was exported on; MLflow would take cuda wherever there is one.
+    saved.flavors[mlflow.pyfunc.FLAVOR_NAME][mlflow.pyfunc.MODEL_CONFIG] = {"device": "cpu"}
+    saved.save(str(path / MLMODEL_FILE_NAME))
+
+
+def _export_in_full(path: Path, pool: str, arrays: dict[str, np.ndarray]) -> None:
     import torch
 
     from poolnet import exported
     from poolnet.model import Checked, build_model
 
-    example = arrays["example"]
     net = build_model(pool, seed=0)
     net.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items() if name != "example"})
-    versions = {name: importlib.metadata.version(name).partition("+")[0] for name in ("mlflow", "numpy", "torch")}
-    saved = Model(
-        artifact_path=model.artifact_location, run_id=run_id, model_uuid=model.model_id, model_id=model.model_id
-    )
     mlflow.pytorch.save_model(
         Checked(net).eval(),
         str(path),
-        mlflow_model=saved,
         signature=SIGNATURE,
-        input_example=example,
+        input_example=arrays["example"],
         serialization_format="pt2",
-        pip_requirements=[f"{name}=={version}" for name, version in versions.items()],  # inferring takes 10 s
+        pip_requirements=[f"{name}=={version.partition('+')[0]}" for name, version in VERSIONS.items()],  # else 10 s
     )
     exported.write(path, pool, net)
-    # An exported program stays on the device that it was exported on; MLflow would take cuda wherever there is one.
-    saved.flavors[mlflow.pyfunc.FLAVOR_NAME][mlflow.pyfunc.MODEL_CONFIG] = {"device": "cpu"}
-    saved.save(str(path / MLMODEL_FILE_NAME))
+
+
+def _fill(path: Path, pool: str, arrays: dict[str, np.ndarray]) -> None:
+    """Put other weights and another example into a copy of an export."""
+    exported.fill(path, pool, {name: array for name, array in arrays.items() if name != "example"})
+    example = arrays["example"].tolist()
+    (path / "input_example.json").write_text(json.dumps(example), encoding="utf-8")
+    (path / "serving_input_example.json").write_text(json.dumps({"inputs": example}, indent=2), encoding="utf-8")
+
+
+def _kept(pool: str) -> Path:
+    """Where the export of a network is kept, by all that makes it what it is."""
+    made_by = f"{VERSIONS} {sys.version}".encode()
+    for name in ("model.py", "exported.py", "registry.py"):
+        made_by += Path(__file__).with_name(name).read_bytes()
+    return home() / "exports" / f"{pool}-{zlib.crc32(made_by):08x}"
+
+
+def _keep(arrays: dict[str, np.ndarray], pool: str, kept: Path) -> None:
+    """Export in full, twice, and keep the first one if other weights can be put into it."""
+    zeros = {name: np.zeros_like(array) for name, array in arrays.items()}
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as scratch:
+        blank, filled, full = (Path(scratch) / name for name in ("blank", "filled", "full"))
+        _export_in_full(blank, pool, zeros)
+        _export_in_full(full, pool, arrays)
+        shutil.copytree(blank, filled)
+        try:
+            _fill(filled, pool, arrays)
+        except (*exported.UNREADABLE, ValueError, KeyError, TypeError, struct.error):
+            return
+        vary = {exported.EXPORT, MLMODEL_FILE_NAME}  # by the serial number, and the time
+        one, other = ({name: sums for name, sums in _sums(each).items() if name not in vary} for each in (filled, full))
+        if one == other and exported.equal(full / exported.EXPORT, filled / exported.EXPORT):
+            write_json(blank / SUMS, _sums(blank))
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.parent.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=kept.parent) as part:  # as a whole, whoever else does so
+                shutil.copytree(blank, Path(part) / kept.name)
+                (Path(part) / kept.name).rename(kept)
+
+
+def _is_whole(kept: Path) -> bool:
+    sums = read_json(kept / SUMS)
+    try:
+        return bool(sums) and sums == _sums(kept)
+    except OSError:
+        return False
+
+
+def _sums(folder: Path) -> dict[str, list[int]]:
+    """Size and checksum of each file."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != SUMS:
+            content = path.read_bytes()
+            found[path.relative_to(folder).as_posix()] = [len(content), zlib.crc32(content)]
+    return found
 
 
 def register(client: MlflowClient, run_id: str, model_id: str, tags: dict[str, str]) -> int:
@@ -236,8 +312,6 @@ def newest(client: MlflowClient, name: str = NAME, pool: str = "") -> ModelVersi
 def _read(folder: Path, uri: str, check_export: bool) -> tuple[str, "SimplePoolNet | SimpleConvNet", str]:
     """Pool, network and run id of a model in its folder."""
     import torch
-
-    from poolnet import exported
 
     try:
         model = Model.load(str(folder))

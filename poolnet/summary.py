@@ -1,9 +1,8 @@
 """A run's description in the UI, in Markdown: the result, what it rests on, and how to use and repeat it."""
 
 from poolnet import registry, scores
-from poolnet.config import pasted
+from poolnet.config import PLATEAU_MARGIN, pasted
 from poolnet.journal import Journal
-from poolnet.train import PLATEAU_MARGIN
 
 
 def of_run(run: Journal, version: int | None) -> str:

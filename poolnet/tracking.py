@@ -29,7 +29,7 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet import addresses, files, parent, registry, stores
+from poolnet import addresses, files, parent, registry, stores, summary
 from poolnet.config import InputError, RunError
 from poolnet.journal import Journal
 from poolnet.publisher import Held, published
@@ -316,8 +316,6 @@ class Publication:
         self.held.version = registry.register(self.client, self.held.run_id, self.held.model_id, tags)
 
     def _describe(self) -> None:
-        from poolnet import summary  # and with it torch, which the first metrics need not wait for
-
         text = summary.of_run(self.run, self.held.version)
         self.client.set_tag(self.held.run_id, "mlflow.note.content", text)
 

@@ -14,13 +14,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from poolnet.config import InputError, RunError, TrainConfig
+from poolnet.config import PLATEAU_MARGIN, InputError, RunError, TrainConfig
 from poolnet.data import Split, Splits
 from poolnet.evaluate import Evaluation, Fetch, evaluate, fetcher, threads
 from poolnet.model import build_model
 
 CONV_THREADS = 2  # on any machine, since the digits of a convolution's gradient depend on the number
-PLATEAU_MARGIN = 0.002  # of accuracy: what 30 epochs gain once the published run has flattened
 
 
 @dataclass(frozen=True)

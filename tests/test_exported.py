@@ -3,16 +3,23 @@
 import io
 import json
 import pickle
+import subprocess
+import sys
 import zipfile
+from types import SimpleNamespace
 
+import mlflow
+import numpy as np
 import pytest
 import torch
+from conftest import inside
 from hypothesis import given
 from hypothesis import strategies as st
+from mlflow.models import Model
 from safetensors.torch import save_file
 from torch import nn
 
-from poolnet import exported
+from poolnet import exported, registry
 from poolnet.config import POOLS
 from poolnet.model import Checked, build_model
 
@@ -284,3 +291,90 @@ def test_a_damaged_export_is_refused_or_read_as_it_was(older_folder, data):
         assert {name: tensor.tolist() for name, tensor in net.state_dict().items()} == {
             name: tensor.tolist() for name, tensor in expected.items()
         }
+
+
+# --- an export that is kept -------------------------------------------------------------------------------------------
+
+
+def trained(pool, seed):
+    rng = np.random.default_rng(seed)
+    weights = {name: tensor.numpy() for name, tensor in build_model(pool, seed).state_dict().items()}
+    return {**weights, "example": rng.random((2, 1, 28, 28), dtype=np.float32)}
+
+
+def export(pool, seed, path):
+    model = SimpleNamespace(artifact_location="file:///somewhere", model_id=f"m-{seed}")
+    registry.export(trained(pool, seed), pool, "0" * 32, model, path)
+    return path
+
+
+def files_of(path):
+    """What a model's folder holds; of MLmodel, all but what is of this one model."""
+    found = {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    del found[exported.EXPORT]
+    model = Model.load(str(path)).to_dict()
+    return found | {"MLmodel": {name: value for name, value in model.items() if name != "utc_time_created"}}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_copy_of_the_kept_export_equals_a_full_export_and_is_served(pool, tmp_path, monkeypatch):
+    export(pool, 1, tmp_path / "first")
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_export_in_full", None)  # is not called again
+        copy = export(pool, 2, tmp_path / "copy")
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_is_whole", lambda kept: False)
+        full = export(pool, 2, tmp_path / "full")
+    assert files_of(copy) == files_of(full)
+    net = exported.read(copy)[1]
+    assert exported.equal(full / exported.EXPORT, copy / exported.EXPORT)
+    assert exported.is_ours(copy, net)
+    assert not exported.is_ours(tmp_path / "first", net)
+    module, server = mlflow.pytorch.load_model(str(copy)), mlflow.pyfunc.load_model(str(copy))
+    for n in (1, 2, 7):
+        images = torch.rand(n, 1, 28, 28)
+        with torch.inference_mode():
+            logits = net(images)
+            assert torch.equal(module(images), logits)
+        assert np.array_equal(server.predict(images.numpy()), logits.numpy())
+
+
+@pytest.mark.parametrize("damage", ["data/model.pt2", "MLmodel", "sums.json", "conda.yaml"])
+def test_a_kept_export_that_is_damaged_is_made_anew(damage, tmp_path):
+    before = files_of(export("avg", 1, tmp_path / "before"))
+    (kept,) = (tmp_path / "home" / "exports").iterdir()
+    content = (kept / damage).read_bytes()
+    (kept / damage).write_bytes(content[:-9] + b"#" + content[-8:])
+    assert files_of(export("avg", 1, tmp_path / "after")) == before
+    assert (kept / damage).read_bytes()[-9:] != b"#" + content[-8:]
+
+
+def test_an_export_of_another_layout_is_not_kept(tmp_path, monkeypatch):
+    def elsewhere(folder, pool, weights):
+        raise ValueError("found an export with weights w")
+
+    monkeypatch.setattr(exported, "fill", elsewhere)
+    path = export("avg", 1, tmp_path / "model")
+    assert not (tmp_path / "home" / "exports").exists()
+    assert exported.is_ours(path, exported.read(path)[1])
+
+
+def test_weights_that_other_code_would_put_elsewhere_are_refused(avg):
+    weights = {name: tensor.numpy() for name, tensor in exported.read(avg)[1].state_dict().items()}
+    with pytest.raises(ValueError, match=r"with weights fc\.weight, fc\.bias"):
+        exported.fill(avg, "avg", {"fc.weight": weights["fc.weight"]})
+    with pytest.raises(ValueError, match="of 1960 bytes"):
+        exported.fill(avg, "avg", weights | {"fc.weight": weights["fc.weight"][:9]})
+
+
+def test_the_second_publication_needs_no_torch(tmp_path, letters):
+    """It takes seconds to import."""
+    assert inside("train", "--data", letters, "--epochs", 1).returncode == 0
+    code = (
+        "import sys; from poolnet.cli import main\n"
+        "try: main(['sync', '--to', 'sqlite:///other.db'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert 'mlflow' in sys.modules and not {'torch', 'matplotlib', 'scipy.stats'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, "published" in done.stdout) == (0, True), done.stderr
