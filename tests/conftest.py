@@ -11,6 +11,7 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,9 @@ from poolnet.cli import SETTINGS, main
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
 import mlflow.db
+
+from poolnet import registry
+from poolnet.model import build_model
 
 ROOT = Path(__file__).parent.parent
 REAL_LETTERS = ROOT.parent / "shared" / "data" / "notMNIST_small.tar.gz"
@@ -35,6 +39,12 @@ def world(folder, uri=None):
         "PYTHONPATH": str(ROOT),
     }
     return {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "POOLNET_"))} | ours
+
+
+def pytest_collection_modifyitems(items):
+    """Files whose tests start many processes first, so that no worker is left alone with one in the end."""
+    slow = [f"test_{name}.py" for name in ("sweep", "faults", "sync", "stores", "tracking", "linear", "project")]
+    items.sort(key=lambda item: slow.index(item.path.name) if item.path.name in slow else len(slow))
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +66,21 @@ def scratch(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def kept(tmp_path_factory):
+    """The exports that the second run of a home needs no torch for, which take seconds to make."""
+    folder = tmp_path_factory.mktemp("kept")
+    model = SimpleNamespace(artifact_location=str(folder), model_id="m-0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POOLNET_HOME", str(folder))
+        for pool in ("max", "avg"):
+            arrays = {name: tensor.numpy() for name, tensor in build_model(pool, seed=0).state_dict().items()}
+            arrays["example"] = np.zeros((2, 1, 28, 28), np.float32)
+            registry.export(arrays, pool, "0" * 32, model, folder / pool)
+    global KEPT
+    KEPT = folder / "exports"
+
+
 @pytest.fixture(autouse=True)
 def own_world(tmp_path, monkeypatch, empty_store):
     """Each test works in a folder, local state and store of its own."""
@@ -65,6 +90,7 @@ def own_world(tmp_path, monkeypatch, empty_store):
 
 def enter(folder, patch):
     """Work in this folder from now on, as a process in its `world` would."""
+    shutil.copytree(KEPT, folder / "home" / "exports", dirs_exist_ok=True)
     environment = world(folder)
     for name in list(os.environ):
         if name not in environment:

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -302,6 +303,11 @@ def trained(pool, seed):
     return {**weights, "example": rng.random((2, 1, 28, 28), dtype=np.float32)}
 
 
+@pytest.fixture
+def nothing_kept(tmp_path):
+    shutil.rmtree(tmp_path / "home" / "exports")
+
+
 def export(pool, seed, path):
     model = SimpleNamespace(artifact_location="file:///somewhere", model_id=f"m-{seed}")
     registry.export(trained(pool, seed), pool, "0" * 32, model, path)
@@ -316,6 +322,7 @@ def files_of(path):
     return found | {"MLmodel": {name: value for name, value in model.items() if name != "utc_time_created"}}
 
 
+@pytest.mark.usefixtures("nothing_kept")
 @pytest.mark.parametrize("pool", POOLS)
 def test_a_copy_of_the_kept_export_equals_a_full_export_and_is_served(pool, tmp_path, monkeypatch):
     export(pool, 1, tmp_path / "first")
@@ -339,6 +346,7 @@ def test_a_copy_of_the_kept_export_equals_a_full_export_and_is_served(pool, tmp_
         assert np.array_equal(server.predict(images.numpy()), logits.numpy())
 
 
+@pytest.mark.usefixtures("nothing_kept")
 @pytest.mark.parametrize("damage", ["data/model.pt2", "MLmodel", "sums.json", "conda.yaml"])
 def test_a_kept_export_that_is_damaged_is_made_anew(damage, tmp_path):
     before = files_of(export("avg", 1, tmp_path / "before"))
@@ -349,6 +357,7 @@ def test_a_kept_export_that_is_damaged_is_made_anew(damage, tmp_path):
     assert (kept / damage).read_bytes()[-9:] != b"#" + content[-8:]
 
 
+@pytest.mark.usefixtures("nothing_kept")
 def test_an_export_of_another_layout_is_not_kept(tmp_path, monkeypatch):
     def elsewhere(folder, pool, weights):
         raise ValueError("found an export with weights w")
