@@ -67,8 +67,12 @@ def letters(path: Path, train: int) -> Path:
 class World:
     """A folder with local state of its own, and a tracking server: a store in the folder, or an address."""
 
+    kept: Path | None = None  # exports, which each home would make anew
+
     def __init__(self, folder: Path, data: Path, epochs: int, uri: str = ""):
         folder.mkdir(parents=True, exist_ok=True)
+        if self.kept:
+            shutil.copytree(self.kept, folder / "home" / "exports", dirs_exist_ok=True)
         self.folder, self.uri = folder, uri or f"sqlite:///{folder / 'mlflow.db'}"
         self.command = [*POOLNET, "train", "--data", str(data), "--epochs", str(epochs)]
         ours = {
@@ -278,7 +282,7 @@ def measure_sync_kills(folder: Path, kills: int, seed: int, epochs: int, train: 
     duration, phases, wrong = time.perf_counter() - begun, [], []
     for index in range(kills):
         world = World(folder / f"sync{index}", data, epochs)
-        shutil.copytree(template.folder / "home", world.folder / "home")
+        shutil.copytree(template.folder / "home", world.folder / "home", dirs_exist_ok=True)
         (world.journals()[0].folder / "published.json").unlink()
         command = [*POOLNET, "sync", "--to", world.uri, *(["--prune"] if index % 2 else [])]
         moment = rng.uniform(0, duration)
@@ -644,6 +648,9 @@ def main(
     result: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        maker = World(folder / "maker", letters(folder / "maker.npz", 1_000), 1)
+        maker.finish(maker.command)
+        World.kept = maker.folder / "home" / "exports"
         if kills:
             result["kills"] = measure_kills(folder, kills, seed, workers, epochs, images)
         if sweep_kills:

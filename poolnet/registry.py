@@ -76,10 +76,9 @@ def export(arrays: dict[str, np.ndarray], pool: str, run_id: str, model: LoggedM
     kept = _kept(pool)
     if not _is_whole(kept):
         _keep(arrays, pool, kept)
-    if _is_whole(kept):
-        shutil.copytree(kept, path, ignore=shutil.ignore_patterns(SUMS))
+    if _copied(kept, path):
         _fill(path, pool, arrays)
-    else:  # the layout of an export is not the known one, or there is no room
+    else:  # the layout of an export is not the known one, there is no room, or another process is making it anew
         _export_in_full(path, pool, arrays)
     saved = Model.load(str(path))
     saved.artifact_path, saved.run_id = model.artifact_location, run_id
@@ -149,12 +148,23 @@ def _keep(arrays: dict[str, np.ndarray], pool: str, kept: Path) -> None:
                 (Path(part) / kept.name).rename(kept)
 
 
-def _is_whole(kept: Path) -> bool:
-    sums = read_json(kept / SUMS)
+def _is_whole(folder: Path) -> bool:
+    sums = read_json(folder / SUMS)
     try:
-        return bool(sums) and sums == _sums(kept)
+        return bool(sums) and sums == _sums(folder)
     except OSError:
         return False
+
+
+def _copied(kept: Path, path: Path) -> bool:
+    """Whether `path` is a whole copy of what is kept now; else it is not there."""
+    with contextlib.suppress(OSError):
+        shutil.copytree(kept, path)
+        if _is_whole(path):
+            (path / SUMS).unlink()
+            return True
+    shutil.rmtree(path, ignore_errors=True)
+    return False
 
 
 def _sums(folder: Path) -> dict[str, list[int]]:

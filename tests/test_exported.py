@@ -330,7 +330,7 @@ def test_a_copy_of_the_kept_export_equals_a_full_export_and_is_served(pool, tmp_
         patch.setattr(registry, "_export_in_full", None)  # is not called again
         copy = export(pool, 2, tmp_path / "copy")
     with monkeypatch.context() as patch:
-        patch.setattr(registry, "_is_whole", lambda kept: False)
+        patch.setattr(registry, "_is_whole", lambda folder: False)
         full = export(pool, 2, tmp_path / "full")
     assert files_of(copy) == files_of(full)
     net = exported.read(copy)[1]
