@@ -93,7 +93,6 @@ def export(arrays: dict[str, np.ndarray], pool: str, run_id: str, model: LoggedM
 def _export_in_full(path: Path, pool: str, arrays: dict[str, np.ndarray]) -> None:
     import torch
 
-    from poolnet import exported
     from poolnet.model import Checked, build_model
 
     net = build_model(pool, seed=0)

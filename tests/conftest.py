@@ -41,12 +41,6 @@ def world(folder, uri=None):
     return {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "POOLNET_"))} | ours
 
 
-def pytest_collection_modifyitems(items):
-    """Files whose tests start many processes first, so that no worker is left alone with one in the end."""
-    slow = [f"test_{name}.py" for name in ("sweep", "faults", "sync", "stores", "tracking", "linear", "project")]
-    items.sort(key=lambda item: slow.index(item.path.name) if item.path.name in slow else len(slow))
-
-
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory):
     """The tables of a store that nothing has used yet, which take MLflow a second to make."""
