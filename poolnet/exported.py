@@ -7,11 +7,16 @@ So an export that differs in more is not ours; and one that is kept becomes that
 takes seconds to import and to export.
 """
 
+import contextlib
+import datetime
+import importlib.metadata
 import io
 import json
 import math
 import re
+import shutil
 import struct
+import sys
 import tempfile
 import zipfile
 import zlib
@@ -19,11 +24,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
+import mlflow
 import numpy as np
+from mlflow.entities import LoggedModel
+from mlflow.models import Model, ModelSignature
+from mlflow.models.model import MLMODEL_FILE_NAME
+from mlflow.types import Schema, TensorSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from poolnet.config import POOLS
+from poolnet.config import POOLS, home
+from poolnet.data import SIDE
+from poolnet.files import replacing
 
 if TYPE_CHECKING:  # only where a network is made
     import torch
@@ -36,9 +48,38 @@ FLOAT32 = 7  # in the numbering of types in an export
 LAYERS = {"max": "max_pool2d.default", "avg": "avg_pool2d.default", "conv": "conv2d.default"}
 CHECK = ["abs.default", "le.Scalar", "all.default", "_assert_async.msg"]  # the operations of `Checked`
 
+VERSIONS = {name: importlib.metadata.version(name) for name in ("mlflow", "numpy", "torch")}
+SIGNATURE = ModelSignature(
+    inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 1, SIDE, SIDE))]),
+    outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 10))]),
+)
+# what is raised of an archive that is damaged, and of one that is laid out in another way
 UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError)
+UNKNOWN = (ValueError, LookupError, TypeError, struct.error)
 
 Net = Union["SimplePoolNet", "SimpleConvNet"]
+
+
+def export(arrays: dict[str, np.ndarray], pool: str, run_id: str, model: LoggedModel, path: Path) -> None:
+    """Write the network of a logged model to a new folder.
+
+    `arrays` holds its weights by name and, as `example`, two images: of one, the export would take only one. Exported
+    once for each network and version of what makes it; then the weights in a copy are others, and torch is not needed.
+    """
+    if _unpack(pool, path):
+        _fill(path, pool, arrays)
+    else:
+        _export_in_full(path, pool, arrays)
+        with contextlib.suppress(*UNREADABLE, *UNKNOWN):  # then the next run exports in full as well
+            _keep(path, pool, arrays)
+    saved = Model.load(str(path))
+    saved.artifact_path, saved.run_id = model.artifact_location, run_id
+    saved.model_uuid = saved.model_id = model.model_id
+    saved.utc_time_created = str(datetime.datetime.now(datetime.UTC).replace(tzinfo=None))
+    saved.model_size_bytes = sum(len(content) for name, content in _contents(path).items() if name != MLMODEL_FILE_NAME)
+    # An exported program stays on the device that it was exported on; MLflow would take cuda wherever there is one.
+    saved.flavors[mlflow.pyfunc.FLAVOR_NAME][mlflow.pyfunc.MODEL_CONFIG] = {"device": "cpu"}
+    saved.save(str(path / MLMODEL_FILE_NAME))
 
 
 def write(folder: Path, pool: str, net: Net) -> None:
@@ -48,7 +89,10 @@ def write(folder: Path, pool: str, net: Net) -> None:
 
 
 def fill(folder: Path, pool: str, weights: dict[str, np.ndarray]) -> None:
-    """Write other weights of the same network into export and weights. `ValueError` where their layout is unknown."""
+    """Replace the weights in a folder that `write` wrote.
+
+    `ValueError` where they are another network's, or the layout of the export is not the known one.
+    """
     archive = (folder / EXPORT).read_bytes()
     with zipfile.ZipFile(io.BytesIO(archive)) as members:
         config = json.loads(members.read("model/data/weights/model_weights_config.json"))["config"]
@@ -58,6 +102,72 @@ def fill(folder: Path, pool: str, weights: dict[str, np.ndarray]) -> None:
     changed = {path: weights[name].astype("<f4").tobytes() for path, name in paths.items()}
     (folder / EXPORT).write_bytes(_with_members(archive, changed))
     save_file(weights, folder / WEIGHTS, {"pool": pool})
+
+
+def _export_in_full(path: Path, pool: str, arrays: dict[str, np.ndarray]) -> None:
+    import torch
+
+    from poolnet.model import Checked, build_model
+
+    net = build_model(pool, seed=0)
+    net.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items() if name != "example"})
+    mlflow.pytorch.save_model(
+        Checked(net).eval(),
+        str(path),
+        signature=SIGNATURE,
+        input_example=arrays["example"],
+        serialization_format="pt2",
+        pip_requirements=[f"{name}=={version.partition('+')[0]}" for name, version in VERSIONS.items()],  # else 10 s
+    )
+    write(path, pool, net)
+
+
+def _fill(path: Path, pool: str, arrays: dict[str, np.ndarray]) -> None:
+    """Put weights and example into the folder of a blank model."""
+    fill(path, pool, {name: array for name, array in arrays.items() if name != "example"})
+    example = arrays["example"].tolist()
+    (path / "input_example.json").write_text(json.dumps(example), encoding="utf-8")
+    (path / "serving_input_example.json").write_text(json.dumps({"inputs": example}, indent=2), encoding="utf-8")
+
+
+def _kept(pool: str) -> Path:
+    """The blank model of a network, named by all that makes it."""
+    made_by = f"{VERSIONS} {sys.version}".encode()
+    made_by += b"".join(Path(__file__).with_name(name).read_bytes() for name in ("model.py", "exported.py"))
+    return home() / "exports" / f"{pool}-{zlib.crc32(made_by):08x}.zip"
+
+
+def _unpack(pool: str, path: Path) -> bool:
+    """Whether `path` is the blank model now; if none is kept, or it is damaged, it is not there."""
+    try:
+        with zipfile.ZipFile(_kept(pool)) as archive:  # which has a checksum of each file
+            archive.getinfo(MLMODEL_FILE_NAME)  # of a file that is cut off, the archive in it would be read
+            archive.extractall(path)
+    except (*UNREADABLE, *UNKNOWN):
+        shutil.rmtree(path, ignore_errors=True)
+        return False
+    return True
+
+
+def _keep(full: Path, pool: str, arrays: dict[str, np.ndarray]) -> None:
+    """Keep a blank model, if it equals the full one once it is filled."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "blank"
+        _export_in_full(path, pool, {name: np.zeros_like(array) for name, array in arrays.items()})
+        blank = _contents(path)
+        _fill(path, pool, arrays)
+        filled, expected = _contents(path), _contents(full)
+        del filled[MLMODEL_FILE_NAME], expected[MLMODEL_FILE_NAME]  # which holds the time
+        del filled[EXPORT], expected[EXPORT]
+        if filled == expected and equal(full / EXPORT, path / EXPORT):
+            with replacing(_kept(pool)) as part, zipfile.ZipFile(part, "w") as archive:
+                for name, content in blank.items():
+                    archive.writestr(name, content)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path in it."""
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def read(folder: Path) -> tuple[str, Net]:
@@ -81,21 +191,25 @@ def is_ours(folder: Path, net: Net) -> bool:
 
 
 def equal(export: Path, other: Path) -> bool:
-    """Whether two exports are the same, byte for byte, but for the serial number. Ours is the first."""
+    """Whether two exports differ in their serial number only.
+
+    Ours is the first: nothing of it need be checked.
+    """
     archive = other.read_bytes()
     try:
         with zipfile.ZipFile(io.BytesIO(archive)) as members:
             serial = members.read(SERIAL) if members.getinfo(SERIAL).file_size == 40 else b""
-    except (*UNREADABLE, KeyError, ValueError):
+    except (*UNREADABLE, *UNKNOWN):
         return False
     return bool(re.fullmatch(rb"\d{40}", serial)) and _with_members(export.read_bytes(), {SERIAL: serial}) == archive
 
 
 def _with_members(archive: bytes, changed: dict[str, bytes]) -> bytes:
-    """A zip archive as torch writes it, with other bytes in some members, as many as before. `ValueError` otherwise.
+    """A zip archive with other bytes in some members.
 
-    In place, since torch reads what is stored and aligned its own way. The checksum of a member stands up to three
-    times (APPNOTE.TXT 4.3): in its local header or behind its data, and in the central directory.
+    As torch writes it, and as many bytes as before; else a `ValueError`. In place, since torch reads what is stored
+    and aligned its own way. The checksum of a member stands up to three times (APPNOTE.TXT 4.3): in its local header or
+    behind its data, and in the central directory.
     """
     data = bytearray(archive)
     with zipfile.ZipFile(io.BytesIO(archive)) as members:

@@ -103,7 +103,7 @@ def classifier_weights(weight: np.ndarray, title: str) -> Figure:
     cmap, low = (colormaps["RdBu_r"], -limit) if signed else (colormaps["viridis"], 0)
     figure = Figure(figsize=(10, 4.6))
     figure.suptitle(title)
-    image = _grid(figure, (0.02, 0.03, 0.86, 0.88), maps, LETTERS, 5, (1, 1.4), cmap=cmap, vmin=low, vmax=limit)
+    image = _grid(figure, (0.02, 0.03, 0.86, 0.88), maps, LETTERS, 5, (1, 2), cmap=cmap, vmin=low, vmax=limit)
     label = "weight: red speaks for the letter" if signed else "weight, L2 norm over channels"
     figure.colorbar(image, cax=figure.add_axes((0.905, 0.06, 0.015, 0.8)), label=label)
     return figure
@@ -135,22 +135,22 @@ def _grid(
     images: np.ndarray,
     titles: Iterable[str],
     columns: int,
-    gap: tuple[float, float],
+    gap: tuple[int, int],
     fontsize: float = 12,
     **options: object,
 ) -> AxesImage:
-    """Images (N, H, W) side by side as one, `gap` pixels apart across and down, each below its title."""
-    scale = 5  # pixels of the whole for one of an image, so that gaps need be no whole ones
-    images = np.kron(images, np.ones((scale, scale)))
-    height, width = images.shape[1:]
-    across, down = (round(pixels * scale) for pixels in gap)
-    rows = -(-len(images) // columns)
-    whole = np.full((max(rows, 1) * (height + down), columns * (width + across)), np.nan)
+    """Draw images (N, H, W) as one, each below its title.
+
+    `gap` is the pixels between them, across and down.
+    """
+    (height, width), (across, down) = images.shape[1:], gap
+    rows = max(-(-len(images) // columns), 1)
+    whole = np.full((rows * (height + down), columns * (width + across)), np.nan)
     axes = figure.add_axes(place)
     axes.set_axis_off()
     for index, (image, title) in enumerate(zip(images, titles, strict=True)):
         row, column = divmod(index, columns)
-        top, left = row * (height + down) + down, column * (width + across) + across // 2
+        top, left = row * (height + down) + down, column * (width + across)
         whole[top : top + height, left : left + width] = image
-        axes.text(left + width / 2, top - 0.25 * down, title, ha="center", fontsize=fontsize)
+        axes.text(left + (width - 1) / 2, top - 0.5 - 0.2 * down, title, ha="center", fontsize=fontsize)
     return axes.imshow(whole, interpolation="nearest", **options)

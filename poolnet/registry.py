@@ -1,50 +1,33 @@
 """Models as MLflow keeps them: the logged model of a run, and the versions of the registered model `poolnet`."""
 
 import contextlib
-import datetime
-import importlib.metadata
 import json
 import re
-import shutil
-import struct
-import sys
 import tempfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import mlflow
 import numpy as np
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature
-from mlflow.models.model import MLMODEL_FILE_NAME
+from mlflow.models import Model
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking.client import MlflowClient
-from mlflow.types import Schema, TensorSpec
 
 from poolnet import exported, stores
-from poolnet.config import InputError, home, warn
-from poolnet.data import SIDE
-from poolnet.files import read_json, write_json
+from poolnet.config import InputError, warn
 
 if TYPE_CHECKING:  # torch only where a network is made
     from poolnet.model import SimpleConvNet, SimplePoolNet
 
 NAME = "poolnet"  # the registered model
 MODEL = "model"  # the logged model of a run
-SUMS = "sums.json"  # of an export that is kept
-VERSIONS = {name: importlib.metadata.version(name) for name in ("mlflow", "numpy", "torch")}
-SIGNATURE = ModelSignature(
-    inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 1, SIDE, SIDE))]),
-    outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 10))]),
-)
 
 
 def log(client: MlflowClient, run: Run, config: dict[str, object], arrays: dict[str, np.ndarray]) -> str:
-    """The logged model of a run, made, or made whole. `arrays` as for `export`. Returns its id."""
+    """The logged model of a run, made, or made whole. `arrays` as for `exported.export`. Returns its id."""
     run_id = run.info.run_id
     model = logged(client, run)
     if not model:
@@ -52,7 +35,7 @@ def log(client: MlflowClient, run: Run, config: dict[str, object], arrays: dict[
         model = client.create_logged_model(run.info.experiment_id, MODEL, run_id, params=params)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / MODEL
-        export(arrays, config["pool"], run_id, model, path)
+        exported.export(arrays, config["pool"], run_id, model, path)
         client.log_model_artifacts(model.model_id, str(path))
     outputs = run.outputs.model_outputs if run.outputs else []
     if model.model_id not in [output.model_id for output in outputs]:
@@ -65,115 +48,6 @@ def logged(client: MlflowClient, run: Run) -> LoggedModel | None:
     query = f"source_run_id = '{run.info.run_id}' AND name = '{MODEL}'"
     found = client.search_logged_models([run.info.experiment_id], query, max_results=1)
     return found[0] if found else None
-
-
-def export(arrays: dict[str, np.ndarray], pool: str, run_id: str, model: LoggedModel, path: Path) -> None:
-    """Write the network to a new folder: its weights, and an exported program, free of pickle, for any batch size.
-
-    `arrays` holds its weights by name and, as `example`, two images: of one, the export would take only one. Exported
-    once for each network and version of what makes it; then the weights in a copy are others, and torch is not needed.
-    """
-    kept = _kept(pool)
-    if not _is_whole(kept):
-        _keep(arrays, pool, kept)
-    if _copied(kept, path):
-        _fill(path, pool, arrays)
-    else:  # the layout of an export is not the known one, there is no room, or another process is making it anew
-        _export_in_full(path, pool, arrays)
-    saved = Model.load(str(path))
-    saved.artifact_path, saved.run_id = model.artifact_location, run_id
-    saved.model_uuid = saved.model_id = model.model_id
-    saved.utc_time_created = str(datetime.datetime.now(datetime.UTC).replace(tzinfo=None))
-    saved.model_size_bytes = sum(size for name, (size, _) in _sums(path).items() if name != MLMODEL_FILE_NAME)
-    # An exported program stays on the device that it was exported on; MLflow would take cuda wherever there is one.
-    saved.flavors[mlflow.pyfunc.FLAVOR_NAME][mlflow.pyfunc.MODEL_CONFIG] = {"device": "cpu"}
-    saved.save(str(path / MLMODEL_FILE_NAME))
-
-
-def _export_in_full(path: Path, pool: str, arrays: dict[str, np.ndarray]) -> None:
-    import torch
-
-    from poolnet.model import Checked, build_model
-
-    net = build_model(pool, seed=0)
-    net.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items() if name != "example"})
-    mlflow.pytorch.save_model(
-        Checked(net).eval(),
-        str(path),
-        signature=SIGNATURE,
-        input_example=arrays["example"],
-        serialization_format="pt2",
-        pip_requirements=[f"{name}=={version.partition('+')[0]}" for name, version in VERSIONS.items()],  # else 10 s
-    )
-    exported.write(path, pool, net)
-
-
-def _fill(path: Path, pool: str, arrays: dict[str, np.ndarray]) -> None:
-    """Put other weights and another example into a copy of an export."""
-    exported.fill(path, pool, {name: array for name, array in arrays.items() if name != "example"})
-    example = arrays["example"].tolist()
-    (path / "input_example.json").write_text(json.dumps(example), encoding="utf-8")
-    (path / "serving_input_example.json").write_text(json.dumps({"inputs": example}, indent=2), encoding="utf-8")
-
-
-def _kept(pool: str) -> Path:
-    """Where the export of a network is kept, by all that makes it what it is."""
-    made_by = f"{VERSIONS} {sys.version}".encode()
-    for name in ("model.py", "exported.py", "registry.py"):
-        made_by += Path(__file__).with_name(name).read_bytes()
-    return home() / "exports" / f"{pool}-{zlib.crc32(made_by):08x}"
-
-
-def _keep(arrays: dict[str, np.ndarray], pool: str, kept: Path) -> None:
-    """Export in full, twice, and keep the first one if other weights can be put into it."""
-    zeros = {name: np.zeros_like(array) for name, array in arrays.items()}
-    with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as scratch:
-        blank, filled, full = (Path(scratch) / name for name in ("blank", "filled", "full"))
-        _export_in_full(blank, pool, zeros)
-        _export_in_full(full, pool, arrays)
-        shutil.copytree(blank, filled)
-        try:
-            _fill(filled, pool, arrays)
-        except (*exported.UNREADABLE, ValueError, KeyError, TypeError, struct.error):
-            return
-        vary = {exported.EXPORT, MLMODEL_FILE_NAME}  # by the serial number, and the time
-        one, other = ({name: sums for name, sums in _sums(each).items() if name not in vary} for each in (filled, full))
-        if one == other and exported.equal(full / exported.EXPORT, filled / exported.EXPORT):
-            write_json(blank / SUMS, _sums(blank))
-            shutil.rmtree(kept, ignore_errors=True)
-            kept.parent.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=kept.parent) as part:  # as a whole, whoever else does so
-                shutil.copytree(blank, Path(part) / kept.name)
-                (Path(part) / kept.name).rename(kept)
-
-
-def _is_whole(folder: Path) -> bool:
-    sums = read_json(folder / SUMS)
-    try:
-        return bool(sums) and sums == _sums(folder)
-    except OSError:
-        return False
-
-
-def _copied(kept: Path, path: Path) -> bool:
-    """Whether `path` is a whole copy of what is kept now; else it is not there."""
-    with contextlib.suppress(OSError):
-        shutil.copytree(kept, path)
-        if _is_whole(path):
-            (path / SUMS).unlink()
-            return True
-    shutil.rmtree(path, ignore_errors=True)
-    return False
-
-
-def _sums(folder: Path) -> dict[str, list[int]]:
-    """Size and checksum of each file."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != SUMS:
-            content = path.read_bytes()
-            found[path.relative_to(folder).as_posix()] = [len(content), zlib.crc32(content)]
-    return found
 
 
 def register(client: MlflowClient, run_id: str, model_id: str, tags: dict[str, str]) -> int:

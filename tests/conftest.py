@@ -22,7 +22,7 @@ from poolnet.cli import SETTINGS, main
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
 import mlflow.db
 
-from poolnet import registry
+from poolnet import exported
 from poolnet.model import build_model
 
 ROOT = Path(__file__).parent.parent
@@ -70,7 +70,7 @@ def kept(tmp_path_factory):
         for pool in ("max", "avg"):
             arrays = {name: tensor.numpy() for name, tensor in build_model(pool, seed=0).state_dict().items()}
             arrays["example"] = np.zeros((2, 1, 28, 28), np.float32)
-            registry.export(arrays, pool, "0" * 32, model, folder / pool)
+            exported.export(arrays, pool, "0" * 32, model, folder / pool)
     global KEPT
     KEPT = folder / "exports"
 

@@ -20,7 +20,7 @@ from mlflow.models import Model
 from safetensors.torch import save_file
 from torch import nn
 
-from poolnet import exported, registry
+from poolnet import exported
 from poolnet.config import POOLS
 from poolnet.model import Checked, build_model
 
@@ -310,7 +310,7 @@ def nothing_kept(tmp_path):
 
 def export(pool, seed, path):
     model = SimpleNamespace(artifact_location="file:///somewhere", model_id=f"m-{seed}")
-    registry.export(trained(pool, seed), pool, "0" * 32, model, path)
+    exported.export(trained(pool, seed), pool, "0" * 32, model, path)
     return path
 
 
@@ -327,10 +327,10 @@ def files_of(path):
 def test_a_copy_of_the_kept_export_equals_a_full_export_and_is_served(pool, tmp_path, monkeypatch):
     export(pool, 1, tmp_path / "first")
     with monkeypatch.context() as patch:
-        patch.setattr(registry, "_export_in_full", None)  # is not called again
+        patch.setattr(exported, "_export_in_full", None)  # is not called again
         copy = export(pool, 2, tmp_path / "copy")
     with monkeypatch.context() as patch:
-        patch.setattr(registry, "_is_whole", lambda folder: False)
+        patch.setattr(exported, "_unpack", lambda pool, path: False)
         full = export(pool, 2, tmp_path / "full")
     assert files_of(copy) == files_of(full)
     net = exported.read(copy)[1]
@@ -347,14 +347,27 @@ def test_a_copy_of_the_kept_export_equals_a_full_export_and_is_served(pool, tmp_
 
 
 @pytest.mark.usefixtures("nothing_kept")
-@pytest.mark.parametrize("damage", ["data/model.pt2", "MLmodel", "sums.json", "conda.yaml"])
+@pytest.mark.parametrize(
+    "damage", ["cut off", "empty", "a folder", "a bit in a file", "a bit in a name", "a bit in its place"]
+)
 def test_a_kept_export_that_is_damaged_is_made_anew(damage, tmp_path):
     before = files_of(export("avg", 1, tmp_path / "before"))
     (kept,) = (tmp_path / "home" / "exports").iterdir()
-    content = (kept / damage).read_bytes()
-    (kept / damage).write_bytes(content[:-9] + b"#" + content[-8:])
+    whole = kept.read_bytes()
+    name = whole.rindex(b"conda.yaml")  # in the central directory
+    places = {"a bit in a file": whole.index(b"channels:"), "a bit in a name": name, "a bit in its place": name - 4}
+    if damage == "a folder":
+        kept.unlink()
+        kept.mkdir()
+    elif damage in places:
+        at = places[damage]
+        kept.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    else:
+        kept.write_bytes(whole[:-50] if damage == "cut off" else b"")
     assert files_of(export("avg", 1, tmp_path / "after")) == before
-    assert (kept / damage).read_bytes()[-9:] != b"#" + content[-8:]
+    if damage != "a folder":
+        with zipfile.ZipFile(kept) as archive:
+            assert archive.testzip() is None
 
 
 @pytest.mark.usefixtures("nothing_kept")
