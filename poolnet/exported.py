@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Union
 import mlflow
 import numpy as np
 from mlflow.entities import LoggedModel
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.types import Schema, TensorSpec
@@ -70,7 +71,7 @@ def export(arrays: dict[str, np.ndarray], pool: str, run_id: str, model: LoggedM
         _fill(path, pool, arrays)
     else:
         _export_in_full(path, pool, arrays)
-        with contextlib.suppress(*UNREADABLE, *UNKNOWN):  # then the next run exports in full as well
+        with contextlib.suppress(*UNREADABLE, *UNKNOWN, MlflowException):  # then the next run does so too
             _keep(path, pool, arrays)
     saved = Model.load(str(path))
     saved.artifact_path, saved.run_id = model.artifact_location, run_id
