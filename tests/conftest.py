@@ -82,6 +82,12 @@ def own_world(tmp_path, monkeypatch, empty_store):
     shutil.copy(empty_store, tmp_path)
 
 
+@pytest.fixture
+def nothing_kept(own_world, tmp_path):
+    """A test's folder as a newcomer has it, without local state."""
+    shutil.rmtree(tmp_path / "home")
+
+
 def enter(folder, patch):
     """Work in this folder from now on, as a process in its `world` would."""
     shutil.copytree(KEPT, folder / "home" / "exports", dirs_exist_ok=True)

@@ -175,6 +175,7 @@ def test_the_version_is_the_packages(capsys):
     assert run(capsys, "--version") == (0, f"poolnet {importlib.metadata.version('poolnet')}\n", "")
 
 
+@pytest.mark.usefixtures("nothing_kept")
 @pytest.mark.parametrize(
     ("words", "incomplete", "expected"),
     [

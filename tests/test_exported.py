@@ -3,7 +3,6 @@
 import io
 import json
 import pickle
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -301,11 +300,6 @@ def trained(pool, seed):
     rng = np.random.default_rng(seed)
     weights = {name: tensor.numpy() for name, tensor in build_model(pool, seed).state_dict().items()}
     return {**weights, "example": rng.random((2, 1, 28, 28), dtype=np.float32)}
-
-
-@pytest.fixture
-def nothing_kept(tmp_path):
-    shutil.rmtree(tmp_path / "home" / "exports")
 
 
 def export(pool, seed, path):

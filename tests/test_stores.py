@@ -27,6 +27,7 @@ ODD = "Büro x#1 100%'s"
 # --- what an address means -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("nothing_kept")
 @pytest.mark.parametrize("name", [ODD, "a%20b", "a b", "50%", "~"])
 def test_a_store_is_found_however_its_address_is_written(name, tmp_path, empty_store):
     folder = tmp_path / name
