@@ -51,8 +51,7 @@ def test_blocks_of_batches_do_not_show(letters, monkeypatch):
     np.testing.assert_allclose(figures(whole.history), figures(parts.history), atol=1e-12)
 
 
-@pytest.mark.parametrize("seed", [42, 1])
-@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize(("pool", "seed"), [("max", 42), ("avg", 1)])
 def test_thirty_epochs_on_real_letters_are_equal(real_letters, pool, seed):
     assert_equal_runs(TrainConfig(pool=pool, seed=seed), real_letters[0])
 
@@ -130,7 +129,8 @@ def test_the_optimum_is_where_scikit_learn_finds_it_and_training_goes_there(tmp_
         for epochs in (2, 200)
     )
     x = arrays["train"][:, :49].astype(np.float64)
-    theirs = LogisticRegression(C=np.inf, tol=1e-8, max_iter=100_000).fit(x, splits.train.y)
+    with threadpool_limits(1, user_api="blas"):  # with two threads its small products take fifty times as long
+        theirs = LogisticRegression(C=np.inf, tol=1e-8, max_iter=100_000).fit(x, splits.train.y)
     log_p = theirs.predict_log_proba(x)
     their_loss = -log_p[np.arange(len(x)), splits.train.y].mean()
     assert short.converged
