@@ -10,7 +10,7 @@ from scipy.special import softmax
 
 from poolnet.compare import Arm, Comparison
 from poolnet.data import LETTERS
-from poolnet.figures import drawable
+from poolnet.figures import drawable, grid
 
 A, B, BOTH = "#0072b2", "#d55e00", "#333333"  # told apart by the colour-blind too (Okabe & Ito)
 
@@ -174,14 +174,13 @@ def _probabilities(arm: Arm) -> np.ndarray:
 
 
 def disagreement_images(c: Comparison, images: np.ndarray, columns: int = 8) -> Figure:
-    rows = -(-len(images) // columns)
-    figure = Figure(figsize=(columns * 1.25, rows * 1.75), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, image, row in zip(grid, images, disagreements(c, len(images)), strict=False):
-        axes.imshow(image, cmap="gray")
+    """The true letter, and what each arm says."""
+    titles = []
+    for row in disagreements(c, len(images)):
         (one, p), (other, q) = said(c.a, row), said(c.b, row)
-        axes.set_title(f"{LETTERS[c.y[row]]}\n{one} {p:.2f} | {other} {q:.2f}", fontsize=8)
-    for axes in figure.axes:
-        axes.set_axis_off()
+        titles.append(f"{LETTERS[c.y[row]]}\n{one} {p:.2f} | {other} {q:.2f}")
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(columns * 1.25, rows * 1.55 + 0.5))
     figure.suptitle(f"true letter; what {_name(c.a)} | {_name(c.b)} say", fontsize=10)
+    grid(figure, (0.01, 0.01, 0.98, 0.92), images, titles, columns, (4, 12), fontsize=8, cmap="gray")
     return figure

@@ -103,7 +103,7 @@ def classifier_weights(weight: np.ndarray, title: str) -> Figure:
     cmap, low = (colormaps["RdBu_r"], -limit) if signed else (colormaps["viridis"], 0)
     figure = Figure(figsize=(10, 4.6))
     figure.suptitle(title)
-    image = _grid(figure, (0.02, 0.03, 0.86, 0.88), maps, LETTERS, 5, (1, 2), cmap=cmap, vmin=low, vmax=limit)
+    image = grid(figure, (0.02, 0.03, 0.86, 0.88), maps, LETTERS, 5, (1, 2), cmap=cmap, vmin=low, vmax=limit)
     label = "weight: red speaks for the letter" if signed else "weight, L2 norm over channels"
     figure.colorbar(image, cax=figure.add_axes((0.905, 0.06, 0.015, 0.8)), label=label)
     return figure
@@ -125,11 +125,11 @@ def worst_mistakes(evaluation: Evaluation, split: Split, title: str, rows: int =
     figure = Figure(figsize=(columns * 1.2, rows * 1.5 + 0.6))
     figure.suptitle(title)
     images = split.images(worst)[:, 0]
-    _grid(figure, (0.01, 0.01, 0.98, 0.9), images, titles, columns, (4, 9), fontsize=8, cmap="gray")
+    grid(figure, (0.01, 0.01, 0.98, 0.9), images, titles, columns, (4, 9), fontsize=8, cmap="gray")
     return figure
 
 
-def _grid(
+def grid(
     figure: Figure,
     place: tuple[float, float, float, float],
     images: np.ndarray,

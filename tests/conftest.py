@@ -76,6 +76,11 @@ def kept(tmp_path_factory):
     KEPT = folder / "exports"
 
 
+def keep_exports(home):
+    """Give local state in this folder what a first publication would make."""
+    shutil.copytree(KEPT, home / "exports", dirs_exist_ok=True)
+
+
 @pytest.fixture(autouse=True)
 def own_world(tmp_path, monkeypatch, empty_store):
     """Each test works in a folder, local state and store of its own."""
@@ -91,7 +96,7 @@ def nothing_kept(own_world, tmp_path):
 
 def enter(folder, patch):
     """Work in this folder from now on, as a process in its `world` would."""
-    shutil.copytree(KEPT, folder / "home" / "exports", dirs_exist_ok=True)
+    keep_exports(folder / "home")
     environment = world(folder)
     for name in list(os.environ):
         if name not in environment:

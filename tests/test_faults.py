@@ -123,7 +123,7 @@ def test_ctrl_c_in_the_middle_of_a_long_epoch_ends_it_at_once_and_the_epoch_is_t
 
 @posix
 def test_a_second_ctrl_c_and_a_checkpoint_cut_in_half_and_the_run_goes_on_all_the_same(letters):
-    process = start("--epochs", 1000, "--drain-timeout", 30)
+    process = start("--epochs", 400, "--drain-timeout", 30)
     assert any(line.startswith("Epoch 05") for line in process.stdout)
     process.send_signal(signal.SIGINT)
     time.sleep(0.05)  # in which it tells the publisher to finish, which takes longer
@@ -140,7 +140,7 @@ def test_a_second_ctrl_c_and_a_checkpoint_cut_in_half_and_the_run_goes_on_all_th
     resumed = inside("train", "--resume", name)
     assert resumed.returncode == 0, resumed.stderr
     assert f"Resuming {name} after epoch" in resumed.stdout
-    calm = journaled(TrainConfig(data="letters.npz", epochs=1000))
+    calm = journaled(TrainConfig(data="letters.npz", epochs=400))
     assert fingerprint(journal.find(name)) == fingerprint(calm)
 
 

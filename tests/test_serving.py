@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import mlflow
 import numpy as np
 import pytest
-from conftest import make_arrays, poolnet, world
+from conftest import keep_exports, make_arrays, poolnet, world
 
 from poolnet.data import as_images
 
@@ -30,6 +30,7 @@ def champion(tmp_path_factory):
     """A small trained model under its alias: the environment to use it in, test images, and training's own logits."""
     folder = tmp_path_factory.mktemp("champion")
     env = world(folder) | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    keep_exports(folder / "home")
     arrays = make_arrays()
     np.savez(folder / "letters.npz", **arrays)
     options = ["--data", folder / "letters.npz", "--pool", "avg", "--epochs", "3"]

@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, inside, poolnet, world
+from conftest import ROOT, inside, keep_exports, poolnet, world
 from mlflow.utils.file_utils import path_to_local_sqlite_uri
 from test_cli import assert_refused
 from test_cli import run as command
@@ -73,6 +73,7 @@ def test_mlflow_run_works_in_a_folder_of_any_name(name, tmp_path, letters, monke
     for file in ("MLproject", "conda.yaml"):
         shutil.copy(ROOT / file, clone)
     shutil.move(letters, clone)
+    keep_exports(clone / ".poolnet")
     for variable in ("MLFLOW_TRACKING_URI", "PYTHONPATH", "POOLNET_HOME"):
         monkeypatch.delenv(variable)
     monkeypatch.chdir(clone)

@@ -52,7 +52,7 @@ def study(tmp_path):
 
 
 def swept(path, *options, code=0, **environment):
-    finished = inside("sweep", path, "--workers", 2, "--json", *options, **environment)
+    finished = inside("sweep", path, "--workers", 1, "--json", *options, **environment)
     assert finished.returncode == code, finished.stderr
     return json.loads(finished.stdout), finished.stderr
 
@@ -73,7 +73,7 @@ def histories(run):
 
 def test_a_sweep_trains_what_is_missing_and_each_child_equals_the_run_on_its_own(study, monkeypatch):
     own = publish(journaled(TrainConfig(data="letters.npz", pool="avg", seed=2, epochs=3)))
-    result, err = swept(study())
+    result, err = swept(study(), "--workers", 2)
     assert err == ""
     assert [(run["run"] == own.info.run_name, run["trained"]) for run in result["runs"]].count((False, True)) == 3
     children, (parent,) = runs()

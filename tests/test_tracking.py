@@ -14,7 +14,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import inside, make_arrays, poolnet, world
+from conftest import inside, keep_exports, make_arrays, poolnet, world
 from PIL import Image
 
 from poolnet import features, figures, job, journal, linear, provenance, publisher, stores, sync
@@ -38,6 +38,7 @@ def trained(request, tmp_path_factory):
     # of its own: MLflow knows a data set that it has seen in an experiment again, by the path it had then
     np.savez(path, **make_arrays(seed=1))
     options = [f"--{name}={value}" for name, value in OPTIONS.items()]
+    keep_exports(folder / "home")
     finished = poolnet("train", "--data", path, *options, cwd=folder, env=world(folder, uri))
     assert finished.returncode == 0, finished.stderr
     client = mlflow.MlflowClient(uri)
