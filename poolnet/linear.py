@@ -70,26 +70,26 @@ class Optimum:
     converged: bool  # otherwise the minimum is lower still
 
 
-@threads()
 def optimum(result: FitResult, train: Split, features: np.ndarray) -> Optimum:
     """The global minimum of the train loss on these features, which is convex, by L-BFGS from the trained weights.
 
     Features are scaled to unit variance meanwhile, which changes the path and not the minimum, and sums are double.
     """
+    from scipy.optimize import minimize  # half a second, for those who ask for it; and a BLAS of its own, to be limited
+
     scale = np.ones(WIDTH)
     scale[:-1] = 1 / np.maximum(features[:, :-1].std(0, dtype=np.float64), 1e-6)
     start = _weights(result.model).numpy() / scale[:, None]
-    from scipy.optimize import minimize  # half a second, for those who ask for it
-
-    found = minimize(
-        _loss_and_gradient,
-        start.ravel(),
-        (features, train.y, scale),
-        method="L-BFGS-B",
-        jac=True,
-        options={"maxiter": 5000, "maxfun": 10_000, "maxcor": 30, "ftol": 1e-12, "gtol": 1e-7},
-    )
-    at_start, _ = _loss_and_gradient(start.ravel(), features, train.y, scale)
+    with threads():
+        found = minimize(
+            _loss_and_gradient,
+            start.ravel(),
+            (features, train.y, scale),
+            method="L-BFGS-B",
+            jac=True,
+            options={"maxiter": 5000, "maxfun": 10_000, "maxcor": 30, "ftol": 1e-12, "gtol": 1e-7},
+        )
+        at_start, _ = _loss_and_gradient(start.ravel(), features, train.y, scale)
     return Optimum(float(found.fun), float(at_start - found.fun), bool(found.success))
 
 

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from poolnet.config import InputError, aligned, printable
 from poolnet.data import LETTERS, SIDE, as_images
+from poolnet.evaluate import threads
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")  # and no other of Pillow's: EPS would start Ghostscript
 SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff"}  # of the files taken from a folder
@@ -99,7 +100,7 @@ def predict(
     """
     readable = _readable(paths, invert, on_unreadable)
     while batch := list(islice(readable, BATCH)):
-        with torch.no_grad():
+        with threads(), torch.no_grad():
             logits = model(torch.from_numpy(as_images(np.stack([image for _, image, _ in batch]))))
         top = logits.double().softmax(1).topk(2)
         for (path, _, dark), p, (first, second) in zip(batch, top.values.tolist(), top.indices.tolist(), strict=True):
