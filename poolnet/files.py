@@ -90,7 +90,13 @@ def _kind(path: Path) -> str:
 
 
 def replace(part: Path, path: Path) -> None:
-    """`part.replace(path)`, for which Windows wants a moment in which no other process reads `path`."""
+    """`part.replace(path)`, for which Windows wants a moment in which no other process reads `path`.
+
+    An empty folder is replaced as well: container mounts leave them in place of files.
+    """
+    if path.is_dir() and not path.is_symlink():
+        with contextlib.suppress(OSError):  # of one that is not empty
+            path.rmdir()
     for attempt in range(50):
         try:
             part.replace(path)

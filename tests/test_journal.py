@@ -442,9 +442,15 @@ def test_what_is_damaged_of_a_finished_run_is_named_and_made_again_by_resuming_i
         ("model.safetensors", flipped),
         ("predictions/val.npz", flipped),
         ("predictions/test.npz", lambda data: b""),
+        ("model.safetensors", None),
+        ("predictions/val.npz", None),
     ):
         path = run.folder / name
-        path.write_bytes(damaged(path.read_bytes()))
+        if damaged:
+            path.write_bytes(damaged(path.read_bytes()))
+        else:  # a folder in its place, as container mounts leave them
+            path.unlink()
+            path.mkdir()
         named = f"{path.name}: .*damaged; made again by: poolnet train --resume {run.name}"
         with pytest.raises(RunError, match=named):
             run.check_results()
