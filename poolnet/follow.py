@@ -35,7 +35,7 @@ def follow(lines: Iterable[str], drain_timeout: float, say: Say, answer: Callabl
 
     Each run by itself: what stands in the way of one does not concern the others. After the last line it gives up
     `drain_timeout` seconds after the last progress. Returns the exit code: 3 if something is left, 2 if the only run
-    was refused. `answer` is called when the line `ASK` found nothing that speaks against a new run.
+    was refused. `answer` is called when the line `ASK` has come, and when nothing speaks against a new run.
     """
     inbox, runs = _read(lines), {}
     closed, progress = False, time.monotonic()
@@ -44,6 +44,7 @@ def follow(lines: Iterable[str], drain_timeout: float, say: Say, answer: Callabl
         if line is None:
             closed, progress = True, time.monotonic()
         elif line == ASK:
+            answer()
             if refusal := _refusal(os.environ["MLFLOW_RUN_ID"]):
                 say(refusal)
                 return 2

@@ -107,17 +107,21 @@ class Publisher:
         self._errors.close()
 
     def refuse_stale(self) -> None:
-        """Raise `InputError` if `MLFLOW_RUN_ID` is another run's, as far as that can be heard in time."""
+        """Raise `InputError` if `MLFLOW_RUN_ID` is another run's, as far as the server says so in time."""
         if os.environ.get("MLFLOW_RUN_ID"):
             self._tell(f"{ASK}\n")
-            answers: list[bytes] = []
-            asking = threading.Thread(target=lambda: answers.append(self.process.stdout.read(1)), daemon=True)
-            asking.start()
-            asking.join(LOOK_SECONDS)
-            if answers == [b""]:  # it refuses: its output ends a moment before it does
-                with contextlib.suppress(subprocess.TimeoutExpired):
+            if self._heard(START_SECONDS) and self._heard(LOOK_SECONDS) == b"":
+                with contextlib.suppress(subprocess.TimeoutExpired):  # it refuses: its output ends just before it does
                     self.process.wait(LOOK_SECONDS)
         self.check()
+
+    def _heard(self, seconds: float) -> bytes | None:
+        """The next line that the process says: empty at its end, None if there is none in time."""
+        said: list[bytes] = []
+        listening = threading.Thread(target=lambda: said.append(self.process.stdout.readline()), daemon=True)
+        listening.start()
+        listening.join(seconds)
+        return said[0] if said else None
 
     def add(self, journal: Journal, carrier: str = "") -> None:
         """From now on this run is published. `carrier` is a run that `mlflow run` made only to get it resumed."""
