@@ -90,15 +90,17 @@ def test_a_damaged_cache_is_never_taken(letters):
         assert not path.exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "big-endian", "text", "folder"])
+@pytest.mark.parametrize("damage", ["cut", "big-endian", "text", "empty folder", "folder"])
 def test_a_damaged_cache_is_made_anew(letters, damage):
     _, good = open_pooled(letters, "avg")
     names = cached()
     for path in names:
         content = path.read_bytes()
         path.unlink()
-        if damage == "folder":
+        if damage.endswith("folder"):
             path.mkdir()
+            if damage == "folder":  # of somebody's, which stays
+                (path / "file").touch()
         else:
             new = {"cut": content[:-70], "big-endian": content.replace(b"<f4", b">f4"), "text": b"hello"}[damage]
             path.write_bytes(new)
