@@ -20,6 +20,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy import ndimage
 
 from poolnet.config import InputError, aligned, printable
 from poolnet.data import LETTERS, SIDE, as_images
@@ -32,6 +33,15 @@ BATCH = 256  # images given to the model at once
 FAINTEST = 16  # of 255: a contrast that JPEG noise on a blank image does not reach
 EDGE = 0.5  # of the contrast: what counts as letter when it is cropped. At 0.2 JPEG noise is: 41 more of 2,400 wrong
 BLACK, WHITE = 0.1, 0.9  # of the contrast: what becomes 0 and 255, so that noise beside the letter is gone
+FILLS = 24  # of 28 pixels: the longer side of a letter in notMNIST's form
+ON_EDGE = 0.06  # of the edge: specks
+RECTANGLE = 0.97  # of its box: a sheet
+SMALLEST = 0.12  # of the picture's longer side: a letter's longer side
+LARGE, RIVAL, PART = 0.15, 0.4, 0.08  # of the largest mass: no speck; perhaps another letter; a piece of the letter
+TINY = 0.0001  # of the picture: no letter
+NEAR = 0.2  # of the letter's longer side: as far as a piece may be
+SPECK = 10  # pixels of a mass: no piece of a letter
+MANY = 20  # masses of up to four pixels: noise; or large ones: no letter
 STRETCH = 0.65  # exponent by which the shorter side is brought up to the longer, see `_framed`
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's grey
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # what Pillow says of broken files
@@ -76,9 +86,15 @@ def read(path: Path, invert: bool | None = None) -> tuple[np.ndarray, bool]:
     own_form = rgb.shape == (SIDE, SIDE, 3) and (rgb == rgb[:, :, :1]).all()
     if (rgb == rgb[0, 0]).all() and not (own_form and rgb.min() >= 128):  # 254 of notMNIST's I are a white square
         raise InputError(f"{path}: found a blank image, all of one colour, expected a letter")
-    if own_form:
-        return _kept(rgb[:, :, 0], invert)
-    ink, dark = _ink(rgb, path)
+    sheet = _sheet(rgb)
+    if own_form and sheet is rgb and (kept := _kept(rgb[:, :, 0], invert)):
+        return kept
+    try:
+        ink, dark = _ink(sheet, path)
+    except InputError:
+        if own_form:  # 10 of 18,230 real letters are in pieces
+            return (255 - rgb[:, :, 0] if invert else rgb[:, :, 0]), bool(invert)
+        raise
     if invert is not None and invert != dark:
         ink, dark = 1 - ink, invert
     return _framed(ink), dark
@@ -172,27 +188,63 @@ def _opaque(rgba: np.ndarray) -> np.ndarray:
 # --- the letter of a picture ------------------------------------------------------------------------------------------
 
 
-def _kept(grey: np.ndarray, invert: bool | None) -> tuple[np.ndarray, bool]:
-    """28x28 grey is kept as it is, unless its whole edge is bright and something within is dark.
+def _kept(grey: np.ndarray, invert: bool | None) -> tuple[np.ndarray, bool] | None:
+    """28x28 grey as it is, if it is of notMNIST's form: bright on black, and filling the frame. Else None.
 
-    That turns 38 of 18,230 real letters round, of which 29 are plainly dark on bright to the eye. Real letters touch
-    the edge, so their negatives cannot be told from them (128 of 18,230 are): the best rule for those, the mean of the
-    corners, turns 2,136 real letters round, and to believe the avg model where it is more confident, 384 of 1,823.
+    Of 18,230 real letters 89 are not kept, and avg is right of 16,057 so, of 16,030 as they are. Real letters touch the
+    edge, so their negatives cannot be told from them (128 are): the best rule for those, the mean of the corners, turns
+    2,136 real letters round, and to believe the avg model where it is more confident, 384 of 1,823.
     """
-    edge = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    dark = bool(edge.min() >= 128 and grey.min() < 128) if invert is None else invert
-    return (255 - grey if dark else grey), dark
+    if invert is None and _is_dark_on_bright(grey):
+        return None
+    image = 255 - grey if invert else grey
+    return (image, bool(invert)) if _longer_side(image >= 128) >= FILLS else None
+
+
+def _is_dark_on_bright(grey: np.ndarray) -> bool:
+    """Whether the edge is bright all around, but for specks, and something within is dark."""
+    edge = _edge(grey)
+    middle = (np.median(edge) + grey.min()) / 2
+    if np.median(edge) < 128 or grey.min() >= 128 or (edge < middle).mean() > ON_EDGE:
+        return False
+    labels, sizes = _masses(grey < middle)
+    touching = np.isin(np.arange(len(sizes)), _edge(labels))
+    return bool(sizes[touching].sum() < LARGE * sizes[~touching].max(initial=0))
+
+
+def _sheet(rgb: np.ndarray) -> np.ndarray:
+    """The picture without what lies around the sheet that the letter is on: a frame, the lid of a scanner, a table.
+
+    A sheet is a rectangle of the most frequent colour with something on it, in a picture whose edge has another colour.
+    What is on it has a third colour, or what is around it is narrow: a bold B has a rectangle's form and holes too.
+    """
+    step = max(1, max(rgb.shape) // 100)
+    few = rgb[::step, ::step].reshape(-1, 3)
+    codes = few // 32 @ np.array([64, 8, 1])
+    paper, around = np.median(few[codes == np.bincount(codes).argmax()], axis=0), np.median(_edge(rgb), axis=0)
+    if np.abs(paper - around).max() < 2 * FAINTEST:
+        return rgb
+    near = _far(rgb, paper) < _far(rgb, around)
+    labels, sizes = _masses(near)
+    main = sizes.argmax()
+    box = ndimage.find_objects(labels, main)[main - 1]
+    whole = ndimage.binary_fill_holes(labels[box] == main)
+    content = whole & (labels[box] != main)
+    if not content.any() or whole.mean() < RECTANGLE or whole.size < 0.2 * near.size:
+        return rgb
+    third = np.abs(np.median(rgb[box][content], axis=0) - around).max() > 2 * FAINTEST
+    return rgb[box][1:-1, 1:-1] if third or whole.size > 0.7 * near.size else rgb
 
 
 def _ink(rgb: np.ndarray, path: Path) -> tuple[np.ndarray, bool]:
-    """How far each pixel's colour is from the ground's, (height, width) in 0..1, and whether the letter is darker.
+    """The letter's ink, (height, width) in 0..1, by the distance of colours from the ground's; and whether it is dark.
 
     The ground is the median colour of the edge, unless the corners are mostly of the other one, as when a bold letter
     fills the picture. That rule is right for 15,246 of 18,230 real letters, the edge alone for 14,556.
     """
-    ground = np.median(np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]]), axis=0)
-    distance = np.abs(rgb - ground.astype(np.float32)).max(axis=2)
-    contrast = np.median(distance[distance >= distance.max() / 2])
+    ground = np.median(_edge(rgb), axis=0)
+    distance = _far(rgb, ground)
+    contrast = _contrast(distance)
     if contrast < FAINTEST:
         raise InputError(f"{path}: found a blank image, a contrast of {contrast:.0f} of 255, expected a letter")
     ink = np.minimum(distance / contrast, 1)
@@ -200,7 +252,94 @@ def _ink(rgb: np.ndarray, path: Path) -> tuple[np.ndarray, bool]:
     corners = _resized(ink, SIDE, SIDE, Image.Resampling.BOX)[[0, 0, -1, -1], [0, -1, 0, -1]]
     if ink.min() > EDGE:  # the median lies between two halves of the edge, and is no colour of the image
         raise InputError(f"{path}: found no ground around the letter, expected a letter on one colour")
-    return (1 - ink, not dark) if corners.mean() > 0.5 else (ink, dark)
+    if corners.mean() > 0.5:
+        ink, dark = 1 - ink, not dark
+    return _letter(ink, path), dark
+
+
+def _contrast(distance: np.ndarray) -> float:
+    """The distance of the letter's colour from the ground's: that of the largest mass, but of specks a fainter one."""
+    for share in (2, 4, 8):
+        labels, sizes = _masses(distance >= distance.max() / share)
+        main = labels == sizes.argmax()
+        if _longer_side(main) >= SMALLEST * max(main.shape) or distance.max() / share < 2 * FAINTEST:
+            break
+    return float(np.median(distance[main]))
+
+
+def _letter(ink: np.ndarray, path: Path) -> np.ndarray:
+    """The ink of the letter: of the largest mass and the pieces near it. Specks, frames and borders are none."""
+    if np.count_nonzero(_masses(ink > EDGE)[1] <= 4) > MANY:
+        ink = ndimage.median_filter(ink, 3)
+    for level in (EDGE, EDGE / 2):  # where strokes are hairlines, their joints are fainter still
+        labels, sizes = _masses(ink > level)
+        if pieces := _pieces(labels, sizes):
+            break
+    else:
+        raise InputError(f"{path}: no letter stands out, expected one on a ground; crop the picture to it")
+    if len(pieces) == len(sizes) - 1:
+        return ink
+    of_letter = np.isin(labels, pieces)
+    return np.where(ndimage.binary_dilation((labels > 0) & ~of_letter, np.ones((3, 3)), 2) & ~of_letter, 0, ink)
+
+
+def _pieces(labels: np.ndarray, sizes: np.ndarray) -> list[int]:
+    """The masses that are the letter; none, where other masses could be it as well."""
+    boxes = [(), *ndimage.find_objects(labels)]
+    large = [n for n in range(1, len(sizes)) if sizes[n] >= LARGE * sizes.max() or _is_long(boxes[n], labels.shape)]
+    if not 0 < len(large) <= MANY:
+        return []
+    around = {n for n in large if _is_around(n, large, labels, boxes)}
+    main = max(set(large) - around or large, key=lambda n: sizes[n])
+    of_size = np.flatnonzero(sizes > max(SPECK, PART * sizes[main]))
+    pieces = [main, *(n for n in of_size if n not in {main, *around} and _is_near(boxes[n], boxes[main]))]
+    others = np.delete(sizes, [*pieces, *around])
+    rivals = others.max() > RIVAL * sizes[main] or others.sum() > sizes[main]
+    return [] if rivals or sizes[main] < TINY * labels.size else pieces
+
+
+def _is_long(box: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
+    return any(side.stop - side.start >= length / 4 for side, length in zip(box, shape, strict=True))
+
+
+def _is_around(number: int, large: list[int], labels: np.ndarray, boxes: list[tuple[slice, ...]]) -> bool:
+    """Whether a mass is a frame around another one, or lies along an edge that another one stays away from."""
+    edges = (labels[0], labels[-1], labels[:, 0], labels[:, -1])
+    along = any((edge == number).mean() > 0.5 for edge in edges)
+    for other in set(large) - {number}:
+        inside = all(a.start < b.start and b.stop < a.stop for a, b in zip(boxes[number], boxes[other], strict=True))
+        if inside or (along and all((edge == other).mean() < 0.25 for edge in edges)):
+            return True
+    return False
+
+
+def _is_near(box: tuple[slice, ...], main: tuple[slice, ...]) -> bool:
+    """Whether a mass is as near to the main one as the pieces of a broken stroke are."""
+    gaps = [max(a.start - b.stop, b.start - a.stop) for a, b in zip(box, main, strict=True)]
+    return max(gaps) <= NEAR * max(side.stop - side.start for side in main)
+
+
+def _edge(image: np.ndarray) -> np.ndarray:
+    return np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+
+
+def _far(rgb: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """How far each pixel is from a colour, in the channel in which it is farthest."""
+    red, green, blue = (np.abs(rgb[:, :, channel] - np.float32(colour[channel])) for channel in range(3))
+    return np.maximum(np.maximum(red, green), blue)
+
+
+def _masses(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Connected masses: each pixel's number, 0 where there is none, and the sizes in pixels by number, of 0 as 0."""
+    labels, _ = ndimage.label(mask, np.ones((3, 3)))
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return labels, sizes
+
+
+def _longer_side(mask: np.ndarray) -> int:
+    """Of the box around what is true, in pixels."""
+    return max(np.ptp(np.flatnonzero(mask.any(axis))) + 1 for axis in (0, 1)) if mask.any() else 0
 
 
 def _framed(ink: np.ndarray) -> np.ndarray:
