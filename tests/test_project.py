@@ -134,10 +134,11 @@ def test_the_readme_begins_with_the_result():
 def parsed(group, words):
     """The name of the command that the words are, which must be such that it takes them."""
     path, words = [], list(words)
+    parent = click.Context(group, **group.context_settings)  # a command keeps the help options that it is first given
     while isinstance(group, click.Group):
         path.append(words.pop(0))
         group = group.commands[path[-1]]
-    group.make_context(" ".join(path), [word.strip('"') for word in words]).close()
+    group.make_context(" ".join(path), [word.strip('"') for word in words], parent).close()
     return " ".join(path)
 
 
