@@ -183,15 +183,12 @@ def read(folder: Path) -> tuple[str, Net]:
     return pool, _network(pool, weights)
 
 
-def is_ours(folder: Path, pool: str, net: Net) -> bool:
-    """Whether the export is the one that this torch makes of this network. Nothing of it is executed."""
+def is_ours(folder: Path, net: Net) -> bool:
+    """Whether the export is the one that this torch makes of this network.
+
+    Nothing of it is executed, and no kept export is trusted: whoever put it there may have made this one.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "blank"
-        with contextlib.suppress(*UNREADABLE, *UNKNOWN):
-            if _unpack(pool, path):  # which tells in milliseconds
-                fill(path, pool, {name: tensor.numpy() for name, tensor in net.state_dict().items()})
-                if equal(path / EXPORT, folder / EXPORT):
-                    return True
         path = Path(scratch) / Path(EXPORT).name  # a name that the archive repeats
         _export(net, path)
         return equal(path, folder / EXPORT)

@@ -214,6 +214,6 @@ def _read(folder: Path, uri: str, check_export: bool) -> tuple[str, "SimplePoolN
         warn(f"{uri}: {UNCHECKED}, as an earlier version of poolnet logged it")
     elif check_export and maker != here:
         warn(f"{uri}: {UNCHECKED}, as torch {maker} made it and this is {here}")
-    elif check_export and not exported.is_ours(folder, pool, net):
+    elif check_export and not exported.is_ours(folder, net):
         raise InputError(f"{uri}: found an export, which MLflow would serve, that is not that of its weights; {CURE}")
     return pool, net, model.run_id or ""
