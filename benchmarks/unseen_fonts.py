@@ -151,7 +151,7 @@ DIRT: dict[str, Callable[[Image.Image, random.Random], Image.Image]] = {
 
 def measure_dirt(model: str, fonts: tuple[Path, ...]) -> dict[str, dict[str, dict[str, float]]]:
     """Right of all, and milliseconds an image, by dirt and size."""
-    net, found = registry.load(model).net, {}
+    net, cells = registry.load(model).net, {}
     for name, size in product(DIRT, SIZES):
         rng = random.Random(f"{name} {size}")
         with tempfile.TemporaryDirectory() as folder:
@@ -164,8 +164,8 @@ def measure_dirt(model: str, fonts: tuple[Path, ...]) -> dict[str, dict[str, dic
             predictions = predict.predict(net, letters, on_unreadable=lambda error: None)
             right = sum(letters[prediction.path] == prediction.letter for prediction in predictions)
         milliseconds = 1000 * (time.process_time() - begun) / len(letters)
-        found.setdefault(name, {})[str(size)] = {"right": right, "of": len(letters), "milliseconds": milliseconds}
-    return found
+        cells.setdefault(name, {})[str(size)] = {"right": right, "of": len(letters), "milliseconds": milliseconds}
+    return cells
 
 
 def score(right: list[bool]) -> dict[str, int | float]:
@@ -193,12 +193,12 @@ def measure(model: str, fonts: tuple[Path, ...]) -> dict[str, dict[str, dict[str
 @click.argument("fonts", nargs=-1, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def main(model: str, fonts: tuple[Path, ...], as_json: bool) -> None:
-    found, dirt = measure(model, fonts), measure_dirt(model, fonts)
+    clean, dirt = measure(model, fonts), measure_dirt(model, fonts)
     if as_json:
-        click.echo(json.dumps({**found, "dirt": dirt}))
+        click.echo(json.dumps({**clean, "dirt": dirt}))
         return
     rows = [("", "", "right", "of", "share", "95 % interval")]
-    for by, groups in found.items():
+    for by, groups in clean.items():
         for name, s in groups.items():
             share, interval = f"{s['right'] / s['of']:.4f}", f"{s['low']:.4f} to {s['high']:.4f}"
             rows.append((by, name, f"{s['right']:,}", f"{s['of']:,}", share, interval))

@@ -165,11 +165,11 @@ for _ in range(2):
 def test_no_digit_of_the_optimum_depends_on_blas_threads_or_on_what_is_loaded(tmp_path):
     """In processes of their own, which load each library's BLAS when they need it."""
     np.savez(tmp_path / "more.npz", **make_arrays((3000, 50, 50)))
-    found = set()
+    lines = set()
     for count in "14":
         environment = os.environ | {"OPENBLAS_NUM_THREADS": count, "OMP_NUM_THREADS": count}
         done = subprocess.run([sys.executable, "-c", OPTIMUM], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        found |= set(done.stdout.splitlines())
-    (line,) = found
+        lines |= set(done.stdout.splitlines())
+    (line,) = lines
     assert "converged=True" in line
