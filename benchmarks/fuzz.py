@@ -369,11 +369,11 @@ def images_case(model: str, images: list[tuple[str, bytes]], whole: Path, expect
     for path, (_, content) in zip(paths, images, strict=True):
         path.write_bytes(content)
     code, out, err = command("predict", model, *paths, whole, "--json")
-    if code not in (0, 2) or "Traceback" in err:
+    if code not in (0, 1) or "Traceback" in err:
         return [f"predict: exit {code}: {err[-600:]}"]
     said = {Path(each.pop("path")).name: each for each in json.loads(out)["predictions"]}
     named = [path for path in paths if path.name in said or f"{path}: " in err]
-    if len(named) != len(paths) or (code == 2) != (len(said) <= len(paths)):
+    if len(named) != len(paths) or (code == 1) != (len(said) <= len(paths)):
         wrong.append(f"{len(named)} of {len(paths)} images were named, exit {code}")
     if said[whole.name] | {"probability": 0, "runner_up_probability": 0} != expected:  # whose last digits vary
         wrong.append(f"the whole image beside them became {said[whole.name]}")

@@ -181,15 +181,15 @@ def predict(
     """Say which letter, A to J, is on each IMAGE.
 
     PNG, JPEG and the like, or folders of them, of any size and colour. An image that cannot be read is named, and the
-    others are predicted all the same; exit code 2 then.
+    others are predicted all the same; exit code 1 then, and 2 if there are no others.
     """
     if as_csv and as_json:
         raise InputError("--csv: found it with --json, expected one of the two")
-    from poolnet import predict
+    from poolnet.images import find
 
-    paths = predict.find(images)
+    paths = find(images)
     with asked(timeout):
-        from poolnet import registry
+        from poolnet import predict, registry
 
         net = registry.load(model).net
     unreadable: list[InputError] = []
@@ -202,7 +202,7 @@ def predict(
         click.echo(predict.table(found))
     for error in unreadable:
         failed(error, 2)
-    context.exit(2 if unreadable else 0)
+    context.exit(0 if not unreadable else 1 if found else 2)
 
 
 @click.command()

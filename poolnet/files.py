@@ -56,11 +56,28 @@ def regular(path: Path, wanted: str) -> None:
     try:
         found = _kind(path)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file, expected {wanted}") from None
+        found = "a link that leads nowhere" if path.is_symlink() else "no such file"
+        raise InputError(f"{path}: {found}, expected {wanted}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}), expected {wanted}") from None
     if found:
         raise InputError(f"{path}: found {found}, expected {wanted}")
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """What lies below a folder and is none, in order; hidden names are left out.
+
+    Links are followed, each folder once by each name, so that one which leads back ends. Links that lead nowhere are
+    given as they are.
+    """
+    ahead, seen = [folder], set()
+    while ahead:
+        path = ahead.pop()
+        if not path.is_dir():
+            yield path
+        elif (place := (path.resolve(), path.name)) not in seen:
+            seen.add(place)
+            ahead += sorted((below for below in path.iterdir() if not below.name.startswith(".")), reverse=True)
 
 
 def writable(path: Path) -> Path:

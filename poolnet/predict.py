@@ -8,9 +8,6 @@ images of letters in 20 other fonts, drawn as `benchmarks/unseen_fonts.py` does.
 
 import csv
 import io
-import struct
-import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
@@ -19,16 +16,14 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from scipy import ndimage
 
+from poolnet import images
 from poolnet.config import InputError, aligned, printable
 from poolnet.data import LETTERS, SIDE, as_images
 from poolnet.evaluate import threads
 
-FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")  # and no other of Pillow's: EPS would start Ghostscript
-SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff"}  # of the files taken from a folder
-WORK = 512  # pixels of the longer side that a larger image is reduced to
 BATCH = 256  # images given to the model at once
 FAINTEST = 16  # of 255: a contrast that JPEG noise on a blank image does not reach
 EDGE = 0.5  # of the contrast: what counts as letter when it is cropped. At 0.2 JPEG noise is: 41 more of 2,400 wrong
@@ -44,8 +39,6 @@ SPECK = 10  # pixels of a mass: no piece of a letter
 MANY = 20  # masses of up to four pixels: noise; or large ones: no letter
 STRETCH = 0.65  # exponent by which the shorter side is brought up to the longer, see `_framed`
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's grey
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # what Pillow says of broken files
-BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
@@ -60,29 +53,12 @@ class Prediction:
     inverted: bool
 
 
-def find(paths: Iterable[Path]) -> list[Path]:
-    """Files as named; in place of a folder the images below it, by suffix, sorted. `InputError` where there is none."""
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            images = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-            if not images:
-                raise InputError(f"{path}: found no image in this folder, expected files {' '.join(sorted(SUFFIXES))}")
-            found += images
-        elif path.is_file():
-            found.append(path)
-        else:
-            found_what = "no regular file" if path.exists() else "no such file or folder"
-            raise InputError(f"{path}: {found_what}, expected an image or a folder of images")
-    return found
-
-
 def read(path: Path, invert: bool | None = None) -> tuple[np.ndarray, bool]:
     """The letter as notMNIST would have it, uint8 (28, 28), and whether the image was dark on bright and turned round.
 
     `invert` says so where it is known. Raises `InputError` for what is not an image, or blank.
     """
-    rgb = _pixels(path)
+    rgb = images.pixels(path)
     own_form = rgb.shape == (SIDE, SIDE, 3) and (rgb == rgb[:, :, :1]).all()
     if (rgb == rgb[0, 0]).all() and not (own_form and rgb.min() >= 128):  # 254 of notMNIST's I are a white square
         raise InputError(f"{path}: found a blank image, all of one colour, expected a letter")
@@ -131,56 +107,6 @@ def _readable(
             on_unreadable(error)
         else:
             yield path, image, dark
-
-
-# --- the pixels of a file ---------------------------------------------------------------------------------------------
-
-
-def _pixels(path: Path) -> np.ndarray:
-    """The first picture of a file, upright and at most `WORK` wide and high: uint8 (height, width, 3)."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of metadata; pixels that cannot be read are errors
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # from 89 million pixels
-            with Image.open(path, formats=FORMATS) as image:
-                return _rgb(image)
-    except BOMBS:
-        found = f"an image of more than {Image.MAX_IMAGE_PIXELS:,} pixels"
-    except UnidentifiedImageError:
-        found = "something else" if path.stat().st_size else "an empty file"
-    except BROKEN as error:
-        found = getattr(error, "strerror", None) or " ".join(f"a damaged file ({error})".split())
-    raise InputError(f"{path}: found {found}, expected a {', '.join(FORMATS)} image")
-
-
-def _rgb(image: Image.Image) -> np.ndarray:
-    if 0 in image.size:
-        raise ValueError("no pixels")
-    image.draft(image.mode, (WORK, WORK))  # JPEG only: decodes a large photo at a half to an eighth of its size
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF":  # 16 bits, 32 bits, floating point
-        image = _eight_bits(image)
-    if image.mode in ("L", "RGB", "RGBA", "CMYK"):  # before anything is converted, which takes memory
-        image.thumbnail((WORK, WORK))
-    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    image.thumbnail((WORK, WORK))
-    return _opaque(np.asarray(image, np.float32)) if image.mode == "RGBA" else np.asarray(image)
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of any range, from its darkest to its brightest pixel."""
-    step = max(1, max(image.size) // (2 * WORK))  # fewer pixels, before they become floats
-    grey = np.nan_to_num(np.asarray(image)[::step, ::step].astype(np.float32))
-    low, high = float(grey.min()), float(grey.max())
-    return Image.fromarray(np.rint((grey - low) * (255 / max(high - low, 1e-9))).clip(0, 255).astype(np.uint8))
-
-
-def _opaque(rgba: np.ndarray) -> np.ndarray:
-    """Laid on white if what is to be seen is dark, else on black."""
-    colours, alpha = rgba[:, :, :3], rgba[:, :, 3:] / 255
-    seen = alpha.sum()
-    ground = 255 if seen and (colours * alpha).sum() < 3 * 128 * seen else 0
-    return np.rint(colours * alpha + ground * (1 - alpha)).astype(np.uint8)
 
 
 # --- the letter of a picture ------------------------------------------------------------------------------------------

@@ -347,6 +347,29 @@ def test_the_library_refuses_it_too(pickled):
     assert not pickled.exists()
 
 
+def test_one_unreadable_image_among_many_is_named_and_the_others_are_predicted(trained, tmp_path, capsys):
+    from PIL import Image, ImageDraw
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    bad = {"cut.png": b"\x89PNG\r\n", "empty.jpg": b"", "text.gif": b"no picture"}
+    for name, content in bad.items():
+        (folder / name).write_bytes(content)
+    code, out, err = run(capsys, "predict", "models:/poolnet/1", str(folder))
+    assert (code, out) == (2, "")
+    for name in ("a.png", "._a.png", "z.png"):
+        picture = Image.new("L", (90, 90), "white")
+        ImageDraw.Draw(picture).rectangle((30, 10, 50, 80), "black")
+        picture.save(folder / name)
+    (folder / "._z.png").write_bytes(b"\0\5\x16\7")
+    for options in ([], ["--csv"], ["--json"]):
+        code, out, err = run(capsys, "predict", "models:/poolnet/1", str(folder), *options)
+        assert code == 1
+        assert [out.count(name) for name in ("a.png", "z.png", "._", *bad)] == [1, 1, 0, 0, 0, 0]
+        assert [err.count(f"{folder / name}: found ") for name in bad] == [1, 1, 1]
+        assert err.count("poolnet: error: ") == 3
+
+
 SMUGGLED = {  # what is changed in a model's folder, and the words of the refusal
     "a pickle beside the program": (lambda folder: (folder / "data" / "model.pth").write_bytes(b""), "pickled model"),
     "no program": (lambda folder: (folder / EXPORT).unlink(), "pickled model"),

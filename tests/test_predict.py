@@ -17,7 +17,7 @@ import torch
 from conftest import REAL_LETTERS, ROOT
 from PIL import Image, ImageDraw, ImageFont
 
-from poolnet import data, glyphs, npz, predict, train
+from poolnet import data, glyphs, images, npz, predict, train
 from poolnet.config import InputError, TrainConfig, to_json
 from poolnet.predict import Prediction
 
@@ -443,17 +443,38 @@ def test_folders_are_searched_and_files_kept_as_named():
     for name in ("b/2.PNG", "b/1.jpeg", "b/c/0.gif", "b/notes.txt", "odd.dat", "a.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
-    found = predict.find([Path("odd.dat"), Path("b"), Path("a.png")])
+    found = images.find([Path("odd.dat"), Path("b"), Path("a.png")])
     assert [path.as_posix() for path in found] == ["odd.dat", "b/1.jpeg", "b/2.PNG", "b/c/0.gif", "a.png"]
+
+
+def test_hidden_files_are_left_out_and_links_followed():
+    """As macOS and notebooks leave the ones, and a collection of other people's letters has the others."""
+    hidden = ("._1.png", ".ipynb_checkpoints/1-checkpoint.png", "c/.thumbnails/2.png", ".3.png")
+    for name in ("1.png", "c/2.png", *hidden):
+        Path("b", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("b", name).touch()
+    assert [path.as_posix() for path in images.find([Path("b")])] == ["b/1.png", "b/c/2.png"]
+    assert images.find([Path("b/.3.png")]) == [Path("b/.3.png")]  # as it was asked for by name
+    if os.name != "nt":  # where only administrators may link
+        Path("b/again").symlink_to("../b", target_is_directory=True)
+        Path("d").symlink_to("b/c", target_is_directory=True)
+        Path("b/4.png").symlink_to("1.png")
+        Path("b/5.png").symlink_to("nothing.png")
+        found = [path.as_posix() for path in images.find([Path("b"), Path("d")])]
+        assert found[:3] == ["b/1.png", "b/4.png", "b/5.png"]
+        assert "d/2.png" in found
+        assert len(found) < 12
+        with pytest.raises(InputError, match=r"^b/5\.png: a link that leads nowhere, expected a PNG"):
+            predict.read(Path("b/5.png"))
 
 
 def test_paths_that_are_not_there_and_folders_without_images_are_refused():
     Path("folder").mkdir()
     Path("folder", "notes.txt").touch()
-    with pytest.raises(InputError, match=r"^folder: found no image in this folder, expected files \.bmp "):
-        predict.find([Path("folder")])
+    with pytest.raises(InputError, match=r"^folder: found no image in this folder, expected files \.apng \.bmp "):
+        images.find([Path("folder")])
     with pytest.raises(InputError, match=r"^absent: no such file or folder, expected an image or a folder of images$"):
-        predict.find([Path("absent")])
+        images.find([Path("absent")])
 
 
 def test_the_unreadable_are_reported_and_the_order_is_kept(model, monkeypatch):
@@ -542,7 +563,7 @@ def test_pipes_and_devices_are_refused_at_once():
     os.mkfifo("pipe.png")
     for name in ("pipe.png", "/dev/zero"):
         with pytest.raises(InputError, match=rf"^{name}: no regular file, expected an image"):
-            predict.find([Path(name)])
+            images.find([Path(name)])
 
 
 def test_most_letters_of_an_unseen_font_are_recognised(model):
