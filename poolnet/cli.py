@@ -320,6 +320,8 @@ def notmnist(large: Path | None, small: Path | None, out: Path | None, seed: int
     out = out or data.prepared("notmnist")
     arrays, counts = notmnist.prepare(large, small, seed)
     click.echo(notmnist.table(arrays, counts))
+    for line in notmnist.scarce(arrays):
+        warn(line)
     npz.save(out, arrays)
     click.echo(f"Wrote {printable(out)}")
 

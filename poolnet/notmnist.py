@@ -2,7 +2,7 @@
 
 The reference experiment's recipe: train and val are the large set without exact repeats, 90/10; test is the small set
 without what those two hold. One set alone is split 80/10/10. The result depends on the images and the seed only, not
-on the order in which they are found.
+on the order in which they are found. A tarball gives what the folder that is unpacked from it gives, links included.
 """
 
 import concurrent.futures
@@ -12,14 +12,16 @@ import hashlib
 import http.client
 import io
 import lzma
+import posixpath
 import struct
 import tarfile
 import urllib.error
 import urllib.request
 import zlib
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
@@ -27,14 +29,18 @@ import numpy as np
 from PIL import Image
 
 from poolnet.config import InputError, RunError, cores, expanded, home, progress
-from poolnet.data import LETTERS, SIDE
-from poolnet.files import regular, replacing
+from poolnet.data import LETTERS, SIDE, SPLITS
+from poolnet.files import regular, replacing, walk
+from poolnet.images import BROKEN, opaque
 
 MIRRORS = ("http://yaroslavvb.com/upload/notMNIST/", "https://commondatastorage.googleapis.com/books1000/")
 SIZES = {"notMNIST_large.tar.gz": 247_336_696, "notMNIST_small.tar.gz": 8_458_043}  # bytes
 MAX_PNG = 1 << 16  # bytes; 28x28 grey pixels are 784, and the largest file of the originals has 2 kB
 CHUNK = 512  # files handed to a worker process at once
 PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + struct.pack(">II", SIDE, SIDE)
+FEW = 0.1  # of the median letter's images in a split: a letter of which something is missing
+STAGES = ("files", "read", "distinct images")  # counts of what remains; the others are of what is left out
+NOWHERE, OTHER = "links that lead nowhere, left out", "other files, left out"
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # what becomes 8-bit grey without loss of range
 
 
@@ -66,11 +72,38 @@ def prepare(large: Path | None, small: Path | None, seed: int) -> tuple[dict[str
         ((name, letters),) = sources.items()
         train, val, test = _divide(letters, (0.8, 0.9), rng)
     arrays = {}
-    for name, letters in (("train", train), ("val", val), ("test", test)):
-        if not len(letters.labels):
-            raise InputError(f"nothing is left for {name}: {large or small} holds too few distinct letters")
+    for name, letters in zip(SPLITS, (train, val, test), strict=True):
         arrays[f"X_{name}"], arrays[f"y_{name}"] = letters.images, letters.labels.astype(np.int64)
-    return arrays, {name: letters.counts for name, letters in sources.items()}
+    counts = {name: letters.counts for name, letters in sources.items()}
+    _refuse_empty(arrays, counts, " and ".join(str(path) for path in (large, small) if path))
+    return arrays, counts
+
+
+def _refuse_empty(arrays: dict[str, np.ndarray], counts: dict[str, dict], sources: str) -> None:
+    empty = {name: "".join(LETTERS[n] for n in np.flatnonzero(per_letter(arrays, name) == 0)) for name in SPLITS}
+    if any(empty.values()):
+        found = ", ".join(f"no {' '.join(letters)} in {name}" for name, letters in empty.items() if letters)
+        lost = [f"{n:,} {step}" for column in counts.values() for step, n in column.items() if n and step not in STAGES]
+        raise InputError(
+            f"{sources}: found too few distinct letters, {found}, expected each of A to J in train, val and test"
+            + (f" ({'; '.join(lost)})" if lost else "")
+        )
+
+
+def per_letter(arrays: dict[str, np.ndarray], split: str) -> np.ndarray:
+    """How many images of A to J a split has, (10,)."""
+    return np.bincount(arrays[f"y_{split}"], minlength=len(LETTERS))
+
+
+def scarce(arrays: dict[str, np.ndarray]) -> Iterator[str]:
+    """A line for each letter of which there are very few images, for a reason that its folder may tell."""
+    numbers = {name: per_letter(arrays, name) for name in SPLITS}
+    for n, letter in enumerate(LETTERS):
+        if few := [name for name in SPLITS if numbers[name][n] < FEW * np.median(numbers[name])]:
+            found = ", ".join(
+                f"{numbers[name][n]:,} in {name} (median {np.median(numbers[name]):,.0f})" for name in few
+            )
+            yield f"letter {letter}: found {found}; see whether its folder is complete"
 
 
 def read(path: Path) -> Letters:
@@ -78,7 +111,8 @@ def read(path: Path) -> Letters:
     path = expanded(path)
     if not path.is_dir():
         regular(path, "a notMNIST tarball, or a folder")
-    files = _folder_files(path) if path.is_dir() else _tar_files(path)
+    left = Counter()
+    files = _folder_files(path, left) if path.is_dir() else _tar_files(path, left)
     labels, images, keys, unreadable = [], [], [], 0
     chunks = iter(lambda: tuple(islice(files, CHUNK)), ())
     with progress(_on_all_cores(_decode, chunks), label=f"Decoding {path.name}") as parts:
@@ -88,9 +122,11 @@ def read(path: Path) -> Letters:
             keys.append(part[2])
             unreadable += part[3]
     if not any(map(len, labels)):
-        raise InputError(f"{path}: found no readable letter, expected 28x28 PNG files in folders A to J")
+        found = "".join(f", {n:,} {kind}" for kind, n in (+left).items())
+        raise InputError(f"{path}: found no readable letter{found}, expected 28x28 PNG files in folders A to J")
     decoded = np.concatenate(labels)
-    counts = {"files": len(decoded) + unreadable, "unreadable or not 28x28, skipped": unreadable, "read": len(decoded)}
+    counts = {"files": len(decoded) + unreadable, "unreadable or not 28x28, skipped": unreadable, **+left}
+    counts["read"] = len(decoded)
     return Letters(np.concatenate(images), decoded, np.concatenate(keys), counts)
 
 
@@ -112,13 +148,16 @@ def clean(letters: Letters) -> Letters:
 
 
 def table(arrays: dict[str, np.ndarray], counts: dict[str, dict]) -> str:
-    """The counts of each step, a column for each source, and the sizes of the splits."""
+    """The counts of each step, a column for each source; of each letter, a column for each split; and of the splits."""
     steps = list(dict.fromkeys(step for column in counts.values() for step in column))
     lines = [f"{'':34}" + "".join(f"{name:>10}" for name in counts)]
     for step in steps:
         cells = (f"{column[step]:,}" if step in column else "" for column in counts.values())
         lines.append(f"{step:34}" + "".join(f"{cell:>10}" for cell in cells))
-    sizes = (f"{name} {len(arrays[f'y_{name}']):,}" for name in ("train", "val", "test"))
+    lines.append(f"{'':34}" + "".join(f"{name:>10}" for name in SPLITS))
+    for letter, numbers in zip(LETTERS, zip(*(per_letter(arrays, name) for name in SPLITS), strict=True), strict=True):
+        lines.append(f"{letter:34}" + "".join(f"{n:>10,}" for n in numbers))
+    sizes = (f"{name} {len(arrays[f'y_{name}']):,}" for name in SPLITS)
     return "\n".join([*lines, "splits: " + ", ".join(sizes)])
 
 
@@ -131,34 +170,95 @@ def _divide(letters: Letters, shares: tuple[float, ...], rng: np.random.Generato
 # --- reading and decoding --------------------------------------------------------------------------------------------
 
 
-def _tar_files(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(label, content) of each letter, straight from the stream: nothing is extracted. Content is empty if too long."""
+File = tuple[int, bytes]  # label and content, which is empty for a file that is too long to be a letter
+
+
+def _folder_files(path: Path, left: Counter) -> Iterator[File]:
+    """Each letter below a folder; what else is there is counted in `left`."""
+    for file in walk(path):
+        label = _label(PurePosixPath(*file.relative_to(path.parent).parts))
+        if file.is_symlink() and not file.exists():
+            left[NOWHERE] += 1
+        elif label is None:
+            left[OTHER] += 1
+        else:
+            yield label, file.read_bytes() if file.is_file() and file.stat().st_size <= MAX_PNG else b""
+
+
+def _tar_files(path: Path, left: Counter) -> Iterator[File]:
+    """Each letter in a tarball, straight from the stream: nothing is extracted. What else is there is counted."""
+    links = defaultdict(list)  # by what they lead to
     try:
-        with contextlib.ExitStack() as stack:
-            stream = stack.enter_context(path.open("rb"))
-            if stream.peek(2)[:2] == b"\x1f\x8b":  # tarfile's own stream would not compare gzip's checksum
-                stream = stack.enter_context(gzip.open(stream))
-            with tarfile.open(fileobj=stream, mode="r|*") as tar:
-                for entry in tar:
-                    label = _label(PurePosixPath(entry.name))
-                    if label is not None and entry.isfile():
-                        yield label, tar.extractfile(entry).read() if entry.size <= MAX_PNG else b""
-            while stream.read(1 << 20):  # the checksum stands at the end
-                pass
+        for name, entry, content in _entries(path):
+            if entry.issym() or entry.islnk():
+                target = name.parent / entry.linkname if entry.issym() else entry.linkname
+                links[_normal(target)].append(name)
+            elif entry.isfile():
+                yield from _letters([name], content, left)
+        if links:
+            yield from _linked_files(path, links, left)
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # not of what is in the file
             raise RunError(f"{path}: cannot be read ({error.strerror})") from None
         raise InputError(f"{path}: not a whole tarball ({error}), expected notMNIST's .tar.gz or a folder") from None
 
 
-def _folder_files(path: Path) -> Iterator[tuple[int, bytes]]:
-    for file in path.rglob("*"):
-        label = _label(file)
-        if label is not None and file.is_file():
-            yield label, file.read_bytes() if file.stat().st_size <= MAX_PNG else b""
+def _linked_files(path: Path, links: dict[PurePosixPath, list[PurePosixPath]], left: Counter) -> Iterator[File]:
+    """What the links of a tarball lead to, read once more from its beginning."""
+    used = set()
+    for name, entry, content in _entries(path):
+        if entry.issym() or entry.islnk():
+            continue
+        names, here = [name], set()
+        for known in names:  # which grows, where links lead to links
+            for place in (known, *known.parents):
+                for link in links.get(place, ()):
+                    if link not in here:  # each once, or one that leads back would have no end
+                        here.add(link)
+                        names.append(link / known.relative_to(place))
+        used |= here
+        if here and entry.isfile():
+            known = {(_label(name), name.name)}
+            new = {(_label(each), each.name): each for each in names}
+            yield from _letters([new[key] for key in new.keys() - known], content, left)
+    left[NOWHERE] += sum(not _is_hidden(link) for group in links.values() for link in group if link not in used)
 
 
-def _label(path: PurePosixPath | Path) -> int | None:
+def _letters(names: list[PurePosixPath], content: Callable[[], bytes], left: Counter) -> Iterator[File]:
+    """A file of a tarball under each of its names."""
+    labels = [_label(name) for name in names if not _is_hidden(name)]
+    left[OTHER] += labels.count(None)
+    if any(label is not None for label in labels):
+        letter = content()
+        yield from ((label, letter) for label in labels if label is not None)
+
+
+def _entries(path: Path) -> Iterator[tuple[PurePosixPath, tarfile.TarInfo, Callable[[], bytes]]]:
+    """Name, header and content of each member of a tarball, up to and with its checksum."""
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(path.open("rb"))
+        if stream.peek(2)[:2] == b"\x1f\x8b":  # tarfile's own stream would not compare gzip's checksum
+            stream = stack.enter_context(gzip.open(stream))
+        with tarfile.open(fileobj=stream, mode="r|*") as tar:
+            for entry in tar:
+                yield _normal(entry.name), entry, partial(_content, tar, entry)
+        while stream.read(1 << 20):  # the checksum stands at the end
+            pass
+
+
+def _content(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:
+    return tar.extractfile(entry).read() if entry.size <= MAX_PNG else b""
+
+
+def _normal(name: str | PurePosixPath) -> PurePosixPath:
+    return PurePosixPath(posixpath.normpath(name))
+
+
+def _is_hidden(path: PurePosixPath) -> bool:
+    return any(part.startswith(".") and part != ".." for part in path.parts)
+
+
+def _label(path: PurePosixPath) -> int | None:
     if path.suffix.lower() != ".png" or path.parent.name not in set(LETTERS):
         return None
     return LETTERS.index(path.parent.name)
@@ -196,8 +296,12 @@ def _pixels(content: bytes) -> bytes | None:
         return None
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            return image.convert("L").tobytes() if image.mode in MODES else None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error):  # what Pillow says of broken files
+            if image.mode not in MODES:
+                return None
+            if image.has_transparency_data:
+                image = Image.fromarray(opaque(np.asarray(image.convert("RGBA"), np.float32)))
+            return image.convert("L").tobytes()
+    except BROKEN:
         return None
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import tarfile
 import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def pictures(n, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (n, 28, 28), dtype=np.uint8)
 
 
-def some_files(n=60, seed=0):
+def some_files(n=600, seed=0):
     """Name and content of `n` distinct readable letters; the top left pixel tells the label."""
     X = pictures(n, seed)
     X[:, 0, 0] = np.arange(n) % 10
@@ -71,33 +72,38 @@ def test_unreadable_files_are_counted_and_shift_no_label(tmp_path):
     mixed = [file for pair in zip(bad, good, strict=False) for file in pair] + good[len(bad) :]
     ignored = [("set/K/k.png", good[0][1]), ("set/A/notes.txt", b"text"), ("A.png", good[0][1])]
     arrays, counts = notmnist.prepare(None, tarball(tmp_path / "t.tar.gz", mixed + ignored), seed=1)
-    assert counts["small"]["files"] == 67
+    assert counts["small"]["files"] == 607
     assert counts["small"]["unreadable or not 28x28, skipped"] == 7
-    assert counts["small"]["read"] == 60
-    assert {name: len(arrays[f"y_{name}"]) for name in ("train", "val", "test")} == {"train": 48, "val": 6, "test": 6}
+    assert counts["small"]["read"] == 600
+    assert counts["small"]["other files, left out"] == 3
+    assert {name: len(arrays[f"y_{name}"]) for name in ("train", "val", "test")} == {
+        "train": 480,
+        "val": 60,
+        "test": 60,
+    }
     assert_labels_fit(arrays)
 
 
 def test_repeats_and_conflicts_are_dropped(tmp_path):
-    files = some_files(40)
+    files = some_files()
     repeat = ("set/A/again.png", files[0][1])  # the same letter twice: one stays
     conflict = ("set/C/other-label.png", files[1][1])  # B as well as C: neither stays
     arrays, counts = notmnist.prepare(None, folder(tmp_path / "f", [*files, repeat, conflict]), seed=0)
     assert counts["small"]["exact repeats, dropped"] == 2
-    assert counts["small"]["distinct images"] == 40
+    assert counts["small"]["distinct images"] == 600
     assert counts["small"]["with conflicting labels, dropped"] == 1
     X = np.concatenate([arrays[f"X_{name}"] for name in ("train", "val", "test")])
-    assert len(np.unique(X, axis=0)) == len(X) == 39
+    assert len(np.unique(X, axis=0)) == len(X) == 599
     assert_labels_fit(arrays)
 
 
 def test_large_is_split_nine_to_one_and_test_is_small_without_what_it_holds(tmp_path):
-    large, small = some_files(100, seed=1), some_files(30, seed=2)
+    large, small = some_files(600, seed=1), some_files(60, seed=2)
     shared = [(f"set/J/shared-{i}.png", large[i][1]) for i in range(4)]  # labelled J here, and still the same image
     arrays, counts = notmnist.prepare(
         tarball(tmp_path / "large.tar.gz", large), folder(tmp_path / "small", small + shared), seed=3
     )
-    assert [len(arrays[f"y_{name}"]) for name in ("train", "val", "test")] == [90, 10, 30]
+    assert [len(arrays[f"y_{name}"]) for name in ("train", "val", "test")] == [540, 60, 60]
     assert counts["small"]["also in train or val, dropped"] == 4
     assert_labels_fit(arrays)
     seen = {image.tobytes() for name in ("train", "val") for image in arrays[f"X_{name}"]}
@@ -118,8 +124,8 @@ def test_the_result_depends_on_the_images_and_the_seed_only(tmp_path):
 
 @pytest.mark.parametrize("mode", ["1", "LA", "P", "RGB", "RGBA"])
 def test_other_modes_become_grey(tmp_path, mode):
-    X = pictures(30) // 128 * 255  # black and white survive every mode
-    files = [(f"{'ABCDEFGHIJ'[i % 10]}/{i}.png", png(X[i], mode)) for i in range(30)]
+    X = pictures(600) // 128 * 255  # black and white survive every mode
+    files = [(f"{'ABCDEFGHIJ'[i % 10]}/{i}.png", png(X[i], mode)) for i in range(600)]
     arrays, _ = notmnist.prepare(None, folder(tmp_path, files), seed=0)
     expected = {image.tobytes() for image in X}
     assert {image.tobytes() for name in ("train", "val", "test") for image in arrays[f"X_{name}"]} == expected
@@ -127,9 +133,9 @@ def test_other_modes_become_grey(tmp_path, mode):
 
 def test_nothing_of_a_tarball_reaches_the_disk(tmp_path):
     evil = [("../../escaped/A/x.png", png(pictures(1)[0])), ("/tmp/absolute/A/y.png", png(pictures(1, 1)[0]))]
-    path = tarball(tmp_path / "t.tar.gz", some_files(30) + evil)
+    path = tarball(tmp_path / "t.tar.gz", some_files() + evil)
     with tarfile.open(path.with_name("link.tar.gz"), "w:gz") as tar:
-        for name, content in some_files(30):
+        for name, content in some_files():
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
@@ -137,8 +143,10 @@ def test_nothing_of_a_tarball_reaches_the_disk(tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
     before = sorted(tmp_path.parent.rglob("*"))
-    assert notmnist.prepare(None, path, seed=0)[1]["small"]["read"] == 32
-    assert notmnist.prepare(None, path.with_name("link.tar.gz"), seed=0)[1]["small"]["files"] == 30
+    assert notmnist.prepare(None, path, seed=0)[1]["small"]["read"] == 602
+    counts = notmnist.prepare(None, path.with_name("link.tar.gz"), seed=0)[1]["small"]
+    assert counts["files"] == 600
+    assert counts["links that lead nowhere, left out"] == 1
     assert sorted(tmp_path.parent.rglob("*")) == before
 
 
@@ -161,6 +169,124 @@ def test_bad_sources_are_refused_by_name(tmp_path):
         notmnist.prepare(None, folder(tmp_path / "one", some_files(1)), seed=0)
 
 
+LINKS = pytest.mark.skipif(os.name == "nt", reason="Windows allows links to administrators only")
+
+
+def links(path):
+    """600 letters, 60 of them behind links to folders, and two more by a link that gives them another label."""
+    folder(path, [(name.replace("set/C/", "raw/third/"), content) for name, content in some_files()])
+    letter = path / "set"
+    (letter / "C").symlink_to("../raw/C")  # a folder by a link to a link
+    (path / "raw" / "C").symlink_to("third", target_is_directory=True)
+    (letter / "D" / "again").symlink_to("..")  # leads back
+    (letter / "A" / "other-label.png").symlink_to("../B/0-1.png")  # a B called A
+    os.link(letter / "E" / "0-4.png", letter / "F" / "other-label.png")  # an E called F
+    (letter / "G" / "broken.png").symlink_to("nothing.png")
+    (letter / "G" / "self.png").symlink_to("self.png")
+    (path / "more").mkdir()
+    (path / "more" / "A").symlink_to(path / "gone")
+    return path
+
+
+@LINKS
+@pytest.mark.parametrize("form", ["folder", "tarball", "tarball, turned round"])
+def test_links_are_followed_and_those_that_lead_nowhere_counted(tmp_path, form):
+    source = links(tmp_path / "f")
+    if form != "folder":
+        members = [
+            source / "set" / "E",
+            source / "set" / "F",
+            *(path for path in source.iterdir() if path.name != "set"),
+        ]
+        members += [path for path in (source / "set").iterdir() if path not in members]
+        with tarfile.open(tmp_path / "t.tar", "w") as tar:
+            for path in members if form == "tarball" else members[:2] + members[:1:-1]:
+                tar.add(path, f"./{path.relative_to(source)}")
+        source = tmp_path / "t.tar"
+    arrays, counts = notmnist.prepare(None, source, seed=0)
+    assert counts["small"]["read"] == counts["small"]["files"] == 602
+    assert counts["small"]["links that lead nowhere, left out"] == 3
+    assert counts["small"]["with conflicting labels, dropped"] == 2
+    assert counts["small"]["distinct images"] == 600
+    assert sum(len(arrays[f"y_{name}"]) for name in ("train", "val", "test")) == 598
+    assert_labels_fit(arrays)
+
+
+def test_hidden_files_are_left_out(tmp_path):
+    """As macOS, notebooks and synchronisation leave them."""
+    good = some_files()
+    conflict = good[1][1]
+    hidden = [(name, conflict) for name in ("set/A/._0-0.png", "set/A/.ipynb_checkpoints/x.png", "set/.git/A/x.png")]
+    hidden += [("__MACOSX/set/A/._0-0.png", b"resource"), (".Trash-0/A/y.png", conflict), ("set/.DS_Store", b"")]
+    for number, source in enumerate(
+        [folder(tmp_path / "f", good + hidden), tarball(tmp_path / "t.tar.gz", good + hidden)]
+    ):
+        _, counts = notmnist.prepare(None, source, seed=number)
+        assert counts["small"]["files"] == counts["small"]["read"] == counts["small"]["distinct images"] == 600
+        assert "other files, left out" not in counts["small"]
+
+
+def on_transparent(X, mode):
+    """Letters (n, 28, 28) that are in the transparency of PNG files, drawn in black or in white."""
+    for image in X:
+        if mode == "keyed":  # one grey of a picture without alpha is transparent
+            buffer = io.BytesIO()
+            Image.fromarray(np.where(image, 200, 3).astype(np.uint8)).save(buffer, "PNG", transparency=3)
+        elif mode == "palette":
+            buffer = io.BytesIO()
+            palette = Image.fromarray((image > 0).astype(np.uint8)).convert("P")
+            palette.putpalette([0, 0, 0, 255, 255, 255])
+            palette.save(buffer, "PNG", transparency=bytes([0, 255]))
+        else:
+            colour = 0 if mode.startswith("black") else 255
+            layers = [np.full_like(image, colour)] * (1 if mode.endswith("LA") else 3)
+            buffer = io.BytesIO()
+            Image.fromarray(np.dstack([*layers, image]), "LA" if mode.endswith("LA") else "RGBA").save(buffer, "PNG")
+        yield buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
+@pytest.mark.parametrize("mode", ["black LA", "black RGBA", "white LA", "white RGBA", "keyed", "palette"])
+def test_transparent_letters_are_laid_on_a_ground(tmp_path, mode):
+    X = pictures(600) // 128 * 255
+    files = [(f"{'ABCDEFGHIJ'[i % 10]}/{i}.png", content) for i, content in enumerate(on_transparent(X, mode))]
+    arrays, counts = notmnist.prepare(None, folder(tmp_path, files), seed=0)
+    assert counts["small"]["exact repeats, dropped"] == 0
+    bright = 200 if mode == "keyed" else 255
+    expected = {(255 - image if "black" in mode else image // 255 * bright).tobytes() for image in X}
+    assert {image.tobytes() for name in ("train", "val", "test") for image in arrays[f"X_{name}"]} == expected
+
+
+def without(letters, files, left=0):
+    """The files without those of some letters, but for so many of each."""
+    kept = Counter()
+    for name, content in files:
+        letter = name.split("/")[1]
+        kept[letter] += 1
+        if letter not in letters or kept[letter] <= left:
+            yield name, content
+
+
+def test_a_letter_that_is_missing_is_refused_and_one_that_is_rare_is_named(tmp_path):
+    with pytest.raises(
+        InputError, match=r"f: found too few distinct letters, no C in train, no C in val, no C in test, "
+    ):
+        notmnist.prepare(None, folder(tmp_path / "f", without("C", some_files())), seed=0)
+    unreadable = [(name, content[:40] if "/J/" in name else content) for name, content in some_files()]
+    with pytest.raises(
+        InputError, match=r"no J in train, .* expected each of A to J in train, val and test \(60 unreadable"
+    ):
+        notmnist.prepare(None, folder(tmp_path / "g", unreadable), seed=0)
+    arrays, _ = notmnist.prepare(
+        folder(tmp_path / "large", without("DE", some_files(3000), left=25)),
+        folder(tmp_path / "small", some_files(600, seed=1)),
+        seed=0,
+    )
+    lines = list(notmnist.scarce(arrays))
+    assert [re.match(r"letter (.): found \d+ in train \(median \d+\)", line)[1] for line in lines] == ["D", "E"]
+    assert list(notmnist.scarce(notmnist.prepare(None, tmp_path / "small", seed=0)[0])) == []
+
+
 @pytest.mark.parametrize("where", [0.2, 0.5, 0.8])
 def test_a_damaged_tarball_is_refused_though_it_could_be_read(tmp_path, where):
     path = tarball(tmp_path / "t.tar.gz", some_files())
@@ -176,7 +302,7 @@ def test_other_compressions_are_read_as_well(tmp_path, mode):
     path = tmp_path / "letters.tar"
     with tarfile.open(path, mode) as tar:
         tar.add(folder(tmp_path / "f", some_files()), "f")
-    assert notmnist.prepare(None, path, seed=0)[1]["small"]["read"] == 60
+    assert notmnist.prepare(None, path, seed=0)[1]["small"]["read"] == 600
 
 
 def test_the_real_letters_are_counted_as_known(real_letters):
@@ -187,6 +313,7 @@ def test_the_real_letters_are_counted_as_known(real_letters):
     assert rows["distinct images"] == "18,232"
     assert rows["with conflicting labels, dropped"] == "2"
     assert "splits: train 14,584, val 1,823, test 1,823" in printed
+    assert re.search(r"^A +1,469 +192 +187$", printed, re.MULTILINE)
     splits = open_splits(path)
     assert [len(split) for split in splits] == [14_584, 1_823, 1_823]
     assert splits.overlap == 0
