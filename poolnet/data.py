@@ -6,6 +6,7 @@ float, y (N,) integers 0..9 for A..J. What a model sees was hashed as it was rea
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ LETTERS = "ABCDEFGHIJ"
 SIDE = 28  # pixels
 SPLITS = ("train", "val", "test")
 FLOAT_LIMIT = 10.0  # standardised pixels stay well inside; forgotten scaling, 0..255, does not
+NARROW = 0.1  # of black to white: pixels that were divided twice, or of which 1 means white in uint8
+SAMPLE, ENOUGH = 200, 10  # images of a split by which its scale is judged, and the fewest that tell what is not there
 PATIENCE = 600  # seconds for another process that renders the embedded letters, which takes some ten
 
 
@@ -117,9 +120,11 @@ def open_splits(
                     f"one for each image of X_{name}"
                 )
         overlap = _Overlap(one_type=len({member.dtype for member in members.values()}) == 1)
+        scale = _Scale(members)
         splits = {}
         for name in reversed(SPLITS):  # test first: its images are to be known when train passes by
-            splits[name] = _read_split(name, members[name], labels[name], name in keep, [watch, overlap.see])
+            splits[name] = _read_split(name, members[name], labels[name], name in keep, [watch, overlap.see, scale.see])
+    scale.check()
     return Splits(path, **splits, overlap=overlap.count())
 
 
@@ -167,19 +172,27 @@ def _image_member(member: npz.Member) -> npz.Member:
     if shape[0] < 1:
         raise InputError(f"{member.path}: {member.key}: found no images, expected at least one")
     if dtype != np.uint8 and not (dtype.kind == "f" and dtype.itemsize <= 8):
-        raise InputError(f"{member.path}: {member.key}: found {dtype} pixels, expected uint8 or float32")
+        cure = "; store X.astype(np.uint8)" if dtype.kind in "iu" else ""
+        raise InputError(f"{member.path}: {member.key}: found {dtype} pixels, expected uint8 or float32{cure}")
     return member
 
 
 def _read_labels(member: npz.Member) -> np.ndarray:
     """The labels, (N,) int64."""
-    if len(member.shape) != 1:
-        raise InputError(f"{member.path}: {member.key}: found shape {member.shape}, expected (N,)")
-    if member.dtype.kind not in "iu":
-        raise InputError(f"{member.path}: {member.key}: found {member.dtype} labels, expected integers 0..9")
+    where, shape, kind = f"{member.path}: {member.key}", member.shape, member.dtype.kind
+    if len(shape) != 1:
+        cures = {(2, len(LETTERS)): "; store y.argmax(1)", (2, 1): "; store y.ravel()"}
+        raise InputError(
+            f"{where}: found shape {shape}, expected (N,){cures.get((len(shape), shape[-1:] and shape[-1]), '')}"
+        )
+    if kind not in "iu":
+        cure = {"f": "; store y.astype(int)", "b": ""}.get(kind, f"; store [{LETTERS!r}.index(letter) for letter in y]")
+        raise InputError(f"{where}: found {member.dtype} labels, expected integers 0..9{cure}")
     y = member.read()
     if len(y) and not (y.min() >= 0 and y.max() < len(LETTERS)):
-        raise InputError(f"{member.path}: {member.key}: found labels {y.min()}..{y.max()}, expected 0..9 for A..J")
+        low, high = int(y.min()), int(y.max())
+        cure = f"; store y {'-' if low > 0 else '+'} {abs(low)}" if low and high - low < len(LETTERS) else ""
+        raise InputError(f"{where}: found labels {low}..{high}, expected 0..9 for A..J{cure}")
     return y.astype(np.int64)
 
 
@@ -229,6 +242,56 @@ class _Overlap:
 
     def count(self) -> int:
         return sum(self.in_test[key] for key in self.shared)
+
+
+class _Scale:
+    """Judges whether the splits have one scale, from black to white, and a plausible one.
+
+    What is usual: 0..1 (uint8 is divided by 255), -0.5..0.5, -1..1, or a mean of 0 and a deviation of 1. Letters may
+    be thin or faint in one split, so what lies inside of the range of 0..1 may be narrow.
+    """
+
+    def __init__(self, members: dict[str, npz.Member]):
+        self.members = members
+        self.ends: dict[str, list] = {name: [] for name in members}  # of each window, as stored
+        self.samples: dict[str, list[np.ndarray]] = {name: [] for name in members}  # as a model takes them
+
+    def see(self, name: str, size: int, start: int, window: np.ndarray) -> None:
+        self.ends[name] += [window.min(), window.max()]
+        step = -(-size // SAMPLE)
+        self.samples[name].append(as_images(window[-start % step :: step]))
+
+    def check(self) -> None:
+        white = {name: 255 if member.dtype == np.uint8 else 1 for name, member in self.members.items()}
+        if all(max(self.ends[name]) - min(self.ends[name]) < NARROW * white[name] for name in self.members):
+            cure = "multiply them by 255" if white["train"] > 1 else "they may have been divided by 255 twice"
+            expected = "0..255" if white["train"] > 1 else "such as 0..1"
+            raise self._refused("train", f", expected {expected}; {cure}")
+        samples = {name: np.concatenate(parts) for name, parts in self.samples.items()}
+        for one, other in itertools.combinations(samples, 2):
+            if _differ(samples[one], samples[other]):
+                found = f", and {self._found(one)} in X_{one}, expected one scale in all three; store them all as uint8"
+                raise self._refused(other, found)
+
+    def _found(self, name: str) -> str:
+        return f"{self.members[name].dtype} pixels from {min(self.ends[name]):g} to {max(self.ends[name]):g}"
+
+    def _refused(self, name: str, more: str) -> InputError:
+        return InputError(f"{self.members[name].path}: X_{name}: found {self._found(name)}{more}")
+
+
+def _differ(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two samples of images are in different scales."""
+    (low, high), (other_low, other_high) = ends = [np.quantile(images, [0.01, 0.99]) for images in (one, other)]
+    signed = [bottom < -0.2 for bottom, _ in ends]
+    if signed[0] != signed[1] and len((one, other)[signed.index(False)]) >= ENOUGH:
+        return True
+    if min(len(one), len(other)) < ENOUGH:
+        return False
+    if all(signed):
+        apart = max(abs(low - other_low), abs(high - other_high))
+        return bool(apart > 0.24 * max(high - low, other_high - other_low))
+    return bool(max(high, other_high) > 1.5 * max(1, min(high, other_high)) or min(high, other_high) < 0.02)
 
 
 def _check_range(member: npz.Member, window: np.ndarray) -> None:

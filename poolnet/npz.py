@@ -91,7 +91,9 @@ def member(archive: zipfile.ZipFile, path: Path, key: str) -> Member:
     if not all(type(size) is int and size >= 0 for size in shape):  # numpy takes True for a size
         raise InputError(f"{path}: {key}: found shape {shape}, expected whole numbers")
     if dtype.hasobject:
-        raise InputError(f"{path}: {key}: found an object array, which is never unpickled; expected numbers")
+        raise InputError(
+            f"{path}: {key}: found an object array, which is never unpickled; expected numbers of one type"
+        )
     found, size = archive.getinfo(f"{key}.npy").file_size, start + dtype.itemsize * math.prod(shape)
     if found != size:
         raise InputError(f"{path}: {key}: truncated, found {found:,} bytes, expected {size:,}")

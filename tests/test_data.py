@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from poolnet import cli, data, files, glyphs, npz
 from poolnet.config import InputError, RunError, home
-from poolnet.data import locate, open_splits
+from poolnet.data import SPLITS, locate, open_splits
 
 
 def save(path, arrays, writer=np.savez):
@@ -93,19 +93,116 @@ BAD_ARRAYS = {  # what is done to good arrays, and what the one line must name
     "extra dimension": (change("X_val", lambda X: X[:, None, None]), r"X_val: found shape \(90, 1, 1, 28, 28\)"),
     "other side": (change("X_test", np.zeros((110, 32, 32), np.uint8)), r"X_test: found shape \(110, 32, 32\)"),
     "scalar": (change("X_train", np.float32(1)), r"X_train: found shape \(\)"),
-    "labels as a column": (change("y_train", lambda y: y[:, None]), r"y_train: found shape \(300, 1\)"),
+    "labels as a column": (
+        change("y_train", lambda y: y[:, None]),
+        r"y_train: found shape \(300, 1\), .*; store y\.ravel\(\)$",
+    ),
+    "one-hot labels": (
+        change("y_test", lambda y: np.eye(10)[y]),
+        r"y_test: found shape \(110, 10\), expected \(N,\); store y\.argmax\(1\)$",
+    ),
+    "labels in text": (
+        change("y_val", lambda y: np.array(list("ABCDEFGHIJ"))[y]),
+        r"y_val: found <U1 labels, .*; store \['ABCDEFGHIJ'\.index\(letter\) for letter in y\]$",
+    ),
+    "labels in bytes": (
+        change("y_val", lambda y: np.array(list("ABCDEFGHIJ")).astype("S")[y]),
+        r"y_val: found \|S1 labels, .*; store \['ABCDEFGHIJ'\.index",
+    ),
+    "labels from 1": (change("y_train", lambda y: y + 1), r"y_train: found labels 1..10, .*; store y - 1$"),
+    "labels as codes": (
+        change("y_train", lambda y: (y + 65).astype(np.uint8)),
+        r"y_train: found labels 65..74, .*; store y - 65$",
+    ),
     "object array": (change("X_train", lambda X: np.array([Payload()] * len(X))), "X_train: found an object array"),
     "object labels": (change("y_test", lambda y: np.array([Payload()] * len(y))), "y_test: found an object array"),
     "NaN": (change("X_train", lambda X: put(X, np.nan)), "X_train: found NaN or infinity"),
     "infinity": (change("X_test", lambda X: put(X, np.inf)), "X_test: found NaN or infinity"),
     "float 0..255": (change("X_train", lambda X: X.astype(float)), r"X_train: found float64 pixels from 0 to \d+"),
-    "integers as pixels": (change("X_val", lambda X: X.astype(int)), "X_val: found int64 pixels, expected uint8"),
+    "integers as pixels": (change("X_val", lambda X: X.astype(int)), r"X_val: found int64 .*; store X\.astype"),
     "label 10": (change("y_train", lambda y: np.where(y == 9, 10, y)), r"y_train: found labels 0..10, expected 0..9"),
-    "label -1": (change("y_val", lambda y: y - 1), r"y_val: found labels -1..8, expected 0..9"),
-    "float labels": (change("y_test", lambda y: y.astype(float)), "y_test: found float64 labels, expected integers"),
+    "label -1": (change("y_val", lambda y: y - 1), r"y_val: found labels -1..8, .*; store y \+ 1$"),
+    "float labels": (change("y_test", lambda y: y.astype(float)), r"y_test: found float64 .*; store y\.astype\(int\)$"),
     "other length": (change("y_test", lambda y: y[:-1]), "y_test: found 109 labels, expected 110"),
     "empty split": (lambda a: a | {"X_val": a["X_val"][:0], "y_val": a["y_val"][:0]}, "X_val: found no images"),
 }
+
+
+def scaled(**how):
+    """A change of whole splits, each by a function of its pixels from 0 to 1."""
+
+    def changed(arrays):
+        spread = {f"X_{name}": arrays[f"X_{name}"] / np.float32(arrays[f"X_{name}"].max()) for name in SPLITS}
+        return arrays | {key: how.get(key[2:], how["other"])(X).astype(np.float32) for key, X in spread.items()}
+
+    return changed
+
+
+UNIT, HALF, BOTH, STANDARD = (lambda X: X, lambda X: X - 0.5, lambda X: 2 * X - 1, lambda X: (X - 0.3) / 0.25)
+SCALES = {  # what must be one scale in all three splits, and what the one line must say
+    "val from -0.5": (scaled(val=HALF, other=UNIT), r"X_val: .* from -0\.5 to 0\.5, and .* from 0 to 1 in X_train"),
+    "train from -0.5": (scaled(train=HALF, other=UNIT), r"X_val: .* from 0 to 1, and .* from -0\.5 to 0\.5 in X_train"),
+    "test from -1": (scaled(test=BOTH, other=UNIT), "X_test: .* from -1 to 1, and .* from 0 to 1 in X_train"),
+    "train from -1": (scaled(train=BOTH, other=HALF), r"X_val: .* from -0\.5 to 0\.5, and .* from -1 to 1 in X_train"),
+    "test standardised": (scaled(test=STANDARD, other=UNIT), r"X_test: .* from -1\.2 to 2\.8, and .* from 0 to 1 in"),
+    "train standardised": (scaled(train=STANDARD, other=HALF), "X_val: .* expected one scale in all three; store"),
+    "test to 2.55": (scaled(test=lambda X: 2.55 * X, other=UNIT), r"X_test: .* from 0 to 2\.55, and .* from 0 to 1 in"),
+    "test divided twice": (
+        scaled(test=lambda X: X / 255, other=UNIT),
+        r"X_test: .* to 0\.0039.*, and .* from 0 to 1 in",
+    ),
+    "all divided twice": (scaled(other=lambda X: X / 255), r"X_train: .* such as 0\.\.1; .* divided by 255 twice$"),
+    "all divided, around 0": (scaled(other=lambda X: (X - 0.5) / 255), "X_train: .* divided by 255 twice"),
+    "uint8 of 0 and 1": (
+        lambda a: a | {f"X_{name}": (a[f"X_{name}"] > 99).astype(np.uint8) for name in SPLITS},
+        r"X_train: found uint8 pixels from 0 to 1, expected 0\.\.255; multiply them by 255$",
+    ),
+    "uint8 beside -0.5 to 0.5": (
+        lambda a: a | {"X_test": (a["X_test"] / 255 - 0.5).astype(np.float32)},
+        r"X_test: found float32 pixels from -0\.5 to .*, and uint8 pixels from 0 to ... in X_train",
+    ),
+    "uint8 of 0 and 1 in test": (
+        lambda a: a | {"X_test": (a["X_test"] > 99).astype(np.uint8)},
+        "X_test: found uint8 pixels from 0 to 1, and uint8 pixels from 0 to 20. in X_train",
+    ),
+    "one image, below 0": (
+        lambda a: a | {"X_test": (a["X_test"][:1] / 255 - 0.5).astype(np.float32), "y_test": a["y_test"][:1]},
+        "X_test: .* expected one scale",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SCALES)
+def test_splits_in_different_scales_are_refused_with_their_ranges(tmp_path, arrays, case):
+    spoil, message = SCALES[case]
+    with pytest.raises(InputError, match=f"scales.npz: {message}"):
+        open_splits(save(tmp_path / "scales.npz", spoil(arrays)))
+
+
+def only(n, X):
+    """Pictures (n, 28, 28) of one colour."""
+    return np.full((n, 28, 28), X, np.float32)
+
+
+PLAUSIBLE = {
+    "from -0.5 to 0.5": scaled(other=HALF),
+    "from -1 to 1": scaled(other=BOTH),
+    "standardised": scaled(other=STANDARD),
+    "uint8 beside 0 to 1": lambda a: a | {"X_test": (a["X_test"] / 255).astype(np.float32)},
+    "a faint test": scaled(test=lambda X: 0.3 + 0.3 * X, other=UNIT),
+    "photographs in test": scaled(test=lambda X: 0.8 * X - 0.4, other=HALF),
+    "thin letters in test": scaled(test=lambda X: X * (np.arange(28) == 14), other=UNIT),
+    "bright on dark, and dark on bright": scaled(test=lambda X: 1 - X, other=UNIT),
+    "overshoot of a resampling": scaled(test=lambda X: 1.1 * X - 0.05, other=UNIT),
+    "one white square": lambda a: scaled(other=HALF)(a) | {"X_test": only(1, 0.5), "y_test": a["y_test"][:1]},
+    "one black square": lambda a: scaled(other=HALF)(a) | {"X_test": only(1, -0.5), "y_test": a["y_test"][:1]},
+    "two black letters": lambda a: a | {"X_val": only(2, 0), "y_val": a["y_val"][:2]},
+}
+
+
+@pytest.mark.parametrize("case", PLAUSIBLE)
+def test_what_one_scale_may_hold_is_taken(tmp_path, arrays, case):
+    assert len(open_splits(save(tmp_path / "scales.npz", PLAUSIBLE[case](arrays))).train) == 300
 
 
 @pytest.mark.parametrize("case", BAD_ARRAYS)
