@@ -1,10 +1,12 @@
 """Weights that were trained elsewhere, such as by the notebook, made a registered model."""
 
 import dataclasses
+import errno
 import hashlib
 import pickle
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,8 +44,11 @@ def read(path: Path, pool: str) -> SimplePoolNet | SimpleConvNet:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, UserWarning):  # whose text explains how to run what is in the file after all
         raise InputError(f"{path}: found other things than tensors, which are not loaded; {cure}") from None
-    except Exception as error:  # whatever else torch says of damaged bytes
-        raise InputError(f"{path}: cannot be read ({stores.reason(error)}), {cure}") from None
+    except Exception as error:  # whatever torch says of other files, which means nothing to who never saw its code
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: of offsets in a cut file
+            raise InputError(f"{path}: cannot be read ({error.strerror}), {cure}") from None
+        found, more = _kind(path)
+        raise InputError(f"{path}: found {found}, {cure}{more}") from None
     net = build_model(pool, seed=0)
     shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     if not isinstance(found, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
@@ -60,6 +65,18 @@ def read(path: Path, pool: str) -> SimplePoolNet | SimpleConvNet:
     if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):  # as float32
         raise InputError(f"{path}: found weights that are not finite numbers")
     return net.eval()
+
+
+def _kind(path: Path) -> tuple[str, str]:
+    """What a file is that torch cannot read, and how it becomes one that it can."""
+    if not path.stat().st_size:
+        return "an empty file", ""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith(".npy") for name in archive.namelist()):
+                arrays = "{name: torch.from_numpy(array) for name, array in np.load(FILE).items()}"
+                return "arrays of NumPy", f"; make it with torch.save({arrays}, OTHER)"
+    return "no weights of torch's, or damaged ones", ""
 
 
 def _listed(shapes: dict[str, tuple[int, ...]]) -> str:

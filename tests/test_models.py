@@ -1,6 +1,7 @@
 """Registered models in use: where they are found, how they score, and what is not loaded."""
 
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -515,12 +516,38 @@ def test_bad_weights_are_one_line_and_leave_no_run(capsys, tmp_path, case):
     assert mlflow.MlflowClient().search_runs(["0"]) == []
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\x80\x04N.", b"PK\x03\x04 not a zip", b"text"])
-def test_files_that_are_no_weights_are_one_line(capsys, content):
+def archive(**arrays):
+    with io.BytesIO() as buffer:
+        np.savez(buffer, **arrays)
+        return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (None, "no such file"),
+        (b"", "found an empty file"),
+        (b"\x80\x04N.", "found other things than tensors"),
+        (b"PK\x03\x04 not a zip", "found no weights of torch's, or damaged ones"),
+        (b"text", "found no weights of torch's, or damaged ones"),
+        (archive(weight=np.zeros((10, 49)))[:-30], "found no weights of torch's, or damaged ones"),
+        (archive(weight=np.zeros((10, 49))), "found arrays of NumPy, expected what torch.save("),
+    ],
+)
+def test_files_that_are_no_weights_are_one_line(capsys, content, found):
     if content is not None:
         Path("weights.pt").write_bytes(content)
     code, _, err = run(capsys, "register", "weights.pt", "--pool", "max")
-    assert_refused(code, err, "weights.pt")
+    assert_refused(code, err, f"weights.pt: {found}", "torch.save(model.state_dict(), FILE)")
+
+
+def test_the_line_that_makes_weights_of_numpys_arrays_does(capsys):
+    arrays = {name: tensor.numpy() for name, tensor in registry_weights("avg").items()}
+    Path("weights.npz").write_bytes(archive(**arrays))
+    err = run(capsys, "register", "weights.npz", "--pool", "avg")[2]
+    line = err.strip().split("make it with ")[1].replace("FILE", "'weights.npz'").replace("OTHER", "'weights.pt'")
+    eval(line, {"torch": torch, "np": np})
+    assert registered(capsys, "weights.pt", "--pool", "avg")["version"] == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes among the files of this system")
