@@ -24,8 +24,8 @@ from poolnet.config import (
     failed,
     home,
     pasted,
-    printable,
     progress,
+    say,
     to_json,
     warn,
 )
@@ -112,20 +112,20 @@ def train(
                 for name, value in {**options, "optimum": optimum}.items()
                 if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
             }
-            run = job.resume(resume, given, not no_cache, publisher, click.echo, warn)
+            run = job.resume(resume, given, not no_cache, publisher, say, warn)
         else:
             publisher.refuse_stale()
-            run = job.run(config, optimum, not no_cache, publisher, click.echo, warn)
+            run = job.run(config, optimum, not no_cache, publisher, say, warn)
         trouble = publisher.close()
         held = publisher.held
     if held.version:
-        click.echo(f"Model: models:/poolnet/{held.version}")
+        say(f"Model: models:/poolnet/{held.version}")
     elif held.model_id:
-        click.echo(f"Model: models:/{held.model_id}")
+        say(f"Model: models:/{held.model_id}")
     if held.look:
-        click.echo(f"Look at it: {held.look}")
+        say(f"Look at it: {held.look}")
     if trouble:
-        where = click.format_filename(run.folder)
+        where = run.folder
         failed(f"{trouble}; all is safe in {where}, and published by: poolnet sync {run.name}", 3)
         context.exit(3)
 
@@ -164,15 +164,15 @@ def sync(
     if follow_stdin:
         if hasattr(os, "nice"):
             os.nice(10)  # the training comes first
-        context.exit(follow.follow(sys.stdin, timeout, say=lambda line: failed(line, 0), answer=click.echo))
+        context.exit(follow.follow(sys.stdin, timeout, say=lambda line: failed(line, 0), answer=say))
     stores.limit(timeout)
     sync.check_input(runs, to)
     with progress(runs or journal.names(), label="Publishing") as names:
         rows = [sync.sync(name, to, dry_run, prune) for name in names]
     if as_json:
-        click.echo(to_json({"runs": rows}))
+        say(to_json({"runs": rows}))
     else:
-        click.echo(sync.table(rows))
+        say(sync.table(rows))
     context.exit(0 if all(row.ok for row in rows) else 3)
 
 
@@ -207,27 +207,25 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, timeout:
     with Publisher(timeout) as publisher:
         from poolnet import sweep as sweeps
 
-        say = (lambda line: None) if as_json or sys.stderr.isatty() else click.echo  # there a bar shows how far it is
-        under_way = sweeps.opened(found, say, warn)
-        sweeps.carry_out(under_way, int(workers or sweeps.default_workers(found)), publisher, say, warn)
+        tell = (lambda line: None) if as_json or sys.stderr.isatty() else say  # there a bar shows how far it is
+        under_way = sweeps.opened(found, tell, warn)
+        sweeps.carry_out(under_way, int(workers or sweeps.default_workers(found)), publisher, tell, warn)
     results = under_way.results.values()
     if as_json:
         about = {"sweep": under_way.name, "data_sha256": under_way.data_sha256, "look": under_way.look}
-        click.echo(to_json({**about, "runs": list(results)}))
+        say(to_json({**about, "runs": list(results)}))
     else:
         done, now = sum(result.done for result in results), sum(result.done and result.trained for result in results)
-        click.echo(f"{under_way.name}: {done} of {len(results)} runs finished, {now} of them now")
-        click.echo(sweeps.table(under_way))
-        click.echo(f"Compare: {pasted('poolnet', 'compare', '--study', *options)}")
+        say(f"{under_way.name}: {done} of {len(results)} runs finished, {now} of them now")
+        say(sweeps.table(under_way))
+        say(f"Compare: {pasted('poolnet', 'compare', '--study', *options)}")
         if under_way.look:
-            click.echo(f"Look at it: {under_way.look}")
+            say(f"Look at it: {under_way.look}")
     if under_way.missing:
         failed(f"missing runs: {len(under_way.missing)}, see above; again with: {again}", 1)
         context.exit(1)
     if under_way.trouble:
-        failed(
-            f"{under_way.trouble}; all is safe in {click.format_filename(home())}, and published by: poolnet sync", 3
-        )
+        failed(f"{under_way.trouble}; all is safe in {home()}, and published by: poolnet sync", 3)
         context.exit(3)
 
 
@@ -291,9 +289,9 @@ def compare(
         run_id = report.publish(client, uri, where, comparison)
         look = stores.page_of(uri, where, run_id)
     if as_json:
-        click.echo(to_json({**report.contents(comparison), "run_id": run_id, "look": look}))
+        say(to_json({**report.contents(comparison), "run_id": run_id, "look": look}))
     else:
-        click.echo(f"{report.table(comparison)}\nLook at it: {look}")
+        say(f"{report.table(comparison)}\nLook at it: {look}")
 
 
 def _output(context: click.Context, option: click.Parameter, text: str | None) -> Path | None:
@@ -317,13 +315,13 @@ def notmnist(large: Path | None, small: Path | None, out: Path | None, seed: int
     """Decode, clean and split notMNIST. Without --large and --small, both are downloaded."""
     from poolnet import data, notmnist, npz
 
-    out = out or data.prepared("notmnist")
+    out = out or writable(data.prepared("notmnist"))
     arrays, counts = notmnist.prepare(large, small, seed)
-    click.echo(notmnist.table(arrays, counts))
+    say(notmnist.table(arrays, counts))
     for line in notmnist.scarce(arrays):
         warn(line)
     npz.save(out, arrays)
-    click.echo(f"Wrote {printable(out)}")
+    say(f"Wrote {out}")
 
 
 @prepare.command()
@@ -339,7 +337,7 @@ def glyphs(out: Path, seed: int, **sizes: int) -> None:
     with progress(length=sum(sizes.values()), label="Rendering") as bar:
         arrays = glyphs.render(**sizes, seed=seed, progress=bar.update)
     npz.save(out, arrays)
-    click.echo(f"Wrote {printable(out)}")
+    say(f"Wrote {out}")
 
 
 for command in cli_models.COMMANDS:
@@ -349,6 +347,9 @@ for command in cli_models.COMMANDS:
 def main(args: list[str] | None = None) -> None:
     """The console script. What went wrong is said in one line on stderr; the exit codes are those of the README."""
     signals.install()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the encoding of a file or pipe lacks must not end a command
+            stream.reconfigure(errors="backslashreplace")
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     code = _run(args)
@@ -363,7 +364,7 @@ def _run(args: list[str] | None) -> int:
     try:
         return cli.main(args, prog_name="poolnet", standalone_mode=False) or 0
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
+        say(error.format_message())
         return 2
     except click.ClickException as error:
         return failed(error.format_message(), error.exit_code)

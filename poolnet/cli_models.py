@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem
 
-from poolnet.config import POOLS, InputError, failed, home, to_json, warn
+from poolnet.config import POOLS, InputError, failed, home, say, to_json, warn
 
 FILE = click.Path(path_type=Path)
 
@@ -103,9 +103,9 @@ def evaluate(model: str, data: str, split: str, seed: int, timeout: float, as_js
         run_id = scorecard.publish(client, card)
         look = stores.page_of(client.uri, client.get_run(run_id).info.experiment_id, run_id)
     if as_json:
-        click.echo(to_json({**scorecard.contents(card), "run_id": run_id, "look": look}))
+        say(to_json({**scorecard.contents(card), "run_id": run_id, "look": look}))
     else:
-        click.echo(f"{scorecard.table(card)}\nLook at it: {look}")
+        say(f"{scorecard.table(card)}\nLook at it: {look}")
     if card.agrees is False:
         warn(card.agreement)
 
@@ -154,9 +154,9 @@ def promote(
         promote.publish(client, decision)
     refused = decision.kind == "refused"
     if as_json:
-        click.echo(to_json({**vars(decision), "promoted": decision.promoted, "sentence": decision.sentence}))
+        say(to_json({**vars(decision), "promoted": decision.promoted, "sentence": decision.sentence}))
     elif not refused:
-        click.echo(decision.sentence)
+        say(decision.sentence)
     if refused:
         context.exit(failed(decision.sentence, 1))
 
@@ -195,11 +195,11 @@ def predict(
     unreadable: list[InputError] = []
     found = list(predict.predict(net, paths, invert, unreadable.append))
     if as_json:
-        click.echo(to_json({"predictions": found}))
+        say(to_json({"predictions": found}))
     elif as_csv:
-        click.echo("".join(predict.csv_lines(found)), nl=False)
+        say("".join(predict.csv_lines(found)), nl=False)
     elif found:
-        click.echo(predict.table(found))
+        say(predict.table(found))
     for error in unreadable:
         failed(error, 2)
     context.exit(0 if not unreadable else 1 if found else 2)
@@ -227,21 +227,21 @@ def reproduce(context: click.Context, run: str, data: str, timeout: float, as_js
 
         client = stores.own_client()
         original = reproduce.find(client, run)
-        say = (lambda line: None) if as_json else click.echo
-        found = reproduce.reproduce(original, data, publisher, say, warn)
+        tell = (lambda line: None) if as_json else say
+        found = reproduce.reproduce(original, data, publisher, tell, warn)
         trouble = publisher.close()
         held = publisher.held
         if not trouble:
             reproduce.publish(client, found, held.run_id)
     if as_json:
         more = {"run_id": held.run_id or None, "look": held.look or None}
-        click.echo(to_json({**reproduce.contents(found), **more}))
+        say(to_json({**reproduce.contents(found), **more}))
     else:
-        click.echo(found.sentence)
+        say(found.sentence)
         if held.look:
-            click.echo(f"Look at it: {held.look}")
+            say(f"Look at it: {held.look}")
     if trouble:
-        where = click.format_filename(found.again.folder)
+        where = found.again.folder
         again = f"poolnet sync {found.again.name}; this verdict is not, reproduce it again for that"
         failed(f"{trouble}; all is safe in {where}, and published by: {again}", 3)
     context.exit(1 if found.verdict == "different" else 3 if trouble else 0)
@@ -271,11 +271,11 @@ def register(file: Path, pool: str, data: str, timeout: float, as_json: bool) ->
         look = stores.page_of(client.uri, found.experiment_id, found.run_id)
     scores = {name: {"loss": each.loss, "acc": each.acc} for name, each in found.scores.items()}
     if as_json:
-        click.echo(to_json({"version": found.version, "run_id": found.run_id, "look": look, "scores": scores}))
+        say(to_json({"version": found.version, "run_id": found.run_id, "look": look, "scores": scores}))
         return
     for name, score in scores.items():
-        click.echo(f"{name}: loss={score['loss']:.4f}, acc={score['acc']:.4f}")
-    click.echo(f"Model: models:/poolnet/{found.version}\nLook at it: {look}")
+        say(f"{name}: loss={score['loss']:.4f}, acc={score['acc']:.4f}")
+    say(f"Model: models:/poolnet/{found.version}\nLook at it: {look}")
 
 
 COMMANDS = (evaluate, predict, promote, reproduce, register)  # in their order of use

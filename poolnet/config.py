@@ -142,7 +142,12 @@ def failed(error: object, code: int) -> int:
 
 
 def _say(kind: str, text: object) -> None:
-    click.echo(f"poolnet: {kind}: {printable(' '.join(str(text).split()))}", err=True)
+    say(f"poolnet: {kind}: {' '.join(str(text).split())}", err=True)
+
+
+def say(text: object, **options) -> None:
+    """Print, see `click.echo`, with escapes for what a terminal would obey in a line."""
+    click.echo("\n".join(map(printable, str(text).split("\n"))), **options)
 
 
 def printable(text: object) -> str:
@@ -173,9 +178,22 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
+def marked(text: str) -> str:
+    """Markdown that shows this text, whatever signs of Markdown and HTML are in it."""
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", printable(text))
+    return re.sub(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", re.sub(r"<(?=[\w/!?])", "&lt;", text))
+
+
+def coded(text: str) -> str:
+    """Markdown that shows this text as code."""
+    text = printable(text)
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
+
+
 def piped(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table in Markdown."""
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    """The lines of a table in Markdown, of cells in Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
     return [lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]]
 
 

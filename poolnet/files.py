@@ -92,8 +92,14 @@ def writable(path: Path) -> Path:
         raise InputError(f"{path}: found {found}, expected a file, or a name that is free")
     path = path.resolve()
     folder = next(parent for parent in path.parents if parent.exists())
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise InputError(f"{path}: cannot be written, since {folder} is no folder that you may write to")
+    try:
+        part = folder / _part(path).name  # as `replacing` will call it, which has to fit too
+        part.touch()
+        part.unlink()
+        if path.exists() and not os.access(path, os.W_OK):
+            raise InputError(f"{path}: found a file that may not be written; remove it, or choose another name")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written, since {folder} takes no file ({error.strerror})") from None
     return path
 
 
@@ -132,12 +138,16 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(FileNotFoundError):  # whose process has just finished
             if time.time() - stale.stat().st_mtime > 3600:  # whose process was killed
                 stale.unlink()
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    part = _part(path)
     try:
         yield part
         replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
 
 
 def read_json(path: Path) -> dict:

@@ -16,7 +16,7 @@ from mlflow.entities import Run
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import answer, data, registry, stores, tracking
-from poolnet.config import InputError, home
+from poolnet.config import InputError, coded, home, printable
 from poolnet.data import Splits
 from poolnet.evaluate import Evaluation, evaluate
 from poolnet.files import locked, regular
@@ -95,7 +95,7 @@ def register(client: MlflowClient, path: Path, pool: str, source: str) -> Regist
     example = splits.test.images(np.arange(2) % len(splits.test)) if splits else np.zeros((2, 1, 28, 28), np.float32)
     arrays = {name: tensor.numpy() for name, tensor in net.state_dict().items()} | {"example": example}
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    params = {"pool": pool, "file": path.name, "sha256": digest} | ({"data": source} if source else {})
+    params = {"pool": pool, "file": printable(path.name), "sha256": digest} | ({"data": source} if source else {})
     experiment_id = stores.own_experiment(client)
     same = f"{pool} {digest} {splits.sha256 if splits else ''}".strip()
     with locked(home() / "register.lock", LOCK_SECONDS):
@@ -104,11 +104,11 @@ def register(client: MlflowClient, path: Path, pool: str, source: str) -> Regist
             return Registered(version, begun.info.run_id, experiment_id, scores)
         begun_id = begun.info.run_id if begun else ""
         more = {"poolnet.weights": same}
-        with answer.run(client, experiment_id, "register", f"{pool} from {path.name}", begun_id, more) as run_id:
+        with answer.run(client, experiment_id, "register", f"{pool} from {params['file']}", begun_id, more) as run_id:
             run = client.get_run(run_id)
             model_id = registry.log(client, run, {**params, "epochs": 0}, arrays)
             _log(client, run_id, model_id, params, splits, scores)
-            tags = {"pool": pool, "source": path.name}
+            tags = {"pool": pool, "source": params["file"]}
             if splits:
                 tags |= {f"{name}_acc": repr(found.acc) for name, found in scores.items()}
                 tags["data_sha256"] = splits.sha256
@@ -137,12 +137,12 @@ def _log(
     scores: dict[str, Evaluation],
 ) -> None:
     """What the run says of the weights, in the names that a training run uses."""
-    note = f"Weights from `{params['file']}`, SHA-256 `{params['sha256']}`, trained elsewhere"
+    note = f"Weights from {coded(params['file'])}, SHA-256 `{params['sha256']}`, trained elsewhere"
     if not splits:
         note += "; not scored on any data, so that `poolnet promote` has nothing to decide on."
         answer.log(client, run_id, metrics={}, params=params, tags={"mlflow.note.content": note})
         return
-    note += f"; scored on `{splits.name}`. Whether its test images took part in the training is not known here."
+    note += f"; scored on {coded(splits.name)}. Whether its test images took part in the training is not known here."
     tags = {"poolnet.data_sha256": splits.sha256, "mlflow.note.content": note}
     inputs = tracking.datasets(splits.described())
     with tempfile.TemporaryDirectory() as scratch:

@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from poolnet.config import InputError, RunError, cores, expanded, home, progress
+from poolnet.config import InputError, RunError, cores, expanded, home, printable, progress
 from poolnet.data import LETTERS, SIDE, SPLITS
 from poolnet.files import regular, replacing, walk
 from poolnet.images import BROKEN, opaque
@@ -115,7 +115,7 @@ def read(path: Path) -> Letters:
     files = _folder_files(path, left) if path.is_dir() else _tar_files(path, left)
     labels, images, keys, unreadable = [], [], [], 0
     chunks = iter(lambda: tuple(islice(files, CHUNK)), ())
-    with progress(_on_all_cores(_decode, chunks), label=f"Decoding {path.name}") as parts:
+    with progress(_on_all_cores(_decode, chunks), label=f"Decoding {printable(path.name)}") as parts:
         for part in parts:
             labels.append(part[0])
             images.append(part[1])

@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import answer, champions, recorded, registry, stats
-from poolnet.config import POOLS, InputError
+from poolnet.config import POOLS, InputError, marked
 from poolnet.registry import NAME
 from poolnet.stats import Effect, McNemar
 
@@ -243,7 +243,7 @@ def publish(client: MlflowClient, decision: Decision) -> None:
     """Under `mlflow run`, say in the run that it has made what was decided; else the version says it."""
     if not os.environ.get("MLFLOW_RUN_ID"):
         return
-    tags = {"poolnet.promotion": decision.kind, "mlflow.note.content": decision.sentence}
+    tags = {"poolnet.promotion": decision.kind, "mlflow.note.content": marked(decision.sentence)}
     numbers = {key.partition(".")[2]: value for key, value in _tags(decision).items()}
     metrics = {key: float(value) for key, value in numbers.items() if key not in ("decision", "over")}
     with answer.run(client, "", "promote", f"{decision.alias}: version {decision.version}") as run_id:

@@ -14,7 +14,7 @@ from mlflow.tracking.client import MlflowClient
 
 from poolnet import answer, comparison_figures, data, stores
 from poolnet.compare import Arm, Comparison
-from poolnet.config import InputError, aligned, piped, spread, to_json
+from poolnet.config import InputError, aligned, marked, piped, spread, to_json
 from poolnet.data import LETTERS
 from poolnet.recorded import SAME_RUN
 from poolnet.stats import Effect
@@ -176,8 +176,9 @@ def markdown(c: Comparison) -> str:
     runs = [
         f"[{run.name}](#/experiments/{run.experiment_id}/runs/{run.run_id})" for arm in (c.a, c.b) for run in arm.runs
     ]
-    lines = [f"**{c.sentence}**", "", c.question, "", *piped(_arms(c)), "", *piped(_effects(c)), ""]
-    lines += [f"- {line}" for line in (*_tests(c), *_design(c), *c.caveats)]
+    arms, effects = (piped([list(map(marked, row)) for row in rows(c)]) for rows in (_arms, _effects))
+    lines = [f"**{marked(c.sentence)}**", "", marked(c.question), "", *arms, "", *effects, ""]
+    lines += [f"- {marked(line)}" for line in (*_tests(c), *_design(c), *c.caveats)]
     return "\n".join([*lines, "", "The whole of it, with figures, is the artifact `report.html`.", "", ", ".join(runs)])
 
 

@@ -12,7 +12,7 @@ from mlflow.entities import LoggedModelInput, Run
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import answer, data, figures, recorded, scores, stores, tracking
-from poolnet.config import InputError, aligned, piped, to_json
+from poolnet.config import InputError, aligned, coded, marked, piped, to_json
 from poolnet.data import LETTERS, Split, Splits
 from poolnet.evaluate import Evaluation, evaluate
 from poolnet.registry import Loaded
@@ -179,10 +179,11 @@ def table(card: Scorecard) -> str:
 
 def markdown(card: Scorecard) -> str:
     """The description of the run in MLflow."""
-    lines = [f"**{_title(card)}**", "", card.agreement, "", *piped(_summary(card)), "", *piped(_classes(card)), ""]
+    summary, classes = (piped([list(map(marked, row)) for row in rows(card)]) for rows in (_summary, _classes))
+    lines = [f"**{marked(_title(card))}**", "", marked(card.agreement), "", *summary, "", *classes, ""]
     lines += [
-        f"- Model: `{card.model.uri}`",
-        f"- Data: `{card.splits.name}`, SHA-256 `{card.splits.sha256}`",
+        f"- Model: {coded(card.model.uri)}",
+        f"- Data: {coded(card.splits.name)}, SHA-256 `{card.splits.sha256}`",
         "- Intervals say what other examples would change: Wilson's for shares, bootstrap for the loss. A model whose "
         "probabilities are true has an ECE below that of chance in 95 % of samples of this size.",
     ]

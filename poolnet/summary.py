@@ -1,7 +1,7 @@
 """A run's description in the UI, in Markdown: the result, what it rests on, and how to use and repeat it."""
 
 from poolnet import registry, scores
-from poolnet.config import PLATEAU_MARGIN, pasted
+from poolnet.config import PLATEAU_MARGIN, coded, pasted
 from poolnet.journal import Journal
 
 
@@ -24,13 +24,13 @@ def of_run(run: Journal, version: int | None) -> str:
         "",
         f"- Best validation accuracy: {once['best_val_acc']:.4f} in epoch {once['best_val_epoch']}; "
         f"within {PLATEAU_MARGIN} of it from epoch {once['plateau_epoch']} on",
-        f"- Data: `{data['name']}`, train / val / test {' / '.join(f'{size:,}' for size in sizes.values())}, "
+        f"- Data: {coded(data['name'])}, train / val / test {' / '.join(f'{size:,}' for size in sizes.values())}, "
         f"SHA-256 `{data['sha256']}`"
         + (f". **{data['overlap']:,} test images also occur in train.**" if data["overlap"] else ""),
         f"- Code: commit `{record['code']['commit'] or 'unknown'}`, uncommitted changes: {record['code']['dirty']}",
         f"- Machine: {record['device']}, torch {environment['torch']} ({environment['threads']} threads), "
         f"Python {environment['python']}, {environment['system']} {environment['machine']}",
-        f"- Again: `{pasted('poolnet', 'train', *options)}`",
+        f"- Again: {coded(pasted('poolnet', 'train', *options))}",
     ]
     if "optimum_train_loss" in once:
         lines.append(

@@ -17,7 +17,19 @@ from pathlib import Path
 from mlflow.exceptions import MlflowException
 
 from poolnet import addresses, data, journal, parent, recorded, stores, train
-from poolnet.config import InputError, NoAnswer, TrainConfig, aligned, cores, pasted, piped, progress, spread
+from poolnet.config import (
+    InputError,
+    NoAnswer,
+    TrainConfig,
+    aligned,
+    coded,
+    cores,
+    marked,
+    pasted,
+    piped,
+    progress,
+    spread,
+)
 from poolnet.files import Locked, locked
 from poolnet.journal import Journal
 from poolnet.publisher import Publisher
@@ -329,17 +341,17 @@ def _note(sweep: Sweep, experiment_id: str) -> str:
         if result.run_id:
             name = f"[{name}](#/experiments/{experiment_id}/runs/{result.run_id})"
         values = [str(getattr(result.config, option)) for option in options]
-        runs.append([name, *values, str(result.config.seed), result.error or result.status])
+        runs.append([name, *map(marked, (*values, str(result.config.seed), result.error or result.status))])
     lines = [
-        f"**{study.question}**",
+        f"**{marked(study.question)}**",
         "",
-        f"{len(sweep.results) - len(sweep.missing)} of {len(sweep.results)} runs are finished, on `{sweep.path.stem}`, "
-        f"SHA-256 `{sweep.data_sha256}`.",
+        f"{len(sweep.results) - len(sweep.missing)} of {len(sweep.results)} runs are finished, on "
+        f"{coded(sweep.path.stem)}, SHA-256 `{sweep.data_sha256}`.",
         "",
-        *piped(spreads),
+        *piped([list(map(marked, row)) for row in spreads]),
         "",
         "Mean and standard deviation over seeds. What they say: "
-        f"`{pasted('poolnet', 'compare', '--study', study.path.as_posix(), '--data', study.data)}`",
+        + coded(pasted("poolnet", "compare", "--study", study.path.as_posix(), "--data", study.data)),
         "",
         *piped(runs),
     ]

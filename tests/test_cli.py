@@ -1,9 +1,11 @@
 import importlib.metadata
 import inspect
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import mlflow
@@ -14,7 +16,7 @@ from conftest import make_arrays, poolnet
 
 from poolnet import glyphs, journal
 from poolnet.cli import cli, main
-from poolnet.config import InputError, TrainConfig, home, pasted
+from poolnet.config import InputError, TrainConfig, coded, home, marked, pasted, say
 from poolnet.data import locate, open_splits
 
 
@@ -284,6 +286,67 @@ def test_numpys_numbers_become_pythons():
     assert [type(getattr(config, name)) for name in ("epochs", "lr", "seed")] == [int, float, int]
     assert (config.epochs, config.lr, config.seed) == (3, 0.5, 7)
     assert type(TrainConfig(lr=1).lr) is float
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("avg is better: 3.1 (2.9 to 3.3), p < 0.001", "avg is better: 3.1 (2.9 to 3.3), p < 0.001"),
+        ("val_acc of max-seed42", "val_acc of max-seed42"),
+        ("*a* _b_ `c` [d](e) ~~f~~", r"\*a\* \_b\_ \`c\` \[d\](e) \~\~f\~\~"),
+        ("a|b\\|c", r"a\|b\\\|c"),
+        (
+            "<img src=x onerror=y> </b> <!-- R&D &amp; &#60;",
+            "&lt;img src=x onerror=y> &lt;/b> &lt;!-- R&D &amp;amp; &amp;#60;",
+        ),
+        ("a\nb\x1b[31m\udcff\u202e", r"a\\nb\\x1b\[31m\\udcff\\u202e"),
+    ],
+)
+def test_foreign_text_is_itself_in_markdown(text, shown):
+    assert marked(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [("a_b", "`a_b`"), ("a`b", "`` a`b ``"), ("``", "``` `` ```"), ("a\nb", "`a\\nb`"), ("", "``")]
+)
+def test_foreign_text_is_itself_in_code(text, shown):
+    assert coded(text) == shown
+
+
+def test_foreign_text_is_printed_as_lines_that_a_terminal_does_not_obey(capsys):
+    say("two lines\nof \x1b[31m \udcff \u202e \u65e5 \xe9\x9b\r\n")
+    assert capsys.readouterr().out == "two lines\nof \\x1b[31m \\udcff \\u202e \u65e5 \xe9\\x9b\\r\n\n"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-8"])
+def test_text_that_an_encoding_lacks_ends_no_command(tmp_path, encoding):
+    """As on Windows, where what goes to a file or pipe is cp1252."""
+    name = "\u65e5\u672c \xe9 \u2265.npz"
+    options = {"env": os.environ | {"PYTHONIOENCODING": f"{encoding}:strict"}, "encoding": encoding}
+    done = poolnet("train", "--data", name, **options)
+    assert_refused(done.returncode, done.stderr, ".npz: no such file")
+    done = poolnet("prepare", "glyphs", *("--train", "1", "--val", "1", "--test", "1"), "--out", name, **options)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Wrote ")
+    assert len(open_splits(tmp_path / name).train) == 1
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "protected.npz").write_text("mine")
+    (tmp_path / "protected.npz").chmod(0o444)
+    places = ["file/x.npz", "folder.npz", f"{'x' * 246}.npz"]
+    if not os.access("protected.npz", os.W_OK):  # root may write everything
+        places.append("protected.npz")
+    places += [f"{folder}/x.npz" for folder in ("/proc", "/sys") if Path(folder).exists()]
+    for place in places:
+        for source in (["glyphs"], ["notmnist", "--small", "nowhere.tar.gz"]):
+            code, _, err = run(capsys, "prepare", *source, "--out", place)
+            assert_refused(code, err, Path(place).name)
+            assert "disk full" not in err
+            assert "nowhere" not in err
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".part") == []
 
 
 def test_help_imports_nothing_heavy():

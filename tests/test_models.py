@@ -550,6 +550,23 @@ def test_the_line_that_makes_weights_of_numpys_arrays_does(capsys):
     assert registered(capsys, "weights.pt", "--pool", "avg")["version"] == 1
 
 
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="these systems have no names that are not UTF-8")
+def test_names_that_are_not_utf8_are_shown_with_escapes(capsys, letters):
+    torch.save(registry_weights("max"), name := os.fsdecode(b"w`\xff.pt"))
+    assert registered(capsys, name, "--pool", "max", "--data", "letters.npz")["version"] == 1
+    version = mlflow.MlflowClient().get_model_version("poolnet", "1")
+    found = mlflow.get_run(version.run_id)
+    assert version.tags["source"] == found.data.params["file"] == r"w`\udcff.pt"
+    assert r"Weights from `` w`\udcff.pt ``, SHA-256" in found.data.tags["mlflow.note.content"]
+    for command in (
+        ["evaluate", "models:/poolnet/1", "--data"],
+        ["train", "--data"],
+        ["prepare", "notmnist", "--small"],
+    ):
+        code, _, err = run(capsys, *command, os.fsdecode(b"no\xfe"))
+        assert_refused(code, err, r"no\udcfe")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes among the files of this system")
 def test_pipes_and_devices_in_place_of_weights_are_refused_at_once(capsys):
     os.mkfifo("pipe.pt")

@@ -90,7 +90,7 @@ def test_names_are_shown_as_they_are_and_do_nothing():
     page = report.html(hostile, {}, links)
     assert "<b>|x" not in page
     assert "&lt;b&gt;|x" in page
-    assert "| <b>\\|x |" in report.markdown(hostile)
+    assert "| &lt;b>\\|x |" in report.markdown(hostile)
     assert pngs(hostile)
 
 
