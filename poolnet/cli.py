@@ -350,7 +350,7 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that the encoding of a file or pipe lacks must not end a command
             stream.reconfigure(errors="backslashreplace")
-    for name, value in SETTINGS.items():
+    for name, value in (SETTINGS | _without_home()).items():
         os.environ.setdefault(name, value)
     code = _run(args)
     stores = sys.modules.get("poolnet.stores")
@@ -358,6 +358,16 @@ def main(args: list[str] | None = None) -> None:
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _without_home() -> dict[str, str]:
+    """Settings for a user who has no folder of his own, or may not write there, as in containers."""
+    place = expanded(Path(os.environ.get("POOLNET_HOME") or ".poolnet")).absolute()
+    try:
+        folder = Path.home()
+    except RuntimeError:  # MLflow asks for it too
+        return {"HOME": str(place)}
+    return {} if os.access(folder, os.W_OK) else {"MPLCONFIGDIR": str(place / "matplotlib")}
 
 
 def _run(args: list[str] | None) -> int:

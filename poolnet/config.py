@@ -145,7 +145,7 @@ def _say(kind: str, text: object) -> None:
     say(f"poolnet: {kind}: {' '.join(str(text).split())}", err=True)
 
 
-def say(text: object, **options) -> None:
+def say(text: object = "", **options) -> None:
     """Print, see `click.echo`, with escapes for what a terminal would obey in a line."""
     click.echo("\n".join(map(printable, str(text).split("\n"))), **options)
 

@@ -38,6 +38,10 @@ CURES = {  # what it says of itself, and what to do
     "403": "MLFLOW_TRACKING_USERNAME may not do this there; ask who runs the server for permission",
     "404": "no MLflow server is there; look at MLFLOW_TRACKING_URI",
 }
+PACKAGES = {"botocore": "boto3", "google": "google-cloud-storage", "azure": "azure-storage-blob azure-identity"}
+CREDENTIALS = "Unable to locate credentials"  # so says boto3
+REFUSALS = ("UNAUTHENTICATED", "PERMISSION_DENIED", "INVALID_PARAMETER_VALUE", "BAD_REQUEST", "ENDPOINT_NOT_FOUND")
+BUSY = "SlowDown|InternalError|ServiceUnavailable|RequestTimeout|Throttling"  # what S3 may say once and not again
 STORE_SECONDS = 20  # that a process waits while others make the same SQLite store
 
 
@@ -314,6 +318,12 @@ def look_up(client: MlflowClient, name: str) -> mlflow.entities.Run | None:
 def reason(error: Exception) -> str:
     """What went wrong and what to do, in one line that fits a screen and holds no password."""
     text = addresses.hidden(" ".join(str(error).split())) or type(error).__name__
+    if isinstance(error, ImportError) and error.name:
+        name = error.name.partition(".")[0]
+        package = PACKAGES.get(name, name)
+        return f"{package} is not installed here; pip install {package}"
+    if CREDENTIALS in text:
+        return "no credentials for its artifacts; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     for sign in SIGNS:
         if sign in text:
             return sign.lower()
@@ -327,6 +337,15 @@ def reason(error: Exception) -> str:
             f"experiment {match[1]} is deleted; restore it with: mlflow experiments restore --experiment-id {match[1]}"
         )
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the same request would fail again, as far as what a server or a library says tells."""
+    if isinstance(error, MlflowException) and error.error_code in REFUSALS:
+        return True
+    text, status = str(error), r"4(?!08|25|29)\d\d"
+    refused = re.search(rf"An error occurred \((?!{BUSY})|error code {status}|\b{status} Client Error", text)
+    return isinstance(error, ImportError) or CREDENTIALS in text or bool(refused)
 
 
 @contextlib.contextmanager

@@ -22,9 +22,9 @@ DAMAGED = (AttributeError, LookupError, TypeError, ValueError)  # what a record 
 
 
 def is_final(error: Exception) -> bool:
-    """Whether trying again is of no use: the server knows who asks and refuses, or the run cannot be published."""
-    forbidden = isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403)
-    return forbidden or (isinstance(error, (*DAMAGED, RunError)) and not isinstance(error, (files.Locked, NoAnswer)))
+    """Whether trying again is of no use: the server refuses, something is missing here, or the run is damaged."""
+    ours = isinstance(error, (*DAMAGED, RunError)) and not isinstance(error, (files.Locked, NoAnswer))
+    return ours or stores.is_refusal(error)
 
 
 def said(error: Exception, where: str = "") -> str:

@@ -6,6 +6,7 @@ and repeated at will: what the server has already is looked up, or is such that 
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -279,7 +280,20 @@ class Publication:
     def _upload(self, name: str) -> None:
         """A file, or the files of a folder."""
         for path, folder in self.files(name):
-            self.client.log_artifact(self.held.run_id, str(path), folder)
+            try:
+                self.client.log_artifact(self.held.run_id, str(path), folder)
+            except OSError as error:
+                raise self._why_no_folder(error) from None
+
+    def _why_no_folder(self, error: OSError) -> Exception:
+        """What to say of artifacts that a server keeps in a folder which is not to be had here."""
+        if not self.uri.startswith("http") or error.errno in (None, errno.ENOSPC, errno.EDQUOT):
+            return error
+        folder = self.client.get_run(self.held.run_id).info.artifact_uri
+        return RunError(
+            f"{self.key}: keeps artifacts in {folder}, which cannot be written here ({error.strerror}); share that "
+            "folder, or start the server with --serve-artifacts and use a new experiment"
+        )
 
     def files(self, name: str) -> list[tuple[Path, str | None]]:
         """The files of an artifact, and the folder that they belong to on the server."""

@@ -15,7 +15,7 @@ from click.shell_completion import ShellComplete
 from conftest import make_arrays, poolnet
 
 from poolnet import glyphs, journal
-from poolnet.cli import cli, main
+from poolnet.cli import _without_home, cli, main
 from poolnet.config import InputError, TrainConfig, coded, home, marked, pasted, say
 from poolnet.data import locate, open_splits
 
@@ -347,6 +347,22 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(capsys, tmp
             assert "disk full" not in err
             assert "nowhere" not in err
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".part") == []
+
+
+@pytest.mark.parametrize("found", ["none", "protected", "writable"])
+def test_users_without_a_folder_of_their_own_have_one(monkeypatch, tmp_path, found):
+    """As in a container that is started under a number. (MLflow asks for the folder, matplotlib writes there.)"""
+    monkeypatch.setenv("POOLNET_HOME", str(tmp_path / "state"))
+    if found == "none":
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(Path, "home", lambda: Path("~nobody of that name").expanduser())
+    else:
+        monkeypatch.setattr(Path, "home", lambda: tmp_path if found == "writable" else tmp_path / "not there")
+    state = {
+        "none": {"HOME": str(tmp_path / "state")},
+        "protected": {"MPLCONFIGDIR": str(tmp_path / "state/matplotlib")},
+    }
+    assert _without_home() == state.get(found, {})
 
 
 def test_help_imports_nothing_heavy():

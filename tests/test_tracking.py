@@ -1,6 +1,8 @@
 """What a run leaves in a real store: once in SQLite, once on a real server."""
 
+import contextlib
 import dataclasses
+import importlib
 import os
 import re
 import secrets
@@ -15,9 +17,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import inside, keep_exports, make_arrays, poolnet, world
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from PIL import Image
 
-from poolnet import features, figures, job, journal, linear, provenance, publisher, stores, sync
+from poolnet import features, figures, follow, job, journal, linear, provenance, publisher, stores, sync
 from poolnet.config import InputError, TrainConfig
 from poolnet.data import open_splits
 from poolnet.tracking import Publication
@@ -378,6 +382,78 @@ def test_an_experiment_whose_name_cannot_be_asked_is_not_taken_for_the_default_o
     assert "set MLFLOW_EXPERIMENT_NAME, then: poolnet sync" in row.did
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "spring")
     assert sync.sync(run.name, to=f"sqlite:///{tmp_path / 'team.db'}").did == "published"
+
+
+def followed(run):
+    """Published by the process beside a training, which would wait for an hour. Exit code and what is said."""
+    said = []
+    return follow.follow([run.name], 3600, said.append, lambda: None), said
+
+
+@pytest.mark.parametrize(
+    ("root", "module", "package"),
+    [
+        ("s3://bucket/x", "boto3", "boto3"),
+        ("gs://bucket/x", "google.cloud.storage", "google-cloud-storage"),
+        ("wasbs://c@account.blob.core.windows.net/x", "azure", "azure-storage-blob azure-identity"),
+    ],
+)
+def test_a_package_that_the_artifacts_need_is_named_and_not_waited_for(monkeypatch, root, module, package):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(module)
+        pytest.skip(f"{module} is installed here, and would ask a real server")
+    mlflow.MlflowClient().create_experiment("far", artifact_location=root)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "far")
+    code, (said,) = followed(journaled())
+    assert code == 3
+    assert said.endswith(f"mlflow.db: {package} is not installed here; pip install {package}")
+
+
+def test_a_deleted_experiment_is_not_waited_for(monkeypatch):
+    client = mlflow.MlflowClient()
+    number = client.create_experiment("gone")
+    client.delete_experiment(number)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "gone")
+    run = journaled()
+    code, (said,) = followed(run)
+    assert (code, said) == (3, f"experiment {number} was deleted; restore it with: mlflow experiments restore "
+                               f"--experiment-id {number}")  # fmt: skip
+    client.restore_experiment(number)
+    assert followed(run) == (0, [])
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder here that even root cannot write")
+def test_artifacts_in_a_folder_of_the_servers_machine_are_not_waited_for(monkeypatch, server):
+    mlflow.MlflowClient(server).create_experiment("theirs", artifact_location="/proc/theirs")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "theirs")
+    code, (said,) = followed(journaled())
+    assert code == 3
+    assert re.match(
+        rf"{server}: keeps artifacts in /proc/theirs/\S+, which cannot be written here \(.*--serve-art", said
+    )
+
+
+REFUSED = (
+    MlflowException("bad", INVALID_PARAMETER_VALUE),
+    MlflowException("API request to endpoint /x failed with error code 413 != 200. Response body: ''"),
+    OSError("403 Client Error: Forbidden for url: http://s/x"),
+    ValueError("Failed to upload: An error occurred (NoSuchBucket) when calling the PutObject operation"),
+    RuntimeError("Unable to locate credentials"),
+)
+MENDED = (
+    MlflowException("no time", INTERNAL_ERROR),
+    MlflowException("API request to endpoint /x failed with error code 503 != 200. Response body: ''"),
+    MlflowException("API request to endpoint /x failed with error code 429 != 200. Response body: ''"),
+    OSError("502 Server Error: Bad Gateway for url: http://s/x"),
+    OSError("An error occurred (SlowDown) when calling the PutObject operation"),
+    ConnectionError("Connection refused"),
+)
+
+
+@pytest.mark.parametrize(("error", "final"), [*((e, True) for e in REFUSED), *((e, False) for e in MENDED)], ids=str)
+def test_what_time_cannot_mend_is_told_from_what_it_can(error, final):
+    assert stores.is_refusal(error) == final
 
 
 def test_uncommitted_changes_are_kept_with_the_run(tmp_path, monkeypatch):
