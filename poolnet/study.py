@@ -83,7 +83,9 @@ def _read_text(path: Path) -> str:
         if path.stat().st_size > SIZE:
             raise InputError(f"{path}: found {path.stat().st_size:,} bytes, {expected}")
         return path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows' editor makes
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: cannot be read, since it is not in UTF-8; save it as such") from None
+    except OSError as error:
         raise InputError(f"{path}: cannot be read ({error}); {expected}") from None
 
 

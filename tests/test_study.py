@@ -114,12 +114,14 @@ def test_what_is_no_file_of_a_studys_size_is_refused(tmp_path):
     large = tmp_path / "large.toml"
     with large.open("wb") as file:
         file.truncate(2**30)
-    (tmp_path / "words.toml").write_bytes(WHOLE.encode("utf-16"))
+    (tmp_path / "words.toml").write_bytes(WHOLE.encode("utf-16"))  # as PowerShell's > writes
+    (tmp_path / "western.toml").write_bytes(WHOLE.replace("Which", "W\xe4lche").encode("latin-1"))
     cases = {
         "no.toml": "found no file",
         ".": "found no file",
         "large.toml": "1,073,741,824 bytes",
-        "words.toml": "utf-8",
+        "words.toml": "words.toml: cannot be read, since it is not in UTF-8; save it as such",
+        "western.toml": "western.toml: cannot be read, since it is not in UTF-8; save it as such",
     }
     if sys.platform != "win32":
         os.mkfifo(tmp_path / "pipe.toml")
