@@ -38,6 +38,7 @@ from poolnet.publisher import Held, published
 RANDOM_NAME = re.compile(r"[a-z]+-[a-z]+-\d{1,4}")  # what MLflow calls a run that nobody named
 FILES = ("record.json", "git.diff", "predictions", "figures")
 DEFAULT = "0"  # the id of MLflow's experiment `Default`, on each server
+NO_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 BATCH = 100  # records in one request, of which MLflow takes 1,000 metrics
 
 
@@ -283,17 +284,19 @@ class Publication:
             try:
                 self.client.log_artifact(self.held.run_id, str(path), folder)
             except OSError as error:
-                raise self._why_no_folder(error) from None
+                if path.exists() and error.errno in NO_FOLDER and self.uri.startswith("http"):
+                    self._refuse_folder(error)
+                raise
 
-    def _why_no_folder(self, error: OSError) -> Exception:
-        """What to say of artifacts that a server keeps in a folder which is not to be had here."""
-        if not self.uri.startswith("http") or error.errno in (None, errno.ENOSPC, errno.EDQUOT):
-            return error
+    def _refuse_folder(self, error: OSError) -> None:
+        """Say so if the server keeps its artifacts in a folder, which is not to be had here."""
         folder = self.client.get_run(self.held.run_id).info.artifact_uri
-        return RunError(
+        if "://" in folder and not folder.startswith("file:"):
+            return
+        raise RunError(
             f"{self.key}: keeps artifacts in {folder}, which cannot be written here ({error.strerror}); share that "
             "folder, or start the server with --serve-artifacts and use a new experiment"
-        )
+        ) from None
 
     def files(self, name: str) -> list[tuple[Path, str | None]]:
         """The files of an artifact, and the folder that they belong to on the server."""
