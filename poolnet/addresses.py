@@ -183,6 +183,8 @@ def _why_not_writable(path: Path) -> str | None:
         if path.exists() and not path.is_file():
             return "which is a folder or a device, expected a file, as in sqlite:///mlflow.db"
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not all(os.access(place, os.W_OK) for place in (path.parent, path) if place.exists()):
+            return "which this user may not write, expected another"
         return None
     except (OSError, ValueError) as error:
         return f"whose folder cannot be made ({getattr(error, 'strerror', None) or error}), expected another"

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import os
 import shlex
 import shutil
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, inside, keep_exports, poolnet, world
@@ -119,6 +121,19 @@ def test_an_address_that_can_never_work_is_refused_before_anything_is_done(uri, 
         assert out == ""
         assert "secret" not in err
     assert journal.names() == []
+
+
+def test_a_store_in_a_folder_that_may_not_be_written_is_refused_before_training(tmp_path, capsys, letters, monkeypatch):
+    protected = tmp_path / "protected"
+    protected.mkdir(mode=0o555)
+    places = [place for place in (protected, Path("/proc/1")) if place.exists() and not os.access(place, os.W_OK)]
+    if not places:
+        pytest.skip("this user may write everywhere")
+    place = places[0]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/m.db")
+    code, out, err = command(capsys, "train", "--data", letters)
+    assert_refused(code, err, f"found 'sqlite:///{place}/m.db', which this user may not write")
+    assert (out, journal.names()) == ("", [])
 
 
 def test_a_server_that_is_down_is_said_before_training(letters):
