@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from poolnet import npz
-from poolnet.config import InputError, RunError, expanded, home, printable
+from poolnet.config import InputError, RunError, expanded, home
 from poolnet.files import Locked, locked
 
 LETTERS = "ABCDEFGHIJ"
@@ -56,7 +56,7 @@ class Splits:
 
     @property
     def name(self) -> str:
-        return printable(self.path.stem)
+        return self.path.stem
 
     @property
     def sha256(self) -> str:
