@@ -431,8 +431,8 @@ def test_a_decompression_bomb_is_refused(monkeypatch):
 
 def test_a_folder_or_nothing_in_place_of_a_file():
     Path("folder").mkdir()
-    for name in ("folder", "absent.png"):
-        with pytest.raises(InputError, match=rf"^{name}: found .*, expected a PNG"):
+    for name, kind in (("folder", "found a folder"), ("absent.png", "no such file")):
+        with pytest.raises(InputError, match=rf"^{name}: {kind}, expected a PNG"):
             predict.read(Path(name))
 
 
