@@ -123,7 +123,7 @@ def open_splits(
         scale = _Scale(members)
         splits = {}
         for name in reversed(SPLITS):  # test first: its images are to be known when train passes by
-            splits[name] = _read_split(name, members[name], labels[name], name in keep, [watch, overlap.see, scale.see])
+            splits[name] = _read_split(name, members[name], labels[name], name in keep, [scale.see, watch, overlap.see])
     scale.check()
     return Splits(path, **splits, overlap=overlap.count())
 
@@ -197,14 +197,13 @@ def _read_labels(member: npz.Member) -> np.ndarray:
 
 
 def _read_split(name: str, member: npz.Member, y: np.ndarray, keep: bool, watchers: list[Watch]) -> Split:
-    """One pass over every pixel: range, digest, and what the watchers make of it."""
+    """One pass over every pixel: digest, and what the watchers make of it."""
     size, little = len(y), member.dtype.newbyteorder("<")
     sha = hashlib.sha256(f"{little.str} {size}x{SIDE}x{SIDE}\n".encode())
     X = _room(member, size) if keep else None
     start = 0
     for window in member.windows():
         window = window.reshape(-1, SIDE, SIDE)
-        _check_range(member, window)
         sha.update(np.ascontiguousarray(window, little))
         for watch in watchers:
             watch(name, size, start, window)
@@ -245,45 +244,52 @@ class _Overlap:
 
 
 class _Scale:
-    """Judges whether the splits have one scale, from black to white, and a plausible one.
+    """Judges the scale of the pixels, over all splits together.
 
-    What is usual: 0..1 (uint8 is divided by 255), -0.5..0.5, -1..1, or a mean of 0 and a deviation of 1. Letters may
-    be thin or faint in one split, so what lies inside of the range of 0..1 may be narrow.
+    What is usual from black to white: 0..1 (uint8 is divided by 255), -0.5..0.5, -1..1, or a mean of 0 and a deviation
+    of 1. Letters may be thin or faint in one split, so what lies inside of 0..1 may be narrow.
     """
 
     def __init__(self, members: dict[str, npz.Member]):
         self.members = members
-        self.ends: dict[str, list] = {name: [] for name in members}  # of each window, as stored
+        self.ends: dict[str, list] = {name: [] for name in members}  # darkest and brightest of each window, as stored
         self.samples: dict[str, list[np.ndarray]] = {name: [] for name in members}  # as a model takes them
 
     def see(self, name: str, size: int, start: int, window: np.ndarray) -> None:
-        self.ends[name] += [window.min(), window.max()]
+        low, high = window.min(), window.max()  # a NaN anywhere becomes both
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise self._refused(name, "NaN or infinity, expected finite pixels")
+        if window.dtype != np.uint8 and max(-low, high) > FLOAT_LIMIT:
+            expected = f"{-FLOAT_LIMIT:g}..{FLOAT_LIMIT:g}; divide them by 255 or store them as uint8"
+            raise self._refused(name, f"{window.dtype} pixels from {low:g} to {high:g}, expected {expected}")
+        self.ends[name] += [low, high]
         step = -(-size // SAMPLE)
         self.samples[name].append(as_images(window[-start % step :: step]))
 
     def check(self) -> None:
+        """When all is seen."""
         white = {name: 255 if member.dtype == np.uint8 else 1 for name, member in self.members.items()}
         if all(max(self.ends[name]) - min(self.ends[name]) < NARROW * white[name] for name in self.members):
             cure = "multiply them by 255" if white["train"] > 1 else "they may have been divided by 255 twice"
             expected = "0..255" if white["train"] > 1 else "such as 0..1"
-            raise self._refused("train", f", expected {expected}; {cure}")
+            raise self._refused("train", f"{self._range('train')}, expected {expected}; {cure}")
         samples = {name: np.concatenate(parts) for name, parts in self.samples.items()}
         for one, other in itertools.combinations(samples, 2):
             if _differ(samples[one], samples[other]):
-                found = f", and {self._found(one)} in X_{one}, expected one scale in all three; store them all as uint8"
-                raise self._refused(other, found)
+                both = f"{self._range(other)}, and {self._range(one)} in X_{one}"
+                raise self._refused(other, f"{both}, expected one scale in all three; store them all as uint8")
 
-    def _found(self, name: str) -> str:
+    def _range(self, name: str) -> str:
         return f"{self.members[name].dtype} pixels from {min(self.ends[name]):g} to {max(self.ends[name]):g}"
 
-    def _refused(self, name: str, more: str) -> InputError:
-        return InputError(f"{self.members[name].path}: X_{name}: found {self._found(name)}{more}")
+    def _refused(self, name: str, pixels: str) -> InputError:
+        return InputError(f"{self.members[name].path}: X_{name}: found {pixels}")
 
 
 def _differ(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two samples of images are in different scales."""
-    (low, high), (other_low, other_high) = ends = [np.quantile(images, [0.01, 0.99]) for images in (one, other)]
-    signed = [bottom < -0.2 for bottom, _ in ends]
+    (low, high), (other_low, other_high) = [np.quantile(images, [0.01, 0.99]) for images in (one, other)]
+    signed = [low < -0.2, other_low < -0.2]
     if signed[0] != signed[1] and len((one, other)[signed.index(False)]) >= ENOUGH:
         return True
     if min(len(one), len(other)) < ENOUGH:
@@ -292,19 +298,6 @@ def _differ(one: np.ndarray, other: np.ndarray) -> bool:
         apart = max(abs(low - other_low), abs(high - other_high))
         return bool(apart > 0.24 * max(high - low, other_high - other_low))
     return bool(max(high, other_high) > 1.5 * max(1, min(high, other_high)) or min(high, other_high) < 0.02)
-
-
-def _check_range(member: npz.Member, window: np.ndarray) -> None:
-    if window.dtype == np.uint8:
-        return
-    low, high = window.min(), window.max()  # a NaN anywhere becomes both
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise InputError(f"{member.path}: {member.key}: found NaN or infinity, expected finite pixels")
-    if max(-low, high) > FLOAT_LIMIT:
-        raise InputError(
-            f"{member.path}: {member.key}: found {window.dtype} pixels from {low:g} to {high:g}, expected "
-            f"{-FLOAT_LIMIT:g}..{FLOAT_LIMIT:g}; divide them by 255 or store them as uint8"
-        )
 
 
 def as_images(x: np.ndarray) -> np.ndarray:
