@@ -27,7 +27,10 @@ PROBE_SECONDS = 2  # that a training waits to hear whether there is a server
 
 
 def own() -> str:
-    """The address that this process is told to use, complete. `InputError` where a setting of MLflow's is no text."""
+    """The address that this process is told to use, complete.
+
+    Raises `InputError` where a setting of MLflow's is not UTF-8.
+    """
     for name, value in os.environ.items():
         if name.startswith("MLFLOW_") and value != value.encode(errors="replace").decode():
             raise InputError(f"{name}: found {value!r}, which is not UTF-8, as tracking servers store it")

@@ -4,7 +4,6 @@ Modules that import torch or mlflow are imported inside the commands, so that `p
 """
 
 import dataclasses
-import errno
 import os
 import sys
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from poolnet.config import (
     to_json,
     warn,
 )
-from poolnet.files import writable
+from poolnet.files import FULL, writable
 
 SETTINGS = {  # of MLflow, in our own processes, where the user has not decided otherwise
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -361,7 +360,10 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _without_home() -> dict[str, str]:
-    """Settings for a user who has no folder of his own, or may not write there, as in containers."""
+    """Settings for a user without a folder of their own.
+
+    As in containers, where there is none, or one that may not be written.
+    """
     place = expanded(Path(os.environ.get("POOLNET_HOME") or ".poolnet")).absolute()
     try:
         folder = Path.home()
@@ -383,7 +385,7 @@ def _run(args: list[str] | None) -> int:
     except RunError as error:
         return failed(error, 1)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename
+        full = error.errno in FULL and not error.filename
         places = "; files go to POOLNET_HOME, the temporary folder and the tracking store" if full else ""
         return failed(f"{error}{places}", 1)
     except MemoryError:

@@ -201,8 +201,9 @@ def predict(
     elif found:
         say(predict.table(found))
     for error in unreadable:
-        failed(error, 2)
-    context.exit(0 if not unreadable else 1 if found else 2)
+        failed(error, 1)
+    if unreadable:
+        context.exit(1 if found else 2)
 
 
 @click.command()

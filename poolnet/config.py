@@ -13,7 +13,7 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,16 +132,16 @@ def progress(*args, **options):
 
 
 def warn(message: str) -> None:
-    _say("warning", message)
+    _complain("warning", message)
 
 
 def failed(error: object, code: int) -> int:
     """Say what went wrong, in one line. Returns the exit code."""
-    _say("error", error)
+    _complain("error", error)
     return code
 
 
-def _say(kind: str, text: object) -> None:
+def _complain(kind: str, text: object) -> None:
     say(f"poolnet: {kind}: {' '.join(str(text).split())}", err=True)
 
 
@@ -191,9 +191,9 @@ def coded(text: str) -> str:
     return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
 
 
-def piped(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table in Markdown, of cells in Markdown."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+def piped(rows: Sequence[Sequence[str]], cell: Callable[[str], str] = marked) -> list[str]:
+    """The lines of a table in Markdown, each cell by `cell`: of plain text, unless that says otherwise."""
+    lines = [f"| {' | '.join(map(cell, row))} |" for row in rows]
     return [lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]]
 
 

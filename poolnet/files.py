@@ -1,6 +1,7 @@
 """Files that are replaced whole, JSON that carries its checksum, and locks that say who holds them."""
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -17,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from poolnet.config import InputError, RunError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what a user may have of it
 LOCK_SECONDS = 5  # that a command waits for another one, before it says who that is
 
 
@@ -56,8 +58,8 @@ def regular(path: Path, wanted: str) -> None:
     try:
         found = _kind(path)
     except FileNotFoundError:
-        found = "a link that leads nowhere" if path.is_symlink() else "no such file"
-        raise InputError(f"{path}: {found}, expected {wanted}") from None
+        what = "a link that leads nowhere" if path.is_symlink() else "no such file"
+        raise InputError(f"{path}: {what}, expected {wanted}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}), expected {wanted}") from None
     if found:
@@ -65,10 +67,10 @@ def regular(path: Path, wanted: str) -> None:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """What lies below a folder and is none, in order; hidden names are left out.
+    """The files below a folder, by name.
 
-    Links are followed, each folder once by each name, so that one which leads back ends. Links that lead nowhere are
-    given as they are.
+    Hidden names are left out. Links are followed, each folder once by each name, so that one which leads back ends;
+    those that lead nowhere are given as they are.
     """
     ahead, seen = [folder], set()
     while ahead:
@@ -99,7 +101,8 @@ def writable(path: Path) -> Path:
         if path.exists() and not os.access(path, os.W_OK):
             raise InputError(f"{path}: found a file that may not be written; remove it, or choose another name")
     except OSError as error:
-        raise InputError(f"{path}: cannot be written, since {folder} takes no file ({error.strerror})") from None
+        kind = RunError if error.errno in FULL else InputError
+        raise kind(f"{path}: cannot be written, since {folder} takes no file ({error.strerror})") from None
     return path
 
 

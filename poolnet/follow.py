@@ -46,7 +46,7 @@ def follow(lines: Iterable[str], drain_timeout: float, say: Say, answer: Callabl
             closed, progress = True, time.monotonic()
         elif line == ASK:
             if not addresses.own().startswith("http"):
-                importlib.import_module("mlflow.store.tracking.sqlalchemy_store")  # so long that nothing can be asked
+                importlib.import_module("mlflow.store.tracking.sqlalchemy_store")  # a second or two
             answer()
             if refusal := _refusal(os.environ["MLFLOW_RUN_ID"]):
                 say(refusal)

@@ -1,4 +1,4 @@
-"""Pictures in files: found below folders, and decoded to RGB, whatever their format and range."""
+"""Pictures in files: found below folders, and decoded to RGB."""
 
 import struct
 import warnings
@@ -24,19 +24,19 @@ def find(paths: Iterable[Path]) -> list[Path]:
 
     They are known by their suffix. Raises `InputError` for a folder that has none, and for a name that does not exist.
     """
-    found: list[Path] = []
+    images: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            images = [file for file in walk(path) if file.suffix.lower() in SUFFIXES]
-            if not images:
+            below = [file for file in walk(path) if file.suffix.lower() in SUFFIXES]
+            if not below:
                 raise InputError(f"{path}: found no image in this folder, expected files {' '.join(SUFFIXES)}")
-            found += images
+            images += below
         elif path.is_file():
-            found.append(path)
+            images.append(path)
         else:
-            found_what = "no regular file" if path.exists() else "no such file or folder"
-            raise InputError(f"{path}: {found_what}, expected an image or a folder of images")
-    return found
+            what = "no regular file" if path.exists() else "no such file or folder"
+            raise InputError(f"{path}: {what}, expected an image or a folder of images")
+    return images
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -50,14 +50,14 @@ def pixels(path: Path) -> np.ndarray:
             with Image.open(path, formats=FORMATS) as image:
                 return _rgb(image)
     except BOMBS:
-        found = f"an image of more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+        content = f"an image of more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     except UnidentifiedImageError:
-        found = "something else" if path.stat().st_size else "an empty file"
+        content = "something else" if path.stat().st_size else "an empty file"
     except BROKEN as error:
         if reason := getattr(error, "strerror", None):  # not of what is in the file
             raise InputError(f"{path}: cannot be read ({reason}), expected {expected}") from None
-        found = " ".join(f"a damaged file ({error})".split())
-    raise InputError(f"{path}: found {found}, expected {expected}")
+        content = " ".join(f"a damaged file ({error})".split())
+    raise InputError(f"{path}: found {content}, expected {expected}")
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

@@ -23,13 +23,12 @@ from typing import BinaryIO
 import numpy as np
 
 from poolnet.config import InputError, RunError
-from poolnet.files import regular, replacing
+from poolnet.files import FULL, regular, replacing
 
 ROWS = 8192  # rows read at a time
 HEADER = 10_010  # bytes at most: numpy refuses more than 10,000 signs, but would read them first
 GARBLED = (ValueError, KeyError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError)  # a header
 QUIET = partial(warnings.catch_warnings, action="ignore")  # at Python 2's numbers, and odd signs in a header
-FULL = (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # numpy's own errors have no number
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,8 @@ def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     try:
         with replacing(path) as part, part.open("wb") as file:
             np.savez(file, **arrays)
-    except OSError as error:  # numpy's own names no file
-        cure = "; is the disk full?" if error.errno in FULL else ""
+    except OSError as error:  # numpy's own names no file and has no number
+        cure = "; is the disk full?" if error.errno in (None, errno.EFBIG, *FULL) else ""
         raise RunError(f"{path}: cannot be written ({error.strerror or error}){cure}") from error
 
 

@@ -176,8 +176,8 @@ def markdown(c: Comparison) -> str:
     runs = [
         f"[{run.name}](#/experiments/{run.experiment_id}/runs/{run.run_id})" for arm in (c.a, c.b) for run in arm.runs
     ]
-    arms, effects = (piped([list(map(marked, row)) for row in rows(c)]) for rows in (_arms, _effects))
-    lines = [f"**{marked(c.sentence)}**", "", marked(c.question), "", *arms, "", *effects, ""]
+    lines = [f"**{marked(c.sentence)}**", "", marked(c.question), ""]
+    lines += [*piped(_arms(c)), "", *piped(_effects(c)), ""]
     lines += [f"- {marked(line)}" for line in (*_tests(c), *_design(c), *c.caveats)]
     return "\n".join([*lines, "", "The whole of it, with figures, is the artifact `report.html`.", "", ", ".join(runs)])
 

@@ -179,8 +179,8 @@ def table(card: Scorecard) -> str:
 
 def markdown(card: Scorecard) -> str:
     """The description of the run in MLflow."""
-    summary, classes = (piped([list(map(marked, row)) for row in rows(card)]) for rows in (_summary, _classes))
-    lines = [f"**{marked(_title(card))}**", "", marked(card.agreement), "", *summary, "", *classes, ""]
+    lines = [f"**{marked(_title(card))}**", "", marked(card.agreement), ""]
+    lines += [*piped(_summary(card)), "", *piped(_classes(card)), ""]
     lines += [
         f"- Model: {coded(card.model.uri)}",
         f"- Data: {coded(card.splits.name)}, SHA-256 `{card.splits.sha256}`",

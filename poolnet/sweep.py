@@ -348,12 +348,12 @@ def _note(sweep: Sweep, experiment_id: str) -> str:
         f"{len(sweep.results) - len(sweep.missing)} of {len(sweep.results)} runs are finished, on "
         f"{coded(sweep.path.stem)}, SHA-256 `{sweep.data_sha256}`.",
         "",
-        *piped([list(map(marked, row)) for row in spreads]),
+        *piped(spreads),
         "",
         "Mean and standard deviation over seeds. What they say: "
         + coded(pasted("poolnet", "compare", "--study", study.path.as_posix(), "--data", study.data)),
         "",
-        *piped(runs),
+        *piped(runs, cell=str),
     ]
     return "\n".join(lines)
 

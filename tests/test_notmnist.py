@@ -241,11 +241,10 @@ def on_transparent(X, mode):
             colour = 0 if mode.startswith("black") else 255
             layers = [np.full_like(image, colour)] * (1 if mode.endswith("LA") else 3)
             buffer = io.BytesIO()
-            Image.fromarray(np.dstack([*layers, image]), "LA" if mode.endswith("LA") else "RGBA").save(buffer, "PNG")
+            Image.fromarray(np.dstack([*layers, image])).save(buffer, "PNG")
         yield buffer.getvalue()
 
 
-@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
 @pytest.mark.parametrize("mode", ["black LA", "black RGBA", "white LA", "white RGBA", "keyed", "palette"])
 def test_transparent_letters_are_laid_on_a_ground(tmp_path, mode):
     X = pictures(600) // 128 * 255
