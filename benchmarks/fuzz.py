@@ -414,7 +414,7 @@ def archive(rng: random.Random) -> tuple[str, bytes]:
     numbers = np.random.default_rng(rng.randrange(2**32))
     kind = rng.choice((np.uint8, np.float32, np.float64, ">f4"))
     for name, size in (("train", 30), ("val", 20), ("test", 10)):
-        X = numbers.integers(0, 2, (size, 28, 28)).astype(kind)
+        X = (numbers.integers(0, 2, (size, 28, 28)) * (255 if kind is np.uint8 else 1)).astype(kind)
         arrays[f"X_{name}"] = np.asfortranarray(X) if rng.random() < 0.2 else X if rng.random() < 0.5 else X[:, None]
         arrays[f"y_{name}"] = numbers.integers(0, 10, size).astype(rng.choice(("i8", "u1", ">i4")))
     fate, buffer = rng.choice(("whole", "damaged", "array", "header")), io.BytesIO()
