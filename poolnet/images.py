@@ -1,4 +1,4 @@
-"""Pictures in files: found below folders, and decoded to RGB."""
+"""Pictures in files: found below folders, and decoded."""
 
 import struct
 import warnings
@@ -40,7 +40,10 @@ def find(paths: Iterable[Path]) -> list[Path]:
 
 
 def pixels(path: Path) -> np.ndarray:
-    """The first picture of a file, upright and at most `WORK` wide and high: uint8 (height, width, 3)."""
+    """The first picture of a file, upright and at most `WORK` wide and high.
+
+    uint8 (height, width, 1) where it is grey, else (height, width, 3).
+    """
     expected = f"a {', '.join(FORMATS)} image"
     regular(path, expected)
     try:
@@ -48,7 +51,7 @@ def pixels(path: Path) -> np.ndarray:
             warnings.simplefilter("ignore")  # of metadata; pixels that cannot be read are errors
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # from 89 million pixels
             with Image.open(path, formats=FORMATS) as image:
-                return _rgb(image)
+                return _decoded(image)
     except BOMBS:
         content = f"an image of more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     except UnidentifiedImageError:
@@ -60,7 +63,7 @@ def pixels(path: Path) -> np.ndarray:
     raise InputError(f"{path}: found {content}, expected {expected}")
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def _decoded(image: Image.Image) -> np.ndarray:
     if 0 in image.size:
         raise ValueError("no pixels")
     image.draft(image.mode, (WORK, WORK))  # JPEG only: decodes a large photo at a half to an eighth of its size
@@ -69,9 +72,11 @@ def _rgb(image: Image.Image) -> np.ndarray:
         image = _eight_bits(image)
     if image.mode in ("L", "RGB", "RGBA", "CMYK"):  # before anything is converted, which takes memory
         image.thumbnail((WORK, WORK))
-    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.mode != "L" or image.has_transparency_data:
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     image.thumbnail((WORK, WORK))
-    return opaque(np.asarray(image, np.float32)) if image.mode == "RGBA" else np.asarray(image)
+    colours = opaque(np.asarray(image, np.float32)) if image.mode == "RGBA" else np.atleast_3d(np.asarray(image))
+    return colours[:, :, :1] if (colours == colours[:, :, :1]).all() else colours
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

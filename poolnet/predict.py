@@ -10,6 +10,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import reduce
 from itertools import islice
 from pathlib import Path
 from typing import NoReturn
@@ -59,18 +60,19 @@ def read(path: Path, invert: bool | None = None) -> tuple[np.ndarray, bool]:
 
     `invert` says so where it is known. Raises `InputError` for what is not an image, or blank.
     """
-    rgb = images.pixels(path)
-    own_form = rgb.shape == (SIDE, SIDE, 3) and (rgb == rgb[:, :, :1]).all()
-    if (rgb == rgb[0, 0]).all() and not (own_form and rgb.min() >= 128):  # 254 of notMNIST's I are a white square
+    picture = images.pixels(path)
+    own_form = picture.shape == (SIDE, SIDE, 1)
+    if (picture == picture[0, 0]).all() and not (own_form and picture.min() >= 128):
+        # of notMNIST's I 254 are a white square
         raise InputError(f"{path}: found a blank image, all of one colour, expected a letter")
-    sheet = _sheet(rgb)
-    if own_form and sheet is rgb and (kept := _kept(rgb[:, :, 0], invert)):
+    sheet = _sheet(picture)
+    if own_form and sheet is picture and (kept := _kept(picture[:, :, 0], invert)):
         return kept
     try:
         ink, dark = _ink(sheet, invert, path)
     except InputError:
         if own_form:  # 10 of 18,230 real letters are in pieces
-            return (255 - rgb[:, :, 0] if invert else rgb[:, :, 0]), bool(invert)
+            return (255 - picture if invert else picture)[:, :, 0], bool(invert)
         raise
     return _framed(ink), dark
 
@@ -139,48 +141,51 @@ def _is_dark_on_bright(grey: np.ndarray) -> bool:
     return bool(sizes[touching].sum() < LARGE * sizes[~touching].max(initial=0))
 
 
-def _sheet(rgb: np.ndarray) -> np.ndarray:
+def _sheet(picture: np.ndarray) -> np.ndarray:
     """The picture without what lies around the letter's sheet.
 
     Such as a frame, the lid of a scanner, a table. A sheet is a rectangle of the most frequent colour with something
     on it, in a picture whose edge has another colour. What is on it has a third colour, or what is around it is narrow:
     a bold B has a rectangle's form and holes too.
     """
-    step = max(1, max(rgb.shape) // 100)
-    few = rgb[::step, ::step].reshape(-1, 3)
-    red, green, blue = (few >> 5).T.astype(np.int32)
-    codes = 64 * red + 8 * green + blue
-    paper, around = _median(few[codes == np.bincount(codes).argmax()]), _median(_edge(rgb))
+    step = max(1, max(picture.shape) // 100)
+    few = picture[::step, ::step].reshape(-1, picture.shape[2])
+    codes = np.zeros(len(few), np.int32)
+    for channel in few.T:
+        codes = 8 * codes + (channel >> 5)
+    paper, around = _median(few[codes == np.bincount(codes).argmax()]), _median(_edge(picture))
     if np.abs(paper - around).max() < 2 * FAINTEST:
-        return rgb
-    near = _far(rgb, paper) < _far(rgb, around)
+        return picture
+    near = _far(picture, paper) < _far(picture, around)
     labels, sizes = _masses(near)
     main = sizes.argmax()
     if not main:
-        return rgb
+        return picture
     box = ndimage.find_objects(labels, main)[main - 1]
+    if labels[box].size < 0.2 * near.size:
+        return picture
     whole = ndimage.binary_fill_holes(labels[box] == main)
     content = whole & (labels[box] != main)
-    if not content.any() or whole.mean() < RECTANGLE or whole.size < 0.2 * near.size:
-        return rgb
-    third = np.abs(_median(rgb[box][content]) - around).max() > 2 * FAINTEST
-    return rgb[box][1:-1, 1:-1] if third or whole.size > 0.7 * near.size else rgb
+    if not content.any() or whole.mean() < RECTANGLE:
+        return picture
+    third = np.abs(_median(picture[box][content]) - around).max() > 2 * FAINTEST
+    return picture[box][1:-1, 1:-1] if third or whole.size > 0.7 * near.size else picture
 
 
-def _ink(rgb: np.ndarray, invert: bool | None, path: Path) -> tuple[np.ndarray, bool]:
+def _ink(picture: np.ndarray, invert: bool | None, path: Path) -> tuple[np.ndarray, bool]:
     """The letter's ink, (height, width) in 0..1, and whether it is dark.
 
     Ink is distance from the ground's colour. That is the median of the edge, unless the corners are mostly of the other
     one, as when a bold letter fills the picture, or `invert` says so. The rule is right for 15,246 of 18,230 real
     letters, the edge alone for 14,556.
     """
-    ground = _median(_edge(rgb))
-    distance = _far(rgb, ground)
+    ground = _median(_edge(picture))
+    distance = _far(picture, ground)
     contrast = _contrast(distance)
     if contrast < FAINTEST:
         raise InputError(f"{path}: found a blank image, a contrast of {contrast:.0f} of 255, expected a letter")
     ink = np.minimum(distance / contrast, 1)
-    dark = bool(ground @ LUMA > _median(rgb[ink > 0.5]) @ LUMA)
+    dark = bool(_luma(ground) > _luma(_median(picture[ink > 0.5])))
     corners = _resized(ink, SIDE, SIDE, Image.Resampling.BOX)[[0, 0, -1, -1], [0, -1, 0, -1]]
     if ink.min() > EDGE:  # the median lies between two halves of the edge, and is no colour of the image
         raise InputError(f"{path}: found no ground around the letter, expected a letter on one colour")
@@ -270,10 +275,14 @@ def _median(values: np.ndarray) -> np.ndarray:
     return (parts[..., 0] + parts[..., 1]) / 2
 
 
-def _far(rgb: np.ndarray, colour: np.ndarray) -> np.ndarray:
+def _far(picture: np.ndarray, colour: np.ndarray) -> np.ndarray:
     """How far each pixel is from a colour, in the channel in which it is farthest."""
-    red, green, blue = (np.abs(rgb[:, :, channel] - np.float32(colour[channel])) for channel in range(3))
-    return np.maximum(np.maximum(red, green), blue)
+    channels = (np.abs(picture[:, :, channel] - np.float32(value)) for channel, value in enumerate(colour))
+    return reduce(np.maximum, channels)
+
+
+def _luma(colour: np.ndarray) -> float:
+    return colour @ LUMA if len(colour) > 1 else colour[0]
 
 
 def _masses(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
