@@ -13,19 +13,16 @@ import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import numpy as np
 import pytest
+from filelock import FileLock
 
-from poolnet import glyphs, npz
 from poolnet.cli import SETTINGS, main
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
-import mlflow.db
-
-from poolnet import exported
-from poolnet.model import build_model
-
 ROOT = Path(__file__).parent.parent
+LONG = [f"test_{name}.py" for name in ("sweep", "faults", "promote", "sync", "tracking", "stores", "serving", "models")]
 REAL_LETTERS = ROOT.parent / "shared" / "data" / "notMNIST_small.tar.gz"
 
 
@@ -36,15 +33,30 @@ def world(folder, uri=None):
         "MLFLOW_TRACKING_URI": uri or f"sqlite:///{folder / 'mlflow.db'}",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # as an activated environment
         "POOLNET_HOME": str(folder / "home"),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     theirs = ("MLFLOW_", "POOLNET_", "PYTHONDONTWRITEBYTECODE")  # without the last, no process compiles poolnet anew
     return {name: value for name, value in os.environ.items() if not name.startswith(theirs)} | ours
 
 
+def pytest_configure(config):
+    """One server that forks for all workers; what torch and MLflow are imported for is not for this process."""
+    if not hasattr(config, "workerinput"):
+        stack = contextlib.ExitStack()
+        stack.enter_context(forked.serving())
+        config.add_cleanup(stack.close)
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, so that workers end at the same time."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory):
     """The tables of a store that nothing has used yet, which take MLflow a second to make."""
+    import mlflow.db
+
     path = tmp_path_factory.mktemp("empty") / "mlflow.db"
     mlflow.db.commands.main(["upgrade", f"sqlite:///{path}"], standalone_mode=False)
     return path
@@ -62,18 +74,58 @@ def scratch(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True, scope="session")
+def forking():
+    """Publishers have their imports done, as most commands."""
+    if forked.SERVER in os.environ:
+        forked.use()
+
+
+@pytest.fixture(autouse=True, scope="session")
 def kept(tmp_path_factory):
-    """The exports that the second run of a home needs no torch for, which take seconds to make."""
-    folder = tmp_path_factory.mktemp("kept")
-    model = SimpleNamespace(artifact_location=str(folder), model_id="m-0")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("POOLNET_HOME", str(folder))
-        for pool in ("max", "avg"):
-            arrays = {name: tensor.numpy() for name, tensor in build_model(pool, seed=0).state_dict().items()}
-            arrays["example"] = np.zeros((2, 1, 28, 28), np.float32)
-            exported.export(arrays, pool, "0" * 32, model, folder / pool)
+    """The exports that the second run of a home needs no torch for: seconds of work, once for all workers."""
     global KEPT
-    KEPT = folder / "exports"
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    KEPT = base / "kept"
+    with FileLock(base / "kept.lock"), pytest.MonkeyPatch.context() as patch:
+        if not KEPT.exists():
+            folder = tmp_path_factory.mktemp("kept")
+            patch.setenv("POOLNET_HOME", str(folder))
+            make_exports(folder)
+            (folder / "exports").rename(KEPT)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def drawn_once():
+    """Of the runs of this process the figures are those of the first; to draw them takes longer than all the rest."""
+    from poolnet import figures
+
+    draw, save, drawn = figures.of_run, figures.save_all, {}
+
+    def save_all(folder, result):
+        if drawn:
+            folder.mkdir(exist_ok=True)
+            for name, content in drawn.items():
+                (folder / name).write_bytes(content)
+        else:
+            save(folder, draw(*result))
+            drawn.update({path.name: path.read_bytes() for path in folder.iterdir()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "of_run", lambda *result: result)
+        patch.setattr(figures, "save_all", save_all)
+        yield
+
+
+def make_exports(folder):
+    from poolnet import exported
+    from poolnet.model import build_model
+
+    model = SimpleNamespace(artifact_location=str(folder), model_id="m-0")
+    for pool in ("max", "avg"):
+        arrays = {name: tensor.numpy() for name, tensor in build_model(pool, seed=0).state_dict().items()}
+        arrays["example"] = np.zeros((2, 1, 28, 28), np.float32)
+        exported.export(arrays, pool, "0" * 32, model, folder / pool)
 
 
 def keep_exports(home):
@@ -151,6 +203,8 @@ def real_letters(tmp_path_factory):
 @pytest.fixture(scope="session")
 def glyphs_npz(tmp_path_factory):
     """Embedded letters, fewer than the default."""
+    from poolnet import glyphs, npz
+
     path = tmp_path_factory.mktemp("glyphs") / "glyphs.npz"
     npz.save(path, glyphs.render(train=5_000, val=1_000, test=1_000))
     return path
@@ -192,7 +246,19 @@ def inside(*args, **environment):
     return subprocess.CompletedProcess(args, end.value.code or 0, out.getvalue(), err.getvalue())
 
 
+def ran(*command, begin=forked.start, said=None, **options):
+    """A command that has ended; with `begin=subprocess.Popen` in a process from its very start, as a user has it."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with begin([*map(str, command)], **pipes, **options) as running:
+        out, err = running.communicate(said, timeout=300)
+    return subprocess.CompletedProcess(command, running.returncode, out, err)
+
+
 def poolnet(*args, **options):
-    """Run the command as a user does, in a process of its own."""
-    command = [sys.executable, "-m", "poolnet", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    return ran(*forked.POOLNET, *args, **options)
+
+
+def mlflow_run(*args, project=ROOT, begin=forked.start):
+    path = os.environ["PATH"] if begin is subprocess.Popen else forked.path()
+    command = [*forked.PYTHON, "mlflow", "run", project, "--env-manager", "local", *args]
+    return ran(*command, begin=begin, env=os.environ | {"PATH": path})

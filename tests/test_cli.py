@@ -1,5 +1,6 @@
 import importlib.metadata
 import inspect
+import io
 import os
 import re
 import shutil
@@ -70,7 +71,7 @@ def test_bad_data_is_one_line_and_no_traceback_from_outside_too(tmp_path):
     arrays["X_train"] = arrays["X_train"].astype(np.float64)
     arrays["X_train"][0, 0, 0] = np.nan
     np.savez(tmp_path / "bad.npz", **arrays)
-    finished = poolnet("train", "--data", tmp_path / "bad.npz")
+    finished = poolnet("train", "--data", tmp_path / "bad.npz", begin=subprocess.Popen)
     assert_refused(finished.returncode, finished.stderr, "bad.npz: X_train: found NaN or infinity, expected finite")
     assert mlflow.MlflowClient().search_runs(["0"]) == []
 
@@ -319,15 +320,22 @@ def test_foreign_text_is_printed_as_lines_that_a_terminal_does_not_obey(capsys):
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-8"])
-def test_text_that_an_encoding_lacks_ends_no_command(tmp_path, encoding):
+def test_text_that_an_encoding_lacks_ends_no_command(tmp_path, monkeypatch, encoding):
     """As on Windows, where what goes to a file or pipe is cp1252."""
     name = "\u65e5\u672c \xe9 \u2265.npz"
-    options = {"env": os.environ | {"PYTHONIOENCODING": f"{encoding}:strict"}, "encoding": encoding}
-    done = poolnet("train", "--data", name, **options)
-    assert_refused(done.returncode, done.stderr, ".npz: no such file")
-    done = poolnet("prepare", "glyphs", *("--train", "1", "--val", "1", "--test", "1"), "--out", name, **options)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("Wrote ")
+
+    def printed(*words):
+        for stream in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, stream, io.TextIOWrapper(io.BytesIO(), encoding, write_through=True))
+        with pytest.raises(SystemExit) as end:
+            main([*words])
+        return end.value.code or 0, *(stream.buffer.getvalue().decode(encoding) for stream in (sys.stdout, sys.stderr))
+
+    code, _, err = printed("train", "--data", name)
+    assert_refused(code, err, ".npz: no such file")
+    code, out, err = printed("prepare", "glyphs", *("--train", "1", "--val", "1", "--test", "1"), "--out", name)
+    assert (code, err) == (0, "")
+    assert out.startswith("Wrote ")
     assert len(open_splits(tmp_path / name).train) == 1
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from conftest import inside
+from conftest import inside, mlflow_run
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from test_cli import assert_refused, run
-from test_project import mlflow_run
 
-from poolnet import arms, compare, stores, study, train
+from poolnet import arms, compare, report, stores, study, train
 from poolnet.data import open_splits
 
 N, SHA = 800, "5" * 64
@@ -92,10 +91,21 @@ def compared(*arguments):
     return json.loads(finished.stdout)
 
 
+@pytest.fixture
+def drawn():
+    """For a test that looks at figures, which take longer than all the rest."""
+
+
+@pytest.fixture(autouse=True)
+def not_drawn(request, monkeypatch):
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(report, "_drawn", lambda comparison: {})
+
+
 # --- what is found ---------------------------------------------------------------------------------------------------
 
 
-def test_a_planted_effect_of_two_points_is_found_and_its_interval_holds_it(client):
+def test_a_planted_effect_of_two_points_is_found_and_its_interval_holds_it(client, drawn):
     plant_arms(client, lead=0.02)
     path = write_study()
     found = compared("--study", path)

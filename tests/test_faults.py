@@ -14,16 +14,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import forked
 import mlflow
 import numpy as np
 import pytest
-from conftest import inside, make_arrays, poolnet, world
+from conftest import inside, make_arrays, poolnet, ran, world
 from test_tracking import journaled
 
 from poolnet import files, journal, sync
 from poolnet.config import TrainConfig
 
-TRAIN = [sys.executable, "-m", "poolnet", "train"]
 DEAD = "http://127.0.0.1:9"  # where nothing listens
 AWAY = (  # what is said of it before a training
     f"poolnet: warning: {DEAD} cannot be reached (Connection refused); what is trained is kept, and published later "
@@ -32,16 +32,13 @@ AWAY = (  # what is said of it before a training
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal, or limit")
 
 
-def hears_ctrl_c():
-    """Whatever the tests themselves were started from."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def start(*options, **settings):
-    command = [*TRAIN, "--data", "letters.npz", *map(str, options)]
-    if sys.platform != "win32":
-        settings.setdefault("preexec_fn", hears_ctrl_c)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
+    command = [*forked.POOLNET, "train", "--data", "letters.npz", *map(str, options)]
+    return forked.start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
+
+
+def in_trouble(what, *words, **options):
+    return ran(*forked.PYTHON, "trouble", what, *words, **options)
 
 
 @pytest.fixture
@@ -267,20 +264,14 @@ def test_a_server_in_trouble_costs_no_run(letters, troubled, monkeypatch):
 
 
 @posix
-@pytest.mark.parametrize(("size", "epochs", "what"), [(60_000, 600, "metrics"), (20_000, 2, "figures")])
-def test_a_disk_that_fills_up_fails_in_one_line_and_the_run_goes_on_once_there_is_room(
-    tmp_path, letters, size, epochs, what
-):
-    import resource
-
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # bytes of one file
-
-    environment = world(tmp_path, DEAD) | {"GIT_DIR": "none"}  # changes of this checkout may be as large as the limit
-    process = start("--epochs", epochs, "--no-cache", "--drain-timeout", 1, preexec_fn=limited, env=environment)
-    out, err = process.communicate()
+@pytest.mark.parametrize(("epochs", "what"), [(200, "metrics"), (2, "figures")])
+def test_a_disk_that_fills_up_fails_in_one_line_and_the_run_goes_on_once_there_is_room(tmp_path, letters, epochs, what):
+    environment = world(tmp_path, DEAD) | {"GIT_DIR": "none"}  # changes of this checkout may be as large as the room
+    options = ("--epochs", epochs, "--no-cache", "--drain-timeout", 1)
+    finished = in_trouble("full_disk", "train", "--data", letters, *options, env=environment)
+    out, err = finished.stdout, finished.stderr
     (name,) = journal.names()
-    assert process.returncode == 1
+    assert finished.returncode == 1
     warning, error = err.splitlines()
     assert warning == AWAY
     assert "the journal cannot be written" in error
@@ -296,18 +287,8 @@ def test_a_disk_that_fills_up_fails_in_one_line_and_the_run_goes_on_once_there_i
     assert [record["step"] for record in journal.find(name).metrics()] == [*range(1, epochs + 1), 0]
 
 
-CLOCK_JUMPS_BACK = """
-import itertools, sys, time
-from poolnet import cli
-real, calls = time.time_ns, itertools.count()
-time.time_ns = lambda: real() - 3_600 * 10**9 * (next(calls) > 3)
-cli.main(sys.argv[1:])
-"""
-
-
 def test_a_clock_that_jumps_back_an_hour_leaves_times_in_order(letters):
-    command = [sys.executable, "-c", CLOCK_JUMPS_BACK, "train", "--data", "letters.npz", "--epochs", "6"]
-    finished = subprocess.run(command, capture_output=True, text=True)
+    finished = in_trouble("clock_jumps_back", "train", "--data", "letters.npz", "--epochs", "6")
     assert (finished.returncode, finished.stderr) == (0, "")
     (name,) = journal.names()
     times = [record["t"] for record in journal.find(name).metrics()]
@@ -316,17 +297,6 @@ def test_a_clock_that_jumps_back_an_hour_leaves_times_in_order(letters):
     assert run.info.start_time <= times[0] <= times[-1] <= run.info.end_time
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "val_loss")
     assert [(metric.step, metric.timestamp) for metric in history] == [*enumerate(times[:6], 1)]
-
-
-AS_NOBODY = """
-import os, sys
-from poolnet import cli
-import poolnet.job, poolnet.features  # while the interpreter's own folders can be read
-if os.geteuid() == 0:  # to whom no folder is read-only
-    os.setgid(65534)
-    os.setuid(65534)
-cli.main(sys.argv[1:])
-"""
 
 
 @posix
@@ -342,8 +312,7 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path_factory
         (folder / "file").touch()
         folder.chmod(0o755)
         environment = world(folder) | {"POOLNET_HOME": str(folder / home)}
-        command = [sys.executable, "-c", AS_NOBODY, "train", "--data", str(folder / "letters.npz")]
-        finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        finished = in_trouble("nobody", "train", "--data", folder / "letters.npz", cwd=folder, env=environment)
     finally:
         (folder / "home").chmod(0o755)
         shutil.rmtree(folder)
@@ -365,7 +334,7 @@ def test_a_run_that_is_being_trained_is_not_resumed(long_run):
     )
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with contextlib.suppress(Exception):  # of a store that is not there yet

@@ -1,9 +1,7 @@
 """The files around the package say what the package says, and `mlflow run` works as a user types it."""
 
 import dataclasses
-import json
 import re
-import subprocess
 import sys
 import tomllib
 from itertools import pairwise
@@ -12,8 +10,7 @@ import click
 import mlflow
 import pytest
 import yaml
-from conftest import REAL_LETTERS, ROOT
-from mlflow.cli import cli as mlflow_cli
+from conftest import ROOT, mlflow_run
 from mlflow.utils.environment import _PythonEnv
 from packaging.requirements import Requirement
 from test_tracking import journaled, publish
@@ -77,11 +74,6 @@ def test_everything_that_is_imported_is_declared():
                 assert projects.get(module, module) in declared, f"{path.name} imports {module}"
 
 
-def mlflow_run(*args, project=ROOT):
-    command = [sys.executable, "-m", "mlflow", "run", str(project), "--env-manager", "local", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
 def test_mlflow_run_gives_the_run_that_the_command_gives(letters):
     options = ["-P", f"data={letters}", "-P", "pool=avg", "-P", "epochs=3", "-P", "lr=1e-2"]
     finished = mlflow_run(*options, "--run-name", "named by the user")
@@ -143,6 +135,8 @@ def parsed(group, words):
 
 
 def test_the_readmes_commands_are_such_that_can_be_typed():
+    from mlflow.cli import cli as mlflow_cli  # three seconds, which other workers need not wait
+
     typed = [line for block in readme_blocks("sh") for part in block.splitlines() for line in part.split(" && ")]
     named = set()
     for line in typed:
@@ -182,19 +176,6 @@ def test_the_readmes_lines_for_a_notebook_work(letters, capsys):
     *epochs, ours, champions = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in epochs] == [f"Epoch {number:02d}" for number in range(1, 11)]
     assert float(ours) == float(champions) == pytest.approx(trained.data.metrics["test_acc"], abs=1e-6)
-
-
-def run_benchmark(name, *options):
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, options), "--rounds", "1", "--json"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout)
-
-
-def test_the_prepare_benchmark_still_measures(real_letters):
-    result = run_benchmark("prepare_speed.py", REAL_LETTERS)
-    assert result["images"] == 18_724
-    assert result["microseconds_an_image_poolnet"] > 0
 
 
 def test_the_project_keeps_no_lock_that_breaks_the_uv_environment():

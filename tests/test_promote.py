@@ -4,8 +4,8 @@ import contextlib
 import dataclasses
 import json
 import subprocess
-import sys
 
+import forked
 import mlflow
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from test_cli import assert_refused, run
 from test_models import CONFIG
 from test_tracking import journaled, publish
 
-from poolnet import champions, promote, registry
+from poolnet import champions, exported, promote, registry
 from poolnet.config import RunError
 
 WEAK, STRONG = {"epochs": 1, "lr": 1e-5}, {"epochs": 6, "lr": 0.05}
@@ -38,6 +38,23 @@ def store(tmp_path_factory):
         for options in (WEAK, STRONG, STRONG):
             version(**options)
     return folder
+
+
+EXPORTED = {}  # by network: what is exported of the few there are, each time that one is loaded
+
+
+@pytest.fixture(autouse=True)
+def exported_once(monkeypatch):
+    export = exported._export
+
+    def remembered(net, path):
+        key = (str(net), *(tensor.numpy().tobytes() for tensor in net.state_dict().values()))
+        if key not in EXPORTED:
+            export(net, path)
+            EXPORTED[key] = path.read_bytes()
+        path.write_bytes(EXPORTED[key])
+
+    monkeypatch.setattr(exported, "_export", remembered)
 
 
 @pytest.fixture
@@ -222,9 +239,9 @@ def test_of_two_decisions_that_rest_on_the_same_champion_the_first_counts(client
 
 def test_processes_at_once_have_one_winner(client):
     """Versions 2 and 3 are the same: whoever comes second is refused, by the race or by the test."""
-    command = [sys.executable, "-m", "poolnet", "promote"]
+    command = [*forked.POOLNET, "promote"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    racing = [subprocess.Popen([*command, f"models:/poolnet/{number}"], **pipes) for number in (2, 3, 2, 3)]
+    racing = [forked.start([*command, f"models:/poolnet/{number}"], **pipes) for number in (2, 3, 2, 3)]
     ended = [(process.communicate(timeout=120), process.returncode) for process in racing]
     out = "".join(printed for (printed, _), _ in ended)
     assert out.count("is the first champion.") == 1

@@ -12,10 +12,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import forked
 import mlflow
 import numpy as np
 import pytest
-from conftest import keep_exports, make_arrays, poolnet, world
+from conftest import keep_exports, make_arrays, poolnet, ran, world
 
 from poolnet.data import as_images
 
@@ -158,7 +159,7 @@ def test_a_client_that_goes_away_within_its_request_harms_nobody(champion, port)
 
 def test_predict_takes_the_example_that_comes_with_the_model(champion):
     (example,) = champion.folder.rglob("serving_input_example.json")
-    command = [sys.executable, "-m", "mlflow", "models", "predict", *LOCAL, "-t", "json", "-i", str(example)]
-    finished = subprocess.run(command, capture_output=True, text=True, env=champion.env, timeout=300)
+    command = [*forked.PYTHON, "mlflow", "models", "predict", *LOCAL, "-t", "json", "-i", example]
+    finished = ran(*command, env=champion.env)
     assert finished.returncode == 0, finished.stderr
     np.testing.assert_allclose(predictions((200, finished.stdout)), champion.logits[:2], rtol=0, atol=1e-5)

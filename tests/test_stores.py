@@ -12,12 +12,12 @@ import threading
 import time
 from pathlib import Path
 
+import forked
 import pytest
-from conftest import ROOT, inside, keep_exports, poolnet, world
+from conftest import ROOT, inside, keep_exports, mlflow_run, poolnet, world
 from mlflow.utils.file_utils import path_to_local_sqlite_uri
 from test_cli import assert_refused
 from test_cli import run as command
-from test_project import mlflow_run
 from test_tracking import journaled, publish
 
 from poolnet import addresses, journal, provenance, stores
@@ -67,8 +67,8 @@ def test_a_tilde_means_the_users_own_folder(tmp_path, monkeypatch):
     assert home() == tmp_path / "me" / "poolnet"
 
 
-@pytest.mark.parametrize("name", [ODD, "a%20b"])
-def test_mlflow_run_works_in_a_folder_of_any_name(name, tmp_path, letters, monkeypatch):
+@pytest.mark.parametrize(("name", "begin"), [(ODD, subprocess.Popen), ("a%20b", forked.start)])
+def test_mlflow_run_works_in_a_folder_of_any_name(name, begin, tmp_path, letters, monkeypatch):
     """README's first command, from a copy of the project, with the store that MLflow makes there."""
     clone = tmp_path / "clones" / name
     shutil.copytree(ROOT / "poolnet", clone / "poolnet", ignore=shutil.ignore_patterns("__pycache__"))
@@ -79,7 +79,7 @@ def test_mlflow_run_works_in_a_folder_of_any_name(name, tmp_path, letters, monke
     for variable in ("MLFLOW_TRACKING_URI", "PYTHONPATH", "POOLNET_HOME"):
         monkeypatch.delenv(variable)
     monkeypatch.chdir(clone)
-    finished = mlflow_run("-P", f"data={clone / letters.name}", "-P", "epochs=1", project=".")
+    finished = mlflow_run("-P", f"data={clone / letters.name}", "-P", "epochs=1", project=".", begin=begin)
     assert finished.returncode == 0, finished.stderr
     (line,) = [line for line in finished.stdout.splitlines() if line.startswith("Look at it: mlflow ui ")]
     assert addresses.sqlite_file(shlex.split(line)[-1]) == clone / "mlflow.db"  # as a shell reads it

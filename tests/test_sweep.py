@@ -11,10 +11,10 @@ import sys
 import time
 from collections import deque
 
+import forked
 import mlflow
 import pytest
-from conftest import inside
-from test_faults import hears_ctrl_c
+from conftest import inside, poolnet
 from test_tracking import journaled, publish
 
 from poolnet import files, journal, parent
@@ -52,7 +52,7 @@ def study(tmp_path):
 
 
 def swept(path, *options, code=0, **environment):
-    finished = inside("sweep", path, "--workers", 1, "--json", *options, **environment)
+    finished = poolnet("sweep", path, "--workers", 1, "--json", *options, env=os.environ | environment)
     assert finished.returncode == code, finished.stderr
     return json.loads(finished.stdout), finished.stderr
 
@@ -103,9 +103,9 @@ def _in_order(children):
 
 @posix
 def test_a_sweep_that_is_killed_goes_on_with_the_same_command(study):
-    path = study(epochs=500)
-    command = [sys.executable, "-m", "poolnet", "sweep", str(path), "--workers", "2"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+    path = study(epochs=120)
+    command = [*forked.POOLNET, "sweep", str(path), "--workers", "2"]
+    with forked.start(command, stdout=subprocess.DEVNULL) as process:
         _until(lambda: len(journal.names()) >= 2)
         time.sleep(0.3)
         process.kill()
@@ -117,16 +117,14 @@ def test_a_sweep_that_is_killed_goes_on_with_the_same_command(study):
     assert len(children) == len(journal.names()) == 4
     assert {run.info.status for run in [*children.values(), parent]} == {"FINISHED"}
     for run in children.values():
-        assert [step for step, _ in histories(run)["val_loss"]] == list(range(1, 501))
+        assert [step for step, _ in histories(run)["val_loss"]] == list(range(1, 121))
 
 
 @posix
 def test_ctrl_c_ends_a_sweep_and_its_workers_and_says_how_to_go_on(study):
     path = study(epochs=5000)
-    command = [sys.executable, "-m", "poolnet", "sweep", str(path), "--workers", "2"]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hears_ctrl_c
-    )
+    command = [*forked.POOLNET, "sweep", str(path), "--workers", "2"]
+    process = forked.start(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     _until(lambda: len(journal.names()) == 2)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to everybody

@@ -8,17 +8,16 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
+import forked
 import mlflow
 import numpy as np
 import pytest
-from conftest import inside, make_arrays, poolnet
+from conftest import inside, make_arrays, mlflow_run, poolnet
 from test_cli import assert_refused, run
 from test_faults import wait_for
-from test_project import mlflow_run
 from test_tracking import CONFIG, journaled, publish
 
 from poolnet import files, job, journal, linear, signals, stores, sync
@@ -124,8 +123,8 @@ def test_who_holds_a_run_for_long_is_named_and_the_others_are_published(monkeypa
 def test_a_run_beside_a_running_sweep_is_published_without_waiting_for_its_end():
     """The process that publishes a sweep lets go of each run between two looks."""
     finished, left = journaled(), interrupted()
-    command = [sys.executable, "-m", "poolnet", "sync", "--follow"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as follower, left.training():
+    command = [*forked.POOLNET, "sync", "--follow"]
+    with forked.start(command, stdin=subprocess.PIPE, text=True) as follower, left.training():
         for run in (left, finished):
             follower.stdin.write(f"{run.name} \n")
             follower.stdin.flush()
@@ -286,14 +285,14 @@ def test_a_finished_run_with_damaged_results_is_made_whole_by_resuming_it(capsys
 
 @pytest.mark.parametrize("moment", ["run", "metrics", "model"])
 def test_a_publisher_that_is_killed_is_made_up_for(moment):
-    command = [sys.executable, "-m", "poolnet", "sync", "--follow"]
+    command = [*forked.POOLNET, "sync", "--follow"]
     finished = journaled()
     begun = {
         "run": lambda held: held.run_id,
         "metrics": lambda held: held.metrics,
         "model": lambda held: "model" in held.done,
     }
-    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as first:
+    with forked.start(command, stdin=subprocess.PIPE, text=True) as first:
         first.stdin.write(f"{finished.name} \n")
         first.stdin.flush()
         wait_for(lambda: begun[moment](next(iter(published(finished).servers.values()))), 120)
@@ -348,9 +347,8 @@ def test_a_run_that_cannot_be_published_does_not_keep_the_follower_from_those_be
     mlflow.MlflowClient().delete_run(publish(deleted).info.run_id)
     deleted.end("FINISHED")
     (damaged.folder / "published.json").write_text('{"servers": []}')
-    command = [sys.executable, "-m", "poolnet", "sync", "--follow", "--drain-timeout", "10"]
     names = "".join(f"{run.name} \n" for run in (deleted, damaged, good))
-    finished = subprocess.run(command, input=names, capture_output=True, text=True, timeout=60)
+    finished = poolnet("sync", "--follow", "--drain-timeout", 10, stdin=subprocess.PIPE, said=names)
     assert finished.returncode == 3, finished.stderr
     assert "was deleted on" in finished.stderr
     assert f"published.json: damaged; remove it, then: poolnet sync {damaged.name}" in finished.stderr

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import mlflow
 import numpy as np
 import pytest
@@ -21,9 +22,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from PIL import Image
 
-from poolnet import features, figures, follow, job, journal, linear, provenance, publisher, stores, sync
+from poolnet import features, follow, job, journal, linear, provenance, publisher, stores, sync
 from poolnet.config import InputError, TrainConfig
 from poolnet.data import open_splits
+from poolnet.figures import of_run, save_all
 from poolnet.tracking import Publication
 from poolnet.train import resolve_device
 
@@ -43,7 +45,8 @@ def trained(request, tmp_path_factory):
     np.savez(path, **make_arrays(seed=1))
     options = [f"--{name}={value}" for name, value in OPTIONS.items()]
     keep_exports(folder / "home")
-    finished = poolnet("train", "--data", path, *options, cwd=folder, env=world(folder, uri))
+    begin = subprocess.Popen if request.param == "http" else forked.start
+    finished = poolnet("train", "--data", path, *options, cwd=folder, env=world(folder, uri), begin=begin)
     assert finished.returncode == 0, finished.stderr
     client = mlflow.MlflowClient(uri)
     (run,) = client.search_runs(["0"], f"params.data = '{path}'")
@@ -156,7 +159,7 @@ def test_figures_can_be_drawn_of_data_of_any_name(tmp_path, letters):
         letters = splits.path
         config = TrainConfig(data=str(letters), epochs=1, pool="avg")
         result = linear.fit(config, *features.open_pooled(letters, "avg"))
-        figures.save_all(tmp_path / "figures", figures.of_run(config, splits, result, None))
+        save_all(tmp_path / "figures", of_run(config, splits, result, None))
 
 
 def test_the_registered_version_is_tagged_and_linked(trained):
@@ -215,22 +218,9 @@ def journaled(config=CONFIG, optimum=False):
     """A run of this process, finished and not published."""
     splits, pooled = job.open_data(config, cache=False, say=lambda line: None)
     run = job.create(config, optimum, splits)
-    with run.training(), pytest.MonkeyPatch.context() as patch:
-        if PICTURES:  # drawing takes longer than all the rest
-            patch.setattr(figures, "of_run", lambda *result: PICTURES)
-            patch.setattr(figures, "save_all", saved_again)
+    with run.training():
         job.carry_out(run, splits, pooled, say=lambda line: None)
-    PICTURES.update({path.name: path.read_bytes() for path in (run.folder / "figures").iterdir()})
     return run
-
-
-PICTURES = {}  # those of the first such run, by name
-
-
-def saved_again(folder, pictures):
-    folder.mkdir(exist_ok=True)
-    for name, content in pictures.items():
-        (folder / name).write_bytes(content)
 
 
 def publish(run, uri=None):

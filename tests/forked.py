@@ -1,0 +1,190 @@
+"""Commands as processes of their own whose imports are done, which take seven seconds for each.
+
+A server imports once, and forks for each command. The new process has its own environment, folder, streams and signals,
+as one that was started. Where a fork after such imports is unsafe, commands are started.
+"""
+
+import contextlib
+import gc
+import importlib
+import inspect
+import json
+import multiprocessing
+import os
+import runpy
+import select
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import types
+from pathlib import Path
+
+PYTHON = [sys.executable, "-m"]
+ROOT = str(Path(__file__).parent.parent)
+POOLNET = [*PYTHON, "poolnet"]
+IMPORTS = (
+    *("poolnet.job", "poolnet.figures", "poolnet.follow", "poolnet.sweep", "poolnet.promote", "poolnet.report"),
+    *("mlflow.cli", "mlflow.projects", "mlflow.store.tracking.sqlalchemy_store"),
+)
+SERVER = "FORKING_SERVER"  # the variable of the environment that holds its address
+NUMBER = 16  # bytes of one that is sent
+
+
+@contextlib.contextmanager
+def serving():
+    """A server for the commands of this process and of those that it starts."""
+    if sys.platform != "linux":
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        os.environ[SERVER] = f"{folder}/socket"
+        listener.bind(os.environ[SERVER])
+        listener.listen()
+        script = Path(folder) / "python"
+        script.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-S", __file__])} "$@"')
+        script.chmod(0o755)
+        command, environment = [sys.executable, __file__, str(listener.fileno())], os.environ | {"PYTHONPATH": ROOT}
+        pipe = {"stdin": subprocess.PIPE, "pass_fds": [listener.fileno()]}  # at whose end it ends
+        with subprocess.Popen(command, env=environment, **pipe):
+            listener.close()
+            yield
+            os.environ.pop(SERVER)
+
+
+def path():
+    """The PATH of a shell whose `python` has its imports done, if there is a server."""
+    before = [str(Path(os.environ[SERVER]).parent)] if SERVER in os.environ else []
+    return os.pathsep.join([*before, os.environ["PATH"]])
+
+
+def use():
+    """Have publishers begun by the server too."""
+    from poolnet import publisher
+
+    publisher.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": start})
+
+
+def start(command, **options):
+    """`subprocess.Popen` for a command that begins with `PYTHON`, which hears Ctrl-C whatever started the tests."""
+    if SERVER in os.environ and "preexec_fn" not in options:
+        return Forked(command, **options)
+    if sys.platform != "win32":
+        options.setdefault("preexec_fn", hear_ctrl_c)
+    return subprocess.Popen(command, **options)
+
+
+def hear_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+class Forked(subprocess.Popen):
+    """The process of a command, made and waited for by the server; all else is as ever."""
+
+    def _execute_child(self, *given):
+        told = inspect.signature(subprocess.Popen._execute_child).bind(self, *given).arguments
+        message = json.dumps(
+            {
+                "module": told["args"][len(PYTHON)],
+                "words": told["args"][len(PYTHON) + 1 :],
+                "folder": str(told["cwd"] or Path.cwd()),
+                "environment": dict(told["env"] or os.environ),
+                "session": told["start_new_session"],
+            }
+        ).encode()
+        streams = [told[name] for name in ("p2cread", "c2pwrite", "errwrite")]
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.connect(os.environ[SERVER])
+        socket.send_fds(
+            self._server, [_sent(len(message))], [number if end == -1 else end for number, end in enumerate(streams)]
+        )
+        self._server.sendall(message)
+        self._close_pipe_fds(
+            *(told[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite"))
+        )
+        self.pid, self._child_created = _received(self._server), True
+
+    def _internal_poll(self, **_):
+        if self.returncode is None and (status := self._try_wait(os.WNOHANG))[0]:
+            self._handle_exitstatus(status[1])
+        return self.returncode
+
+    def _try_wait(self, flags):
+        if not select.select([self._server], [], [], 0 if flags else None)[0]:
+            return 0, 0
+        with self._server:
+            return self.pid, _received(self._server)
+
+
+def _sent(number):
+    return str(number).encode().ljust(NUMBER)
+
+
+def _received(connection):
+    return int(connection.recv(NUMBER, socket.MSG_WAITALL))
+
+
+def _serve(listener):
+    """Returns in the process of each command, with what it is told."""
+    for name in IMPORTS:
+        importlib.import_module(name)
+    gc.freeze()  # so that memory stays shared
+    assert threading.active_count() == 1, "a fork would leave the other threads behind"
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with listener:
+        while listener in select.select([listener, sys.stdin], [], [])[0]:
+            connection = listener.accept()[0]
+            if not os.fork():
+                break
+            connection.close()
+        else:
+            sys.exit()
+    with connection:
+        length, streams, _, _ = socket.recv_fds(connection, NUMBER, 3)
+        told = json.loads(connection.recv(int(length), socket.MSG_WAITALL))
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if pid := os.fork():
+            connection.sendall(_sent(pid))
+            with contextlib.suppress(OSError):  # nobody waits for it any more
+                connection.sendall(_sent(os.waitpid(pid, 0)[1]))
+            os._exit(0)
+    _begin(streams, told)
+    return told
+
+
+def _begin(streams, told):
+    """Be as a process that was started with this."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
+    if told["session"]:
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(told["folder"])
+    os.environ.clear()
+    os.environ.update(told["environment"])
+    tempfile.tempdir = None
+    sys.argv = [told["module"], *told["words"]]
+
+
+def _main(*words):
+    """The `python` of a shell, or the server."""
+    if words[0] == "-m":
+        return start([sys.executable, *words]).wait()
+    told = _serve(socket.socket(fileno=int(words[0])))
+    use()
+    from poolnet import worker
+
+    worker.multiprocessing = types.SimpleNamespace(
+        **{**vars(multiprocessing), "get_context": lambda method: multiprocessing.get_context("fork")}
+    )
+    return runpy.run_module(told["module"], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))
