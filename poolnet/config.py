@@ -192,7 +192,10 @@ def coded(text: str) -> str:
 
 
 def piped(rows: Sequence[Sequence[str]], cell: Callable[[str], str] = marked) -> list[str]:
-    """The lines of a table in Markdown, each cell by `cell`: of plain text, unless that says otherwise."""
+    """The lines of a Markdown table.
+
+    `cell` makes Markdown of a cell; `str` where it is that already.
+    """
     lines = [f"| {' | '.join(map(cell, row))} |" for row in rows]
     return [lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]]
 

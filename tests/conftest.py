@@ -40,7 +40,7 @@ def world(folder, uri=None):
 
 
 def pytest_configure(config):
-    """One server that forks for all workers; what torch and MLflow are imported for is not for this process."""
+    """Start one forking server for all workers, of which this process is none."""
     if not hasattr(config, "workerinput"):
         stack = contextlib.ExitStack()
         stack.enter_context(forked.serving())
@@ -97,7 +97,10 @@ def kept(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def drawn_once():
-    """Of the runs of this process the figures are those of the first; to draw them takes longer than all the rest."""
+    """Draw the figures of this process's first run only, and give them to the others.
+
+    To draw them takes longer than all the rest.
+    """
     from poolnet import figures
 
     draw, save, drawn = figures.of_run, figures.save_all, {}

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import types
+import warnings
 from pathlib import Path
 
 PYTHON = [sys.executable, "-m"]
@@ -65,7 +66,11 @@ def use():
     """Have publishers begun by the server too."""
     from poolnet import publisher
 
-    publisher.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": start})
+    publisher.subprocess = _changed(subprocess, Popen=start)
+
+
+def _changed(module, **names):
+    return types.SimpleNamespace(**{**vars(module), **names})
 
 
 def start(command, **options):
@@ -134,7 +139,8 @@ def _serve(listener):
     gc.freeze()  # so that memory stays shared
     assert threading.active_count() == 1, "a fork would leave the other threads behind"
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    with listener:
+    # from 3.12 Python warns of a fork beside the threads of OpenBLAS, which stops them for it
+    with listener, warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         while listener in select.select([listener, sys.stdin], [], [])[0]:
             connection = listener.accept()[0]
             if not os.fork():
@@ -142,7 +148,7 @@ def _serve(listener):
             connection.close()
         else:
             sys.exit()
-    with connection:
+    with connection, warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         length, streams, _, _ = socket.recv_fds(connection, NUMBER, 3)
         told = json.loads(connection.recv(int(length), socket.MSG_WAITALL))
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -180,9 +186,8 @@ def _main(*words):
     use()
     from poolnet import worker
 
-    worker.multiprocessing = types.SimpleNamespace(
-        **{**vars(multiprocessing), "get_context": lambda method: multiprocessing.get_context("fork")}
-    )
+    fork = multiprocessing.get_context("fork")
+    worker.multiprocessing = _changed(multiprocessing, get_context=lambda method: fork)
     return runpy.run_module(told["module"], run_name="__main__", alter_sys=True)
 
 
