@@ -22,7 +22,7 @@ from poolnet.cli import SETTINGS, main
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
 ROOT = Path(__file__).parent.parent
-LONG = [f"test_{name}.py" for name in ("sweep", "faults", "promote", "sync", "tracking", "stores", "serving", "models")]
+LONG = ("sweep", "faults", "promote", "sync", "tracking", "stores", "linear", "serving", "stats", "models", "exported")
 REAL_LETTERS = ROOT.parent / "shared" / "data" / "notMNIST_small.tar.gz"
 
 
@@ -47,9 +47,16 @@ def pytest_configure(config):
         config.add_cleanup(stack.close)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs):
+    """Workers have their imports done too."""
+    for spec in specs:
+        spec.python = spec.python or forked.python()
+
+
 def pytest_collection_modifyitems(items):
     """Long files first, so that workers end at the same time."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 
 @pytest.fixture(scope="session")
@@ -82,53 +89,36 @@ def forking():
 
 @pytest.fixture(autouse=True, scope="session")
 def kept(tmp_path_factory):
-    """The exports that the second run of a home needs no torch for: seconds of work, once for all workers."""
+    """The exports that the second run of a home needs no torch for: seconds of work, of which workers share two."""
     global KEPT
     base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    KEPT = base / "kept"
-    with FileLock(base / "kept.lock"), pytest.MonkeyPatch.context() as patch:
-        if not KEPT.exists():
-            folder = tmp_path_factory.mktemp("kept")
-            patch.setenv("POOLNET_HOME", str(folder))
-            make_exports(folder)
-            (folder / "exports").rename(KEPT)
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    KEPT = (base.parent if worker else base) / "kept"
+    KEPT.mkdir(exist_ok=True)
+    for pool in ("max", "avg") if worker == "gw0" else ("avg", "max"):
+        with FileLock(KEPT.with_name(f"{pool}.lock")), pytest.MonkeyPatch.context() as patch:
+            if not any(KEPT.glob(f"{pool}-*")):
+                folder = tmp_path_factory.mktemp("kept")
+                patch.setenv("POOLNET_HOME", str(folder))
+                make_export(folder, pool)
+                for path in (folder / "exports").iterdir():
+                    path.rename(KEPT / path.name)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def drawn_once():
-    """Draw the figures of this process's first run only, and give them to the others.
-
-    To draw them takes longer than all the rest.
-    """
-    from poolnet import figures
-
-    draw, save, drawn = figures.of_run, figures.save_all, {}
-
-    def save_all(folder, result):
-        if drawn:
-            folder.mkdir(exist_ok=True)
-            for name, content in drawn.items():
-                (folder / name).write_bytes(content)
-        else:
-            save(folder, draw(*result))
-            drawn.update({path.name: path.read_bytes() for path in folder.iterdir()})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "of_run", lambda *result: result)
-        patch.setattr(figures, "save_all", save_all)
-        yield
+def drawn_once(tmp_path_factory):
+    """Without a forking server, draw the figures once a worker."""
+    forked.draw_once(Path(os.environ.get(forked.SERVER, tmp_path_factory.mktemp("drawn") / "socket")).parent)
 
 
-def make_exports(folder):
+def make_export(folder, pool):
     from poolnet import exported
     from poolnet.model import build_model
 
     model = SimpleNamespace(artifact_location=str(folder), model_id="m-0")
-    for pool in ("max", "avg"):
-        arrays = {name: tensor.numpy() for name, tensor in build_model(pool, seed=0).state_dict().items()}
-        arrays["example"] = np.zeros((2, 1, 28, 28), np.float32)
-        exported.export(arrays, pool, "0" * 32, model, folder / pool)
+    arrays = {name: tensor.numpy() for name, tensor in build_model(pool, seed=0).state_dict().items()}
+    arrays["example"] = np.zeros((2, 1, 28, 28), np.float32)
+    exported.export(arrays, pool, "0" * 32, model, folder / pool)
 
 
 def keep_exports(home):
@@ -214,17 +204,28 @@ def glyphs_npz(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
+def sklearn():
+    """Takes a second to import, for which the other workers need not wait."""
+    import sklearn.calibration
+    import sklearn.linear_model
+    import sklearn.metrics
+
+    return sklearn
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory, empty_store):
     """The address of a real tracking server on loopback."""
     folder = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_store, folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
+    command = [*forked.PYTHON, "mlflow", "server", "--workers", "1", "--port", str(port)]
     command += ["--artifacts-destination", str(folder / "artifacts")]
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder}/mlflow.db"}
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=world(folder) | quiet, stdout=log, stderr=log)
+        process = forked.start(command, cwd=folder, env=world(folder) | quiet, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):

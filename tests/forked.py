@@ -29,7 +29,7 @@ ROOT = str(Path(__file__).parent.parent)
 POOLNET = [*PYTHON, "poolnet"]
 IMPORTS = (
     *("poolnet.job", "poolnet.figures", "poolnet.follow", "poolnet.sweep", "poolnet.promote", "poolnet.report"),
-    *("mlflow.cli", "mlflow.projects", "mlflow.store.tracking.sqlalchemy_store"),
+    *("mlflow.cli", "mlflow.projects", "mlflow.store.tracking.sqlalchemy_store", "torch.export._trace"),
 )
 SERVER = "FORKING_SERVER"  # the variable of the environment that holds its address
 NUMBER = 16  # bytes of one that is sent
@@ -62,11 +62,39 @@ def path():
     return os.pathsep.join([*before, os.environ["PATH"]])
 
 
+def python():
+    """Such a `python` for a command line, if there is a server."""
+    return shlex.quote(f"{Path(os.environ[SERVER]).parent}/python") if SERVER in os.environ else None
+
+
 def use():
     """Have publishers begun by the server too."""
     from poolnet import publisher
 
     publisher.subprocess = _changed(subprocess, Popen=start)
+
+
+def draw_once(folder):
+    """Draw the figures of a first run or evaluation only, and give them to the others of all processes.
+
+    To draw them takes longer than all the rest.
+    """
+    from poolnet import figures
+
+    draw, save = figures.of_run, figures.save_all
+
+    def save_all(to, drawn):
+        place = folder / ("run" if isinstance(drawn, tuple) else "-".join(drawn))
+        if not place.exists():
+            own = Path(tempfile.mkdtemp(dir=folder))
+            save(own, draw(*drawn) if isinstance(drawn, tuple) else drawn)
+            with contextlib.suppress(OSError):  # of another process that was faster
+                own.rename(place)
+        to.mkdir(parents=True, exist_ok=True)
+        for path in place.iterdir():
+            (to / path.name).write_bytes(path.read_bytes())
+
+    figures.of_run, figures.save_all = (lambda *result: result), save_all
 
 
 def _changed(module, **names):
@@ -93,8 +121,7 @@ class Forked(subprocess.Popen):
         told = inspect.signature(subprocess.Popen._execute_child).bind(self, *given).arguments
         message = json.dumps(
             {
-                "module": told["args"][len(PYTHON)],
-                "words": told["args"][len(PYTHON) + 1 :],
+                "words": told["args"][1:],
                 "folder": str(told["cwd"] or Path.cwd()),
                 "environment": dict(told["env"] or os.environ),
                 "session": told["start_new_session"],
@@ -175,20 +202,25 @@ def _begin(streams, told):
     os.environ.clear()
     os.environ.update(told["environment"])
     tempfile.tempdir = None
-    sys.argv = [told["module"], *told["words"]]
+    sys.argv = told["words"][1:]
 
 
 def _main(*words):
-    """The `python` of a shell, or the server."""
-    if words[0] == "-m":
+    """The `python` of a shell or of pytest-xdist, or the server."""
+    if words[0].startswith("-"):
         return start([sys.executable, *words]).wait()
-    told = _serve(socket.socket(fileno=int(words[0])))
+    listener = socket.socket(fileno=int(words[0]))
+    folder = Path(listener.getsockname()).parent
+    option, *words = _serve(listener)["words"]
+    if option != "-m":  # a worker of the tests
+        return exec(words[-1], {"__name__": "__main__"})
     use()
+    draw_once(folder)
     from poolnet import worker
 
     fork = multiprocessing.get_context("fork")
     worker.multiprocessing = _changed(multiprocessing, get_context=lambda method: fork)
-    return runpy.run_module(told["module"], run_name="__main__", alter_sys=True)
+    return runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

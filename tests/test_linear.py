@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_arrays
-from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
@@ -122,7 +121,7 @@ def test_the_same_seed_gives_the_same_run(letters):
     np.testing.assert_array_equal(first.test.logits, again.test.logits)
 
 
-def test_the_optimum_is_where_scikit_learn_finds_it_and_training_goes_there(tmp_path):
+def test_the_optimum_is_where_scikit_learn_finds_it_and_training_goes_there(sklearn, tmp_path):
     noisy = make_arrays((1500, 50, 50))  # without the wrong labels the letters could be told apart, at no loss at all
     noisy["y_train"][:900] = np.random.default_rng(1).integers(0, 10, 900)  # with 300, some kernels need 5,000 steps
     np.savez(tmp_path / "noisy.npz", **noisy)
@@ -133,7 +132,7 @@ def test_the_optimum_is_where_scikit_learn_finds_it_and_training_goes_there(tmp_
     )
     x = arrays["train"][:, :49].astype(np.float64)
     with threadpool_limits(1, user_api="blas"):  # with two threads its small products take fifty times as long
-        theirs = LogisticRegression(C=np.inf, tol=1e-8, max_iter=100_000).fit(x, splits.train.y)
+        theirs = sklearn.linear_model.LogisticRegression(C=np.inf, tol=1e-8, max_iter=100_000).fit(x, splits.train.y)
     log_p = theirs.predict_log_proba(x)
     their_loss = -log_p[np.arange(len(x)), splits.train.y].mean()
     assert short.converged

@@ -2,9 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import norm
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-from statsmodels.stats.proportion import proportion_confint
+from scipy.stats import binomtest, norm
 
 from poolnet import scores, stats
 from poolnet.stats import McNemar
@@ -35,12 +33,12 @@ def test_a_letter_that_is_never_said_has_no_precision():
     assert np.isnan(found.per_class[2].recall.low)
 
 
-def test_scores_are_scikit_learns():
+def test_scores_are_scikit_learns(sklearn):
     rng = np.random.default_rng(1)
     logits, y = rng.normal(size=(500, 10)), rng.integers(0, 10, 500)
     found = scores.of(logits, y)
-    assert np.array_equal(found.confusion, confusion_matrix(y, logits.argmax(1)))
-    expected = precision_recall_fscore_support(y, logits.argmax(1))
+    assert np.array_equal(found.confusion, sklearn.metrics.confusion_matrix(y, logits.argmax(1)))
+    expected = sklearn.metrics.precision_recall_fscore_support(y, logits.argmax(1))
     for name, values in zip(("precision", "recall", "f1", "n"), expected, strict=True):
         mine = [getattr(each, name) for each in found.per_class]
         assert [getattr(each, "estimate", each) for each in mine] == pytest.approx(values)
@@ -49,7 +47,7 @@ def test_scores_are_scikit_learns():
 @pytest.mark.parametrize(("k", "n"), [(0, 5), (3, 10), (85, 100), (1000, 1000)])
 def test_shares_have_wilsons_interval(k, n):
     share = scores.wilson(k, n)
-    assert (share.low, share.high) == pytest.approx(proportion_confint(k, n, method="wilson"), abs=1e-12)
+    assert (share.low, share.high) == pytest.approx(binomtest(k, n).proportion_ci(method="wilson"), abs=1e-12)
     assert 0 <= share.low <= share.estimate <= share.high <= 1
 
 

@@ -8,8 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
-from sklearn.calibration import calibration_curve
-from sklearn.metrics import log_loss
 
 from poolnet import stats
 from poolnet.stats import (
@@ -231,12 +229,12 @@ def test_calibration_by_hand():
 
 
 @given(st.integers(0, 10**6), st.integers(1, 30), st.floats(0.01, 30))
-def test_calibration_is_that_of_scikit_learns_curve(seed, bins, scale):
+def test_calibration_is_that_of_scikit_learns_curve(sklearn, seed, bins, scale):
     logits, y = rng(seed).normal(0, scale, (200, 10)), rng(seed + 1).integers(10, size=200)
     found = calibration(logits, y, bins)
     p = np.exp(logits - logits.max(1, keepdims=True))
     top, right = (p / p.sum(1, keepdims=True)).max(1), logits.argmax(1) == y
-    accuracy, confidence = calibration_curve(right, top, n_bins=bins, pos_label=True)
+    accuracy, confidence = sklearn.calibration.calibration_curve(right, top, n_bins=bins, pos_label=True)
     filled = found.counts > 0
     np.testing.assert_allclose(found.accuracy[filled], accuracy)
     np.testing.assert_allclose(found.confidence[filled], confidence)
@@ -252,13 +250,13 @@ def test_large_logits_overflow_nothing():
     assert calibration(logits, [0, 0, 0]).ece == pytest.approx(2 / 3)
 
 
-def test_per_example_sums_to_accuracy_and_log_loss():
+def test_per_example_sums_to_accuracy_and_log_loss(sklearn):
     logits, y = rng().normal(0, 3, (500, 10)).astype(np.float32), rng(1).integers(10, size=500)
     right, nll = per_example(logits, y)
     p = np.exp(logits.astype(np.float64))
     assert right.dtype == bool
     assert nll.dtype == np.float64
-    assert nll.mean() == pytest.approx(log_loss(y, p / p.sum(1, keepdims=True), labels=range(10)))
+    assert nll.mean() == pytest.approx(sklearn.metrics.log_loss(y, p / p.sum(1, keepdims=True), labels=range(10)))
     assert right.mean() == (logits.argmax(1) == y).mean()
 
 
