@@ -1,4 +1,4 @@
-"""How often each 95 % interval of `poolnet.stats` holds the truth, and each test rejects where there is nothing.
+"""How often each 95 % interval of `poolnet.stats.paired` holds the truth, and each test rejects where there is nothing.
 
     python benchmarks/coverage.py [--simulations N] [--seed S] [--json]
 
@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import norm
 from threadpoolctl import threadpool_limits
 
-from poolnet import stats
+from poolnet.stats import paired
 
 RESAMPLES = {"over_examples": 500, "two_way": 300}  # fewer than the defaults, which cost ten times as long
 COVERAGE, FALSE_POSITIVES = (0.93, 0.97), 0.06
@@ -62,7 +62,7 @@ class World:
 Outcome = tuple[bool, bool]  # the interval holds the truth where the arms differ; p <= 0.05 where they do not
 
 
-def by_interval(world: World, rng: Rng, interval: Callable[[np.ndarray, Rng], stats.Effect]) -> Outcome:
+def by_interval(world: World, rng: Rng, interval: Callable[[np.ndarray, Rng], paired.Effect]) -> Outcome:
     values, truth = world.draw(rng, differ=True)
     effect = interval(values[1] - values[0], rng)
     nothing, _ = world.draw(rng, differ=False)
@@ -70,37 +70,37 @@ def by_interval(world: World, rng: Rng, interval: Callable[[np.ndarray, Rng], st
 
 
 def over_seeds(world: World, rng: Rng) -> Outcome:
-    return by_interval(world, rng, lambda d, rng: stats.over_seeds(d.mean(1)))
+    return by_interval(world, rng, lambda d, rng: paired.over_seeds(d.mean(1)))
 
 
 def over_examples(world: World, rng: Rng) -> Outcome:
-    return by_interval(world, rng, lambda d, rng: stats.over_examples(d[0], rng, RESAMPLES["over_examples"]))
+    return by_interval(world, rng, lambda d, rng: paired.over_examples(d[0], rng, RESAMPLES["over_examples"]))
 
 
 def two_way(world: World, rng: Rng) -> Outcome:
-    return by_interval(world, rng, lambda d, rng: stats.two_way(d, rng, RESAMPLES["two_way"]))
+    return by_interval(world, rng, lambda d, rng: paired.two_way(d, rng, RESAMPLES["two_way"]))
 
 
 def sign_flip(world: World, rng: Rng) -> bool:
     a, b = world.draw(rng, differ=False)[0].mean(2)
-    return stats.sign_flip(b - a, rng) <= 0.05
+    return paired.sign_flip(b - a, rng) <= 0.05
 
 
 def mcnemar(world: World, rng: Rng) -> bool:
     a, b = world.draw(rng, differ=False)[0][:, 0] > 0
-    return stats.mcnemar(a, b).p <= 0.05
+    return paired.mcnemar(a, b).p <= 0.05
 
 
 def equivalence(world: World, rng: Rng) -> bool:
     """The true difference is the margin itself, so that to find it smaller is an error."""
     (a, b), truth = world.draw(rng, differ=True)
-    return stats.equivalence(stats.over_seeds((b - a).mean(1)), truth) <= 0.05
+    return paired.equivalence(paired.over_seeds((b - a).mean(1)), truth) <= 0.05
 
 
 def holm(world: World, rng: Rng) -> bool:
     """Ten classes without a difference: to find one in any is an error."""
     a, b = world.draw(rng, differ=False)[0]
-    classes = stats.per_class(b - a, np.arange(world.N) % 10, rng, resamples=RESAMPLES["two_way"])
+    classes = paired.per_class(b - a, np.arange(world.N) % 10, rng, resamples=RESAMPLES["two_way"])
     return min(found.p_holm for found in classes) <= 0.05
 
 

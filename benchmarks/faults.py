@@ -42,9 +42,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from poolnet import npz
+from poolnet.data import npz
 from poolnet.files import read_json
-from poolnet.journal import Journal
+from poolnet.runs.run_record import Journal
 
 FIGURES = ("train_loss", "train_acc", "val_loss", "val_acc")  # the same in each run; the times are not
 TIMINGS = ("epoch_seconds", "examples_per_second")

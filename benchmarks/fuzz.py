@@ -31,9 +31,12 @@ import numpy as np
 from faults import FIGURES, POOLNET, STUDY, World, letters
 from PIL import Image
 
-from poolnet import cli, data, files, study
-from poolnet.config import InputError, RunError
-from poolnet.journal import Journal
+from poolnet import files
+from poolnet.cli.commands import main as run_command
+from poolnet.data import dataset
+from poolnet.errors import InputError, RunError
+from poolnet.runs.run_record import Journal
+from poolnet.studies import study
 
 SECONDS = 120  # that a command may take
 EPOCHS = 3
@@ -115,7 +118,7 @@ def command(*args: object) -> tuple[int, str, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         faulthandler.dump_traceback_later(SECONDS, exit=True, file=sys.__stderr__)
         try:
-            cli.main([str(arg) for arg in args])
+            run_command([str(arg) for arg in args])
         except SystemExit as end:
             code = int(end.code or 0)
         except BaseException:
@@ -151,7 +154,9 @@ def apart(world: World, work: Callable[..., Wrong], *args: object) -> Wrong:
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(["poolnet.sync", "poolnet.sweep", "poolnet.job", "poolnet.report"])
+        context.set_forkserver_preload(
+            ["poolnet.tracking.sync", "poolnet.studies.sweep", "poolnet.runs.train_run", "poolnet.studies.report"]
+        )
     ours, theirs = context.Pipe()
     process = context.Process(target=_in_process, args=(theirs, world.environment, world.folder, work, args))
     process.start()
@@ -377,7 +382,7 @@ def images_case(model: str, images: list[tuple[str, bytes]], whole: Path, expect
         wrong.append(f"{len(named)} of {len(paths)} images were named, exit {code}")
     if said[whole.name] | {"probability": 0, "runner_up_probability": 0} != expected:  # whose last digits vary
         wrong.append(f"the whole image beside them became {said[whole.name]}")
-    if not all(each["letter"] in data.LETTERS and 0 < each["probability"] <= 1 for each in said.values()):
+    if not all(each["letter"] in dataset.LETTERS and 0 < each["probability"] <= 1 for each in said.values()):
         wrong.append("a prediction that is none")
     return wrong
 
@@ -455,7 +460,7 @@ def arrays_case(archives: list[tuple[str, bytes]]) -> Wrong:
     for index, (fate, content) in enumerate(archives):
         path.write_bytes(content)
         try:
-            splits = data.open_splits(path)
+            splits = dataset.open_splits(path)
         except (InputError, RunError) as error:
             if fate == "whole":
                 wrong.append(f"{index}: refused, though it is whole: {error}")

@@ -25,8 +25,8 @@ import click
 import numpy as np
 import torch
 
-from poolnet.data import locate, open_splits
-from poolnet.registry import load
+from poolnet.data.dataset import locate, open_splits
+from poolnet.tracking.registry import load
 
 TOLERANCE = 1e-5
 

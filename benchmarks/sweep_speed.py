@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 from train_speed import EPOCHS, notebook_command, process, random_letters, show
 
-from poolnet.journal import Journal
+from poolnet.runs.run_record import Journal
 
 STUDY = """question = "How long does it take?"
 seeds = {seeds}

@@ -24,11 +24,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from poolnet import data, features, npz, train
-from poolnet.config import TrainConfig
-from poolnet.evaluate import threads
-from poolnet.linear import SoftmaxRegression
-from poolnet.model import SimplePoolNet, build_model
+from poolnet.data import dataset, npz
+from poolnet.training import features, train_loop
+from poolnet.training.config import TrainConfig
+from poolnet.training.evaluation import threads
+from poolnet.training.fast_step import SoftmaxRegression
+from poolnet.training.model import SimplePoolNet, build_model
 
 FULL = {"train": 415_752, "val": 46_194, "test": 13_649}  # images of the reference experiment
 BATCH, EPOCHS, LR = 128, 30, 1e-3
@@ -136,7 +137,9 @@ def measure_epoch(path: Path, rounds: int) -> dict[str, list[float]]:
         times["notebook"].append(spent)
         notebook.append(loss)
         times["poolnet"] += [ours.epoch() for _ in range(3)]
-    reference = train.fit(TrainConfig(pool="max", epochs=2, lr=LR, batch_size=BATCH), data.open_splits(path)).history
+    reference = train_loop.fit(
+        TrainConfig(pool="max", epochs=2, lr=LR, batch_size=BATCH), dataset.open_splits(path)
+    ).history
     for loop, losses in (("poolnet", ours.losses), ("notebook", notebook[:1])):  # which then takes another order
         for record, loss in zip(reference, losses, strict=False):
             expect(loss, record.train_loss, 1e-5, f"{loop}, epoch {record.epoch}")

@@ -26,9 +26,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import binomtest
 
-from poolnet import predict, registry
-from poolnet.config import aligned
-from poolnet.data import LETTERS
+from poolnet.data.dataset import LETTERS
+from poolnet.models import predict
+from poolnet.text import aligned
+from poolnet.tracking import registry
 
 HEIGHTS = (20, 48, 120, 400)  # pixels, of the font; a margin of a quarter is left around the letter
 COLOURS = {

@@ -1,4 +1,4 @@
-"""Files that are replaced whole, JSON that carries its checksum, and locks that say who holds them."""
+"""The folder of local state; files that are replaced whole, JSON with its checksum, locks that say who holds them."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from poolnet.config import InputError, RunError
+from poolnet.errors import InputError, RunError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what a user may have of it
 LOCK_SECONDS = 5  # that a command waits for another one, before it says who that is
@@ -24,6 +24,26 @@ LOCK_SECONDS = 5  # that a command waits for another one, before it says who tha
 
 class Locked(RunError):
     """Another process holds a lock for longer than this one waits."""
+
+
+def home() -> Path:
+    """The folder of poolnet's local state: `POOLNET_HOME`, or `.poolnet` in the working folder. Made if absent."""
+    path = expanded(Path(os.environ.get("POOLNET_HOME") or ".poolnet")).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made ({error.strerror}); set POOLNET_HOME elsewhere") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{path}: cannot be written; set POOLNET_HOME elsewhere")
+    return path
+
+
+def expanded(path: Path) -> Path:
+    """The path with the user's own folder for `~`, unless something here is called so."""
+    try:
+        return path if Path(*path.parts[:1]).exists() else path.expanduser()
+    except RuntimeError:  # of a user who is not known
+        return path
 
 
 @contextlib.contextmanager

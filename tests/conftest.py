@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from poolnet.cli import SETTINGS, main
+from poolnet.cli.commands import SETTINGS, main
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
 ROOT = Path(__file__).parent.parent
@@ -112,13 +112,13 @@ def drawn_once(tmp_path_factory):
 
 
 def make_export(folder, pool):
-    from poolnet import exported
-    from poolnet.model import build_model
+    from poolnet.tracking import programs
+    from poolnet.training.model import build_model
 
     model = SimpleNamespace(artifact_location=str(folder), model_id="m-0")
     arrays = {name: tensor.numpy() for name, tensor in build_model(pool, seed=0).state_dict().items()}
     arrays["example"] = np.zeros((2, 1, 28, 28), np.float32)
-    exported.export(arrays, pool, "0" * 32, model, folder / pool)
+    programs.export(arrays, pool, "0" * 32, model, folder / pool)
 
 
 def keep_exports(home):
@@ -196,7 +196,7 @@ def real_letters(tmp_path_factory):
 @pytest.fixture(scope="session")
 def glyphs_npz(tmp_path_factory):
     """Embedded letters, fewer than the default."""
-    from poolnet import glyphs, npz
+    from poolnet.data import glyphs, npz
 
     path = tmp_path_factory.mktemp("glyphs") / "glyphs.npz"
     npz.save(path, glyphs.render(train=5_000, val=1_000, test=1_000))

@@ -28,7 +28,8 @@ PYTHON = [sys.executable, "-m"]
 ROOT = str(Path(__file__).parent.parent)
 POOLNET = [*PYTHON, "poolnet"]
 IMPORTS = (
-    *("poolnet.job", "poolnet.figures", "poolnet.follow", "poolnet.sweep", "poolnet.promote", "poolnet.report"),
+    *("poolnet.runs.train_run", "poolnet.runs.figures", "poolnet.tracking.upload_process"),
+    *("poolnet.studies.sweep", "poolnet.studies.report", "poolnet.models.promote"),
     *("mlflow.cli", "mlflow.projects", "mlflow.store.tracking.sqlalchemy_store", "torch.export._trace"),
 )
 SERVER = "FORKING_SERVER"  # the variable of the environment that holds its address
@@ -69,7 +70,7 @@ def python():
 
 def use():
     """Have publishers begun by the server too."""
-    from poolnet import publisher
+    from poolnet.tracking import publisher
 
     publisher.subprocess = _changed(subprocess, Popen=start)
 
@@ -79,7 +80,7 @@ def draw_once(folder):
 
     To draw them takes longer than all the rest.
     """
-    from poolnet import figures
+    from poolnet.runs import figures
 
     draw, save = figures.of_run, figures.save_all
 
@@ -216,7 +217,7 @@ def _main(*words):
         return exec(words[-1], {"__name__": "__main__"})
     use()
     draw_once(folder)
-    from poolnet import worker
+    from poolnet.studies import worker
 
     fork = multiprocessing.get_context("fork")
     worker.multiprocessing = _changed(multiprocessing, get_context=lambda method: fork)

@@ -15,10 +15,14 @@ import pytest
 from click.shell_completion import ShellComplete
 from conftest import make_arrays, poolnet
 
-from poolnet import glyphs, journal
-from poolnet.cli import _without_home, cli, main
-from poolnet.config import InputError, TrainConfig, coded, home, marked, pasted, say
-from poolnet.data import locate, open_splits
+from poolnet.cli.commands import _without_home, cli, main
+from poolnet.data import glyphs
+from poolnet.data.dataset import locate, open_splits
+from poolnet.errors import InputError
+from poolnet.files import home
+from poolnet.runs import run_record
+from poolnet.text import coded, marked, pasted, say
+from poolnet.training.config import TrainConfig
 
 
 def run(capsys, *args):
@@ -90,7 +94,7 @@ def test_the_optimum_on_demand(capsys, letters, option):
     code, out, _ = run(capsys, "train", "--data", letters, "--epochs", 1, "--drain-timeout", 0, *option)
     assert code == 3
     printed = re.search(r"Optimum: train loss=([\d.]+), ([\d.]+) below", out)
-    recorded = journal.find(journal.names()[0]).metrics()[-1]["metrics"]
+    recorded = run_record.find(run_record.names()[0]).metrics()[-1]["metrics"]
     assert float(printed[1]) == pytest.approx(recorded["optimum_train_loss"], abs=1e-6)
     assert float(printed[2]) == pytest.approx(recorded["optimality_gap"], abs=1e-6)
 

@@ -12,8 +12,10 @@ from conftest import inside, mlflow_run
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from test_cli import assert_refused, run
 
-from poolnet import arms, compare, report, stores, study, train
-from poolnet.data import open_splits
+from poolnet.data.dataset import open_splits
+from poolnet.studies import compare, report, selection, study
+from poolnet.tracking import servers
+from poolnet.training import train_loop
 
 N, SHA = 800, "5" * 64
 STUDY = """question = "Which pooling loses less?"
@@ -30,7 +32,7 @@ avg = {{ pool = "avg" }}
 
 @pytest.fixture
 def client():
-    return stores.own_client()
+    return servers.own_client()
 
 
 def predictions(seeds, accuracy, seed=0, n=N):
@@ -188,11 +190,11 @@ def test_of_a_study_the_runs_of_this_machines_device_count_or_those_of_another_t
     plant_arms(client, seeds=2, lead=0.05, ran_on="cuda")
     plant(client, SOME, ran_on="cpu")
     found = study.read(write_study(2))
-    selected, _ = arms.of_study(client, ["0"], found)
+    selected, _ = selection.of_study(client, ["0"], found)
     assert {run.device for group in selected.values() for run in group} == {"cuda"}
     plant_arms(client, seeds=2, lead=0.05)
-    selected, _ = arms.of_study(client, ["0"], found)
-    own = str(train.resolve_device("auto"))
+    selected, _ = selection.of_study(client, ["0"], found)
+    own = str(train_loop.resolve_device("auto"))
     assert {run.device for group in selected.values() for run in group} == {own if own in ("cpu", "cuda") else "cpu"}
 
 
@@ -303,7 +305,7 @@ def test_runs_on_other_data_are_left_out_where_one_is_named(client, capsys):
     plant_arms(client, seeds=2)
     plant(client, SOME, data="glyphs", sha256="6" * 64)
     assert "SHA-256 of the data" in refused(capsys, *BY_POOL)
-    selected, _ = arms.of_experiment(client, ["0"], "pool", ["max", "avg"], data="elsewhere/letters.npz")
+    selected, _ = selection.of_experiment(client, ["0"], "pool", ["max", "avg"], data="elsewhere/letters.npz")
     assert [len(group) for group in selected.values()] == [2, 2]
 
 
@@ -328,14 +330,14 @@ def test_of_runs_that_repeat_a_seed_the_newest_counts(client):
     plant_arms(client, seeds=2)
     (changed,) = predictions(1, 0.5, seed=9)
     newest = plant(client, changed, device="cpu")  # max, seed 1, once more
-    selected = arms.of_experiment(client, ["0"], "pool", ["max", "avg"])
-    groups, notes = arms.checked(selected)
+    selected = selection.of_experiment(client, ["0"], "pool", ["max", "avg"])
+    groups, notes = selection.checked(selected)
     assert groups["max"][0].name == newest
     assert notes == ["max: 3 runs of 2 seeds; the newest of each seed counts."]
 
 
 def test_a_study_is_selected_from_servers_params_as_mlflow_run_types_them(client):
     plant_arms(client, seeds=2, lr="1e-3", data="'letters.npz'")
-    selected, free = arms.of_study(client, ["0"], study.read(write_study(2)))
+    selected, free = selection.of_study(client, ["0"], study.read(write_study(2)))
     assert [len(group) for group in selected.values()] == [2, 2]
     assert free == {"pool"}

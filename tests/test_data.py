@@ -18,9 +18,12 @@ from conftest import make_arrays
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from poolnet import cli, data, files, glyphs, npz
-from poolnet.config import InputError, RunError, home
-from poolnet.data import SPLITS, locate, open_splits
+from poolnet import files
+from poolnet.cli import main
+from poolnet.data import dataset, glyphs, npz
+from poolnet.data.dataset import SPLITS, locate, open_splits
+from poolnet.errors import InputError, RunError
+from poolnet.files import home
 
 
 def save(path, arrays, writer=np.savez):
@@ -389,7 +392,7 @@ def test_test_images_that_train_holds_are_counted(tmp_path):
 @pytest.mark.parametrize("rows", [1, 7, 300, 1000])
 def test_windows_are_the_rows_in_order(tmp_path, arrays, monkeypatch, rows):
     monkeypatch.setattr(npz, "ROWS", rows)
-    seen = {name: [] for name in data.SPLITS}
+    seen = {name: [] for name in dataset.SPLITS}
     for writer in (np.savez, np.savez_compressed):
         open_splits(save(tmp_path / "d.npz", arrays, writer), (), lambda name, *rest: seen[name].append(rest))
         for name, windows in seen.items():
@@ -478,7 +481,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, letters):
 def run(*args, capsys):
     """Exit code and what is said on stderr, of the command in this process."""
     capsys.readouterr()
-    code = cli._run([str(arg) for arg in args])
+    code = main._run([str(arg) for arg in args])
     return code, capsys.readouterr().err
 
 
@@ -544,7 +547,7 @@ ODD_NAMES = ["a b", "a#b?c=d%20", "it's", 'a"b', "Büro", "文字", "$HOME", "a;
 @pytest.mark.parametrize("name", [*ODD_NAMES, r"a$\frac$b", "\x1b[31mred\x1b[0m", "\u202ereversed"])
 def test_any_name_works_and_none_reaches_the_terminal_raw(tmp_path, capsys, name):
     path = tmp_path / f"{name}.npz"
-    assert cli._run([str(arg) for arg in small(path)]) == 0
+    assert main._run([str(arg) for arg in small(path)]) == 0
     said = capsys.readouterr()
     assert open_splits(path).name == name
     path.write_bytes(b"damaged")
@@ -582,7 +585,7 @@ def test_rendered_letters_that_are_damaged_are_rendered_again(monkeypatch):
 def test_who_renders_is_named_while_another_waits(monkeypatch):
     rendered = glyphs.render(20, 10, 10)
     monkeypatch.setattr(glyphs, "render", lambda: rendered)
-    monkeypatch.setattr(data, "locked", lambda path, wait=0.1: files.locked(path, wait))
+    monkeypatch.setattr(dataset, "locked", lambda path, wait=0.1: files.locked(path, wait))
     lock, said = home() / "data" / f"glyphs-v{glyphs.VERSION}.lock", []
     with contextlib.ExitStack() as held:
         held.enter_context(files.locked(lock))

@@ -19,9 +19,9 @@ from mlflow.models import Model
 from safetensors.torch import save_file
 from torch import nn
 
-from poolnet import exported
-from poolnet.config import POOLS
-from poolnet.model import Checked, build_model
+from poolnet.tracking import programs
+from poolnet.training.config import POOLS
+from poolnet.training.model import Checked, build_model
 
 
 class Payload:
@@ -37,7 +37,7 @@ def written(request, tmp_path_factory):
     """A network, and the folder that it was written to."""
     net, folder = build_model(request.param, seed=1).eval(), tmp_path_factory.mktemp("written")
     (folder / "data").mkdir()
-    exported.write(folder, request.param, net)
+    programs.write(folder, request.param, net)
     return request.param, net, folder
 
 
@@ -46,7 +46,7 @@ def avg(tmp_path):
     """A folder of the test's own."""
     folder = tmp_path / "avg"
     (folder / "data").mkdir(parents=True)
-    exported.write(folder, "avg", build_model("avg", seed=1))
+    programs.write(folder, "avg", build_model("avg", seed=1))
     return folder
 
 
@@ -66,16 +66,16 @@ def rewritten(path, change):
 
 def test_what_is_read_is_what_was_written(written):
     pool, net, folder = written
-    found, read = exported.read(folder)
+    found, read = programs.read(folder)
     assert found == pool
     assert not read.training
     assert same_weights(read, net)
-    assert exported.is_ours(folder, read)
+    assert programs.is_ours(folder, read)
 
 
 def test_the_export_says_what_the_weights_say(written):
     _, net, folder = written
-    program = torch.export.load(folder / exported.EXPORT).module()
+    program = torch.export.load(folder / programs.EXPORT).module()
     with torch.inference_mode():
         for n in (1, 2, 7):
             images = torch.rand(n, 1, 28, 28)
@@ -85,8 +85,8 @@ def test_the_export_says_what_the_weights_say(written):
 def test_the_export_says_nothing_of_who_made_it(written):
     """Torch's stack traces name home and user."""
     _, _, folder = written
-    (member,) = [name for name in zipfile.ZipFile(folder / exported.EXPORT).namelist() if name.endswith("model.json")]
-    text = zipfile.ZipFile(folder / exported.EXPORT).read(member).decode()
+    (member,) = [name for name in zipfile.ZipFile(folder / programs.EXPORT).namelist() if name.endswith("model.json")]
+    text = zipfile.ZipFile(folder / programs.EXPORT).read(member).decode()
     assert "linear.default" in text
     for word in ("stack_trace", "File ", ".py", "site-packages", "poolnet"):
         assert word not in text
@@ -95,7 +95,7 @@ def test_the_export_says_nothing_of_who_made_it(written):
 def test_an_export_that_is_not_ours_is_found_out_and_not_executed(avg, tmp_path):
     touched = tmp_path / "touched"
     payload = f"__import__('pathlib').Path({str(touched)!r}).touch() or True"
-    export = avg / exported.EXPORT
+    export = avg / programs.EXPORT
     whole = export.read_bytes()
 
     def guard(name, data):
@@ -119,16 +119,16 @@ def test_an_export_that_is_not_ours_is_found_out_and_not_executed(avg, tmp_path)
             archive.writestr("model/data/aotinductor/model/library.so", b"")
         return content.getvalue()
 
-    net = exported.read(avg)[1]
+    net = programs.read(avg)[1]
     for change in (guard, pickled):
         export.write_bytes(whole)
         rewritten(export, change)
-        assert not exported.is_ours(avg, net), change
+        assert not programs.is_ours(avg, net), change
     for content in (second_directory(), extra(), whole + b" ", b"\x80\x04N." + whole, whole[:-1], b""):
         export.write_bytes(content)
-        assert not exported.is_ours(avg, net)
-    exported.write(avg, "avg", build_model("avg", seed=2))  # another network's
-    assert not exported.is_ours(avg, net)
+        assert not programs.is_ours(avg, net)
+    programs.write(avg, "avg", build_model("avg", seed=2))  # another network's
+    assert not programs.is_ours(avg, net)
     assert not touched.exists()
 
     export.write_bytes(whole)
@@ -152,18 +152,18 @@ BAD_WEIGHTS = {
 @pytest.mark.parametrize("case", BAD_WEIGHTS)
 def test_weights_that_are_no_networks_are_refused(avg, case):
     metadata, weights, said = BAD_WEIGHTS[case]
-    save_file(weights, avg / exported.WEIGHTS, metadata)
+    save_file(weights, avg / programs.WEIGHTS, metadata)
     with pytest.raises(ValueError, match=said):
-        exported.read(avg)
+        programs.read(avg)
 
 
 def test_a_file_that_holds_no_weights_is_refused(avg, tmp_path):
-    touched, path = tmp_path / "touched", avg / exported.WEIGHTS
+    touched, path = tmp_path / "touched", avg / programs.WEIGHTS
     whole = path.read_bytes()
     for content in (b"", b"text", pickle.dumps(Payload(touched)), whole[:100], whole[:-1], b"\xff" * 8 + whole[8:]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="found no readable data/weights"):
-            exported.read(avg)
+            programs.read(avg)
     assert not touched.exists()
 
 
@@ -180,15 +180,15 @@ def older(net, path):
 
 @pytest.fixture
 def avg_older(tmp_path):
-    return older(Checked(build_model("avg", seed=1)), tmp_path / "older" / exported.EXPORT)
+    return older(Checked(build_model("avg", seed=1)), tmp_path / "older" / programs.EXPORT)
 
 
 @pytest.mark.parametrize("pool", POOLS)
 def test_models_of_earlier_versions_are_read_from_the_export(tmp_path, pool):
     net = build_model(pool, seed=1)
     for name, form in (("checked", Checked(net)), ("plain", net)):  # the first versions did not check pixels
-        older(form, tmp_path / name / exported.EXPORT)
-        found, read = exported.read(tmp_path / name)
+        older(form, tmp_path / name / programs.EXPORT)
+        found, read = programs.read(tmp_path / name)
         assert found == pool
         assert same_weights(read, net)
 
@@ -204,9 +204,9 @@ def test_models_of_earlier_versions_are_read_from_the_export(tmp_path, pool):
     ids=["linear", "no relu", "two kinds", "one pooling"],
 )
 def test_another_network_is_none_of_ours(net, tmp_path):
-    older(Checked(net), tmp_path / exported.EXPORT)
+    older(Checked(net), tmp_path / programs.EXPORT)
     with pytest.raises(ValueError, match="found a network that is none of max, avg, conv: "):
-        exported.read(tmp_path)
+        programs.read(tmp_path)
 
 
 def test_pickles_in_the_weights_are_not_loaded(avg_older, tmp_path):
@@ -219,7 +219,7 @@ def test_pickles_in_the_weights_are_not_loaded(avg_older, tmp_path):
 
     rewritten(avg_older, weights)
     with pytest.raises(ValueError, match=r"found net\.fc\.weight of another type"):
-        exported.read(tmp_path / "older")
+        programs.read(tmp_path / "older")
     assert not touched.exists()
 
 
@@ -253,7 +253,7 @@ def changed_config(change):
 def test_entries_that_are_not_the_networks_are_refused(avg_older, tmp_path, change, said):
     rewritten(avg_older, changed_config(change))
     with pytest.raises(ValueError, match=said):
-        exported.read(tmp_path / "older")
+        programs.read(tmp_path / "older")
 
 
 def test_a_bomb_is_not_unpacked(avg_older, tmp_path):
@@ -263,14 +263,14 @@ def test_a_bomb_is_not_unpacked(avg_older, tmp_path):
         for name, data in members.items():
             new.writestr(name, bytes(1 << 24) if "weight_0" in name else data)
     with pytest.raises(ValueError, match="larger once it is unpacked"):
-        exported.read(tmp_path / "older")
+        programs.read(tmp_path / "older")
 
 
 @pytest.fixture(scope="module")
 def older_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damaged")
-    older(Checked(build_model("avg", seed=1)), folder / exported.EXPORT)
-    return folder, (folder / exported.EXPORT).read_bytes()
+    older(Checked(build_model("avg", seed=1)), folder / programs.EXPORT)
+    return folder, (folder / programs.EXPORT).read_bytes()
 
 
 @given(data=st.data())
@@ -281,9 +281,9 @@ def test_a_damaged_export_is_refused_or_read_as_it_was(older_folder, data):
     changed = bytearray(whole)
     changed[at] ^= 1 << data.draw(st.integers(0, 7))
     for content in (whole[:at], bytes(changed)):
-        (folder / exported.EXPORT).write_bytes(content)
+        (folder / programs.EXPORT).write_bytes(content)
         try:
-            pool, net = exported.read(folder)
+            pool, net = programs.read(folder)
         except ValueError:
             continue
         assert pool == "avg"
@@ -304,14 +304,14 @@ def trained(pool, seed):
 
 def export(pool, seed, path):
     model = SimpleNamespace(artifact_location="file:///somewhere", model_id=f"m-{seed}")
-    exported.export(trained(pool, seed), pool, "0" * 32, model, path)
+    programs.export(trained(pool, seed), pool, "0" * 32, model, path)
     return path
 
 
 def files_of(path):
     """What a model's folder holds; of MLmodel, all but what is of this one model."""
     found = {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    del found[exported.EXPORT]
+    del found[programs.EXPORT]
     model = Model.load(str(path)).to_dict()
     return found | {"MLmodel": {name: value for name, value in model.items() if name != "utc_time_created"}}
 
@@ -321,16 +321,16 @@ def files_of(path):
 def test_a_copy_of_the_kept_export_equals_a_full_export_and_is_served(pool, tmp_path, monkeypatch):
     export(pool, 1, tmp_path / "first")
     with monkeypatch.context() as patch:
-        patch.setattr(exported, "_export_in_full", None)  # is not called again
+        patch.setattr(programs, "_export_in_full", None)  # is not called again
         copy = export(pool, 2, tmp_path / "copy")
     with monkeypatch.context() as patch:
-        patch.setattr(exported, "_unpack", lambda pool, path: False)
+        patch.setattr(programs, "_unpack", lambda pool, path: False)
         full = export(pool, 2, tmp_path / "full")
     assert files_of(copy) == files_of(full)
-    net = exported.read(copy)[1]
-    assert exported.equal(full / exported.EXPORT, copy / exported.EXPORT)
-    assert exported.is_ours(copy, net)
-    assert not exported.is_ours(tmp_path / "first", net)
+    net = programs.read(copy)[1]
+    assert programs.equal(full / programs.EXPORT, copy / programs.EXPORT)
+    assert programs.is_ours(copy, net)
+    assert not programs.is_ours(tmp_path / "first", net)
     module, server = mlflow.pytorch.load_model(str(copy)), mlflow.pyfunc.load_model(str(copy))
     for n in (1, 2, 7):
         images = torch.rand(n, 1, 28, 28)
@@ -370,14 +370,14 @@ def test_a_kept_export_that_somebody_has_changed_is_found_out(tmp_path):
     (kept,) = (tmp_path / "home" / "exports").iterdir()
     with zipfile.ZipFile(kept) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
-    files[exported.EXPORT] = exported._with_members(
-        files[exported.EXPORT], {"model/models/model.json": changed_program(path / exported.EXPORT)}
+    files[programs.EXPORT] = programs._with_members(
+        files[programs.EXPORT], {"model/models/model.json": changed_program(path / programs.EXPORT)}
     )
     with zipfile.ZipFile(kept, "w") as archive:
         for name, content in files.items():
             archive.writestr(name, content)
     path = export("avg", 2, tmp_path / "published")
-    assert not exported.is_ours(path, exported.read(path)[1])
+    assert not programs.is_ours(path, programs.read(path)[1])
 
 
 def changed_program(path):
@@ -392,18 +392,18 @@ def test_an_export_of_another_layout_is_not_kept(tmp_path, monkeypatch):
     def elsewhere(folder, pool, weights):
         raise ValueError("found an export with weights w")
 
-    monkeypatch.setattr(exported, "fill", elsewhere)
+    monkeypatch.setattr(programs, "fill", elsewhere)
     path = export("avg", 1, tmp_path / "model")
     assert not (tmp_path / "home" / "exports").exists()
-    assert exported.is_ours(path, exported.read(path)[1])
+    assert programs.is_ours(path, programs.read(path)[1])
 
 
 def test_weights_that_other_code_would_put_elsewhere_are_refused(avg):
-    weights = {name: tensor.numpy() for name, tensor in exported.read(avg)[1].state_dict().items()}
+    weights = {name: tensor.numpy() for name, tensor in programs.read(avg)[1].state_dict().items()}
     with pytest.raises(ValueError, match=r"with weights fc\.weight, fc\.bias"):
-        exported.fill(avg, "avg", {"fc.weight": weights["fc.weight"]})
+        programs.fill(avg, "avg", {"fc.weight": weights["fc.weight"]})
     with pytest.raises(ValueError, match="of 1960 bytes"):
-        exported.fill(avg, "avg", weights | {"fc.weight": weights["fc.weight"][:9]})
+        programs.fill(avg, "avg", weights | {"fc.weight": weights["fc.weight"][:9]})
 
 
 def test_the_second_publication_needs_no_torch(tmp_path, letters):

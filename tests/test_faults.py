@@ -21,8 +21,10 @@ import pytest
 from conftest import inside, make_arrays, poolnet, ran, world
 from test_tracking import journaled
 
-from poolnet import files, journal, sync
-from poolnet.config import TrainConfig
+from poolnet import files
+from poolnet.runs import run_record
+from poolnet.tracking import sync
+from poolnet.training.config import TrainConfig
 
 DEAD = "http://127.0.0.1:9"  # where nothing listens
 AWAY = (  # what is said of it before a training
@@ -50,7 +52,7 @@ def long_run(letters):
         process = start("--epochs", 1_000_000, *options, **settings)
         processes.append(process)
         assert any(line.startswith("Epoch 05") for line in process.stdout), process.stderr.read()
-        return process, journal.find(journal.names()[-1])
+        return process, run_record.find(run_record.names()[-1])
 
     yield begin
     for process in processes:
@@ -106,14 +108,14 @@ def test_a_signal_ends_the_run_as_killed_within_seconds_and_says_how_to_go_on(lo
 def test_ctrl_c_in_the_middle_of_a_long_epoch_ends_it_at_once_and_the_epoch_is_trained_again(tmp_path):
     np.savez(tmp_path / "letters.npz", **make_arrays((20_000, 50, 50)))
     process = start("--pool", "conv", "--batch-size", 1, "--epochs", 1)  # of several seconds
-    wait_for(lambda: journal.names())
+    wait_for(lambda: run_record.names())
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     begun = time.monotonic()
     out, err = process.communicate(timeout=60)
     assert time.monotonic() - begun < 5
     assert (process.returncode, out) == (130, "")
-    run = journal.find(journal.names()[0])
+    run = run_record.find(run_record.names()[0])
     assert err == f"poolnet: error: stopped; go on with: poolnet train --resume {run.name}\n"
     assert (run.ended()["status"], run.metrics(), run.checkpoints()) == ("KILLED", [], [])
 
@@ -129,16 +131,16 @@ def test_a_second_ctrl_c_and_a_checkpoint_cut_in_half_and_the_run_goes_on_all_th
     _, err = process.communicate()
     assert time.monotonic() - begun < 1
     assert process.returncode == 130, err
-    (name,) = journal.names()
+    (name,) = run_record.names()
     assert f"go on with: poolnet train --resume {name}" in err
-    run = journal.find(name)
+    run = run_record.find(name)
     newest = max(run.folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime_ns)
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     resumed = inside("train", "--resume", name)
     assert resumed.returncode == 0, resumed.stderr
     assert f"Resuming {name} after epoch" in resumed.stdout
     calm = journaled(TrainConfig(data="letters.npz", epochs=400))
-    assert fingerprint(journal.find(name)) == fingerprint(calm)
+    assert fingerprint(run_record.find(name)) == fingerprint(calm)
 
 
 # --- servers that are not there, or in trouble -----------------------------------------------------------------------
@@ -163,10 +165,10 @@ def snapshot(uri):
 def test_without_a_server_all_is_on_disk_and_sync_creates_the_run_elsewhere(letters, monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
     finished = inside("train", "--data", letters, "--epochs", 3, "--drain-timeout", 3)
-    (name,) = journal.names()
+    (name,) = run_record.names()
     assert finished.returncode == 3
     assert finished.stdout.splitlines()[-1].startswith("TEST: ")
-    folder = journal.folder() / name
+    folder = run_record.folder() / name
     warning, error = finished.stderr.splitlines()
     assert warning == AWAY  # before the training, and after it where all is
     assert error == (
@@ -242,7 +244,7 @@ def test_a_server_in_trouble_costs_no_run(letters, troubled, monkeypatch):
     finished = poolnet("train", "--data", letters, "--epochs", 2, "--drain-timeout", 3)
     assert finished.returncode == 3
     assert troubled.asked > 0
-    (name,) = journal.names()
+    (name,) = run_record.names()
     assert finished.stderr.count("\n") == 1
     assert f"poolnet sync {name}" in finished.stderr
     for status in (401, 429, 500, "hang"):
@@ -270,28 +272,28 @@ def test_a_disk_that_fills_up_fails_in_one_line_and_the_run_goes_on_once_there_i
     options = ("--epochs", epochs, "--no-cache", "--drain-timeout", 1)
     finished = in_trouble("full_disk", "train", "--data", letters, *options, env=environment)
     out, err = finished.stdout, finished.stderr
-    (name,) = journal.names()
+    (name,) = run_record.names()
     assert finished.returncode == 1
     warning, error = err.splitlines()
     assert warning == AWAY
     assert "the journal cannot be written" in error
     assert f"once it can: poolnet train --resume {name}" in error
-    recorded = journal.find(name).metrics()
+    recorded = run_record.find(name).metrics()
     if what == "metrics":  # the last line found no room, and is not there in half, nor on the screen
         assert len(recorded) == len(re.findall("^Epoch", out, re.MULTILINE)) < epochs
     else:
         assert [record["step"] for record in recorded] == [*range(1, epochs + 1), 0]
     resumed = inside("train", "--resume", name, "--drain-timeout", 1)
     assert resumed.returncode == 3, resumed.stderr  # the server is still not there
-    assert journal.find(name).finished
-    assert [record["step"] for record in journal.find(name).metrics()] == [*range(1, epochs + 1), 0]
+    assert run_record.find(name).finished
+    assert [record["step"] for record in run_record.find(name).metrics()] == [*range(1, epochs + 1), 0]
 
 
 def test_a_clock_that_jumps_back_an_hour_leaves_times_in_order(letters):
     finished = in_trouble("clock_jumps_back", "train", "--data", "letters.npz", "--epochs", "6")
     assert (finished.returncode, finished.stderr) == (0, "")
-    (name,) = journal.names()
-    times = [record["t"] for record in journal.find(name).metrics()]
+    (name,) = run_record.names()
+    times = [record["t"] for record in run_record.find(name).metrics()]
     assert times == sorted(times)
     run = only_run()
     assert run.info.start_time <= times[0] <= times[-1] <= run.info.end_time

@@ -10,11 +10,13 @@ import pytest
 import torch
 from conftest import make_arrays
 
-from poolnet import features, npz
-from poolnet.config import InputError, home
-from poolnet.data import open_splits
-from poolnet.features import open_pooled
-from poolnet.model import SimplePoolNet
+from poolnet.data import npz
+from poolnet.data.dataset import open_splits
+from poolnet.errors import InputError
+from poolnet.files import home
+from poolnet.training import features
+from poolnet.training.features import open_pooled
+from poolnet.training.model import SimplePoolNet
 
 
 def expected(path, pool):

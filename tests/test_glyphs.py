@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.ft2font import FT2Font
 
-from poolnet import glyphs
+from poolnet.data import glyphs
 
 SPLITS = ("train", "val", "test")
 FACES = [face for split in SPLITS for faces in glyphs.FACES[split].values() for face in faces]

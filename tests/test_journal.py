@@ -15,12 +15,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from poolnet import files, job, journal, linear, provenance, signals, train
-from poolnet.config import InputError, RunError, TrainConfig
-from poolnet.data import open_splits
-from poolnet.features import open_pooled
-from poolnet.journal import Journal
-from poolnet.train import Start
+from poolnet import files, process
+from poolnet.data.dataset import open_splits
+from poolnet.errors import InputError, RunError
+from poolnet.runs import provenance, run_record, train_run
+from poolnet.runs.run_record import Journal
+from poolnet.training import fast_step, train_loop
+from poolnet.training.config import TrainConfig
+from poolnet.training.features import open_pooled
+from poolnet.training.train_loop import Start
 
 RECORD = {
     "config": dataclasses.asdict(TrainConfig()),
@@ -43,7 +46,7 @@ RECORD = {
 
 @pytest.fixture
 def run():
-    return journal.create("max-seed42", RECORD)
+    return run_record.create("max-seed42", RECORD)
 
 
 def state(number):
@@ -51,14 +54,14 @@ def state(number):
 
 
 def test_a_new_run_has_a_name_of_its_own_and_a_format(run):
-    other = journal.create("max-seed42", RECORD)
+    other = run_record.create("max-seed42", RECORD)
     assert run.name != other.name
     assert run.name.startswith("max-seed42-")
     assert run.record["format"] == 1
-    assert journal.names() == [run.name, other.name]
-    assert journal.find(run.name).record == run.record
-    assert journal.find("max-seed42") is None
-    assert journal.find("../runs/" + run.name) is None
+    assert run_record.names() == [run.name, other.name]
+    assert run_record.find(run.name).record == run.record
+    assert run_record.find("max-seed42") is None
+    assert run_record.find("../runs/" + run.name) is None
 
 
 def test_metrics_are_recorded_once_a_step(run):
@@ -94,7 +97,7 @@ def test_a_torn_tail_is_dropped_and_the_file_goes_on(run, cut, junk):
 
 def test_times_never_fall_when_the_clock_jumps_back(run, monkeypatch):
     clock = iter([10**13, 10**13 - 3_600_000, 5, 10**13 + 7, 6])
-    monkeypatch.setattr(journal, "now", lambda: next(clock))
+    monkeypatch.setattr(run_record, "now", lambda: next(clock))
     with run.training():
         times = [run.append(step, {})["t"] for step in range(1, 5)]
         run.end("FINISHED")
@@ -149,7 +152,7 @@ def test_only_one_process_trains_a_run(run):
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(RunError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (signals.Stop(2), "KILLED")]
+    ("error", "status"), [(RunError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (process.Stop(2), "KILLED")]
 )
 def test_what_ends_a_training_early_is_its_end(run, error, status):
     with pytest.raises(type(error)), run.training():
@@ -162,7 +165,7 @@ def test_what_ends_a_training_early_is_its_end(run, error, status):
 def test_a_journal_of_a_newer_poolnet_is_refused(run):
     files.write_json(run.folder / "record.json", {"format": 2, "all": "else is new"})
     with pytest.raises(InputError, match="found journal format 2, expected at most 1; update poolnet"):
-        journal.find(run.name)
+        run_record.find(run.name)
 
 
 def without(record, *keys):
@@ -195,17 +198,17 @@ def without(record, *keys):
     ],
 )
 def test_a_damaged_record_is_refused_in_one_line_and_the_others_are_found(run, content):
-    other = journal.create("max-seed42", RECORD)
+    other = run_record.create("max-seed42", RECORD)
     files.write_json(other.folder / "published.json", {"home": "u", "servers": {"u": held("0" * 32)}})
     (run.folder / "record.json").write_text(content)
     (run.folder / "published.json").write_text('{"servers": []}')
     with pytest.raises(
         InputError, match=rf"{run.name}: found no readable record\.json \(.*\); .* have a copy"
     ) as refused:
-        journal.find(run.name)
+        run_record.find(run.name)
     assert "\n" not in str(refused.value)
-    assert sorted(journal.names()) == sorted([run.name, other.name])
-    assert journal.find("0" * 32).name == other.name
+    assert sorted(run_record.names()) == sorted([run.name, other.name])
+    assert run_record.find("0" * 32).name == other.name
 
 
 def held(run_id):
@@ -226,8 +229,8 @@ def held(run_id):
 )
 def test_a_run_is_looked_for_beside_one_whose_memory_of_servers_is_damaged(run, content):
     (run.folder / "published.json").write_text(content)
-    assert journal.find("5") is None
-    assert journal.find(run.name).name == run.name
+    assert run_record.find("5") is None
+    assert run_record.find(run.name).name == run.name
 
 
 @pytest.mark.parametrize(
@@ -245,10 +248,10 @@ def test_settings_of_another_version_stop_nothing_but_training(run):
     """A later one has `dropout`, an earlier one had no `register`."""
     config = without(RECORD, "config", "register")["config"] | {"dropout": 0.5}
     files.write_json(run.folder / "record.json", run.record | {"config": config})
-    found = journal.find(run.name)
+    found = run_record.find(run.name)
     assert found.record["config"] == RECORD["config"] | {"dropout": 0.5}
     with pytest.raises(InputError, match=f"{run.name}: dropout: no setting of this version; update poolnet"):
-        job.settings(found)
+        train_run.settings(found)
 
 
 # --- damaged metrics -------------------------------------------------------------------------------------------------
@@ -350,9 +353,9 @@ def test_who_only_looks_is_never_taken_for_the_trainer_and_never_in_its_way(run)
 def fits(pool, path):
     if pool == "conv":
         splits = open_splits(path)
-        return lambda config, **hooks: train.fit(config, splits, **hooks)
+        return lambda config, **hooks: train_loop.fit(config, splits, **hooks)
     splits, arrays = open_pooled(path, pool)
-    return lambda config, **hooks: linear.fit(config, splits, arrays, **hooks)
+    return lambda config, **hooks: fast_step.fit(config, splits, arrays, **hooks)
 
 
 def assert_identical(result, expected):
@@ -381,8 +384,8 @@ def test_from_every_epochs_state_the_rest_is_the_same(letters, run, pool):
 def journaled(path, pool="max"):
     """A new run, its data, and the features of them."""
     config = TrainConfig(data=str(path), pool=pool, epochs=3, batch_size=32)
-    splits, pooled = job.open_data(config, cache=False, say=lambda line: None)
-    return job.create(config, False, splits), splits, pooled
+    splits, pooled = train_run.open_data(config, cache=False, say=lambda line: None)
+    return train_run.create(config, False, splits), splits, pooled
 
 
 def without_times(run):
@@ -409,7 +412,7 @@ def test_a_checkpoint_that_is_none_of_this_training_is_passed_over(letters, pool
     def trained():
         said = []
         with run.training():
-            result, _ = job._train(run, splits, pooled, None, said.append, pytest.fail)
+            result, _ = train_run._train(run, splits, pooled, None, said.append, pytest.fail)
         return result, str(said[0])
 
     expected, _ = trained()
@@ -434,7 +437,7 @@ def flipped(data):
 def test_what_is_damaged_of_a_finished_run_is_named_and_made_again_by_resuming_it(letters):
     run, splits, pooled = journaled(letters)
     with run.training():
-        job.carry_out(run, splits, pooled, say=lambda line: None)
+        train_run.carry_out(run, splits, pooled, say=lambda line: None)
     expected, weights = without_times(run), run.load_tensors("model")
     for name, damaged in (
         ("metrics.jsonl", flipped),
@@ -455,7 +458,7 @@ def test_what_is_damaged_of_a_finished_run_is_named_and_made_again_by_resuming_i
         with pytest.raises(RunError, match=named):
             run.check_results()
         publisher = SimpleNamespace(add=lambda *args: None, check=lambda: None)
-        job.resume(run.name, {}, False, publisher, say=lambda line: None)
+        train_run.resume(run.name, {}, False, publisher, say=lambda line: None)
         run.check_results()
         assert run.finished
         assert without_times(run) == expected
@@ -466,25 +469,25 @@ def test_what_is_damaged_of_a_finished_run_is_named_and_made_again_by_resuming_i
 
 def test_a_run_whose_checkpoints_are_lost_is_trained_again_and_its_record_stays(letters):
     config = TrainConfig(data=str(letters), epochs=3)
-    splits, pooled = job.open_data(config, cache=False, say=lambda line: None)
-    run = job.create(config, False, splits)
+    splits, pooled = train_run.open_data(config, cache=False, say=lambda line: None)
+    run = train_run.create(config, False, splits)
     with run.training():
-        job.carry_out(run, splits, pooled, say=lambda line: None)
+        train_run.carry_out(run, splits, pooled, say=lambda line: None)
     before = run.metrics()
     for path in run.folder.glob("checkpoint-*"):
         path.write_bytes(path.read_bytes()[:100])
     assert run.checkpoints() == []
     with run.training():
-        job.carry_out(run, splits, pooled, say=lambda line: None)
+        train_run.carry_out(run, splits, pooled, say=lambda line: None)
     assert run.metrics() == before
     assert run.finished
 
 
 def test_a_record_that_the_training_does_not_repeat_is_not_built_on(letters):
     config = TrainConfig(data=str(letters), epochs=2)
-    splits, pooled = job.open_data(config, cache=False, say=lambda line: None)
-    run = job.create(config, False, splits)
+    splits, pooled = train_run.open_data(config, cache=False, say=lambda line: None)
+    run = train_run.create(config, False, splits)
     with run.training():
         run.append(1, dict.fromkeys(("train_loss", "train_acc", "val_loss", "val_acc"), 0.5))
         with pytest.raises(RunError, match=r"epoch 1: train_loss: found 2\..*, but 0.5 in the record of"):
-            job.carry_out(run, splits, pooled, say=lambda line: None)
+            train_run.carry_out(run, splits, pooled, say=lambda line: None)

@@ -12,13 +12,14 @@ from conftest import make_arrays
 from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
-from poolnet import linear
-from poolnet.config import RunError, TrainConfig
-from poolnet.data import open_splits
-from poolnet.features import open_pooled
-from poolnet.linear import SoftmaxRegression, optimum
-from poolnet.model import build_model
-from poolnet.train import Autograd, _totals, fit
+from poolnet.data.dataset import open_splits
+from poolnet.errors import RunError
+from poolnet.training import fast_step
+from poolnet.training.config import TrainConfig
+from poolnet.training.fast_step import SoftmaxRegression, optimum
+from poolnet.training.features import open_pooled
+from poolnet.training.model import build_model
+from poolnet.training.train_loop import Autograd, _totals, fit
 
 
 def figures(history):
@@ -27,7 +28,7 @@ def figures(history):
 
 def assert_equal_runs(config, path):
     splits, arrays = open_pooled(path, config.pool)
-    fast, slow = linear.fit(config, splits, arrays), fit(config, open_splits(path))
+    fast, slow = fast_step.fit(config, splits, arrays), fit(config, open_splits(path))
     sizes = np.array([len(splits.train)] * 2 + [len(splits.val)] * 2)
     within = np.where([False, True, False, True], 2 / sizes, 1e-5) + 1e-12  # losses to 1e-5, accuracies to two images
     assert len(fast.history) == config.epochs
@@ -46,9 +47,9 @@ def test_the_fast_path_equals_the_slow_one(letters, pool, batch_size):
 
 def test_blocks_of_batches_do_not_show(letters, monkeypatch):
     config = TrainConfig(epochs=3, batch_size=8, lr=0.01)
-    whole = linear.fit(config, *open_pooled(letters, "max"))
-    monkeypatch.setattr(linear, "BLOCK", 24)
-    parts = linear.fit(config, *open_pooled(letters, "max"))
+    whole = fast_step.fit(config, *open_pooled(letters, "max"))
+    monkeypatch.setattr(fast_step, "BLOCK", 24)
+    parts = fast_step.fit(config, *open_pooled(letters, "max"))
     np.testing.assert_array_equal(whole.test.logits, parts.test.logits)
     np.testing.assert_allclose(figures(whole.history), figures(parts.history), atol=1e-12)
 
@@ -65,7 +66,7 @@ def test_thirty_epochs_on_embedded_letters_are_equal(glyphs_npz, pool):
 
 def test_the_model_gets_the_weights_and_is_a_model_of_raw_images(letters):
     splits, arrays = open_pooled(letters, "avg")
-    result = linear.fit(TrainConfig(pool="avg", epochs=2, lr=0.01), splits, arrays)
+    result = fast_step.fit(TrainConfig(pool="avg", epochs=2, lr=0.01), splits, arrays)
     with torch.no_grad():
         logits = result.model(torch.from_numpy(splits.test.images(slice(None))))
     np.testing.assert_allclose(logits.numpy(), result.test.logits, atol=1e-5)
@@ -95,7 +96,7 @@ def test_the_path_for_other_devices_equals_torchs_own_loop(letters):
     net = build_model("avg", 1).classifier
     cpu = torch.device("cpu")
     other = Autograd(
-        net, 0.01, {split.name: linear.fetcher_of_features(arrays[split.name], split.y, cpu) for split in splits}
+        net, 0.01, {split.name: fast_step.fetcher_of_features(arrays[split.name], split.y, cpu) for split in splits}
     )
     for _ in range(3):
         totals = [_totals(list(learner.train_epoch(order, 32))) for learner in (other, fast)]
@@ -107,7 +108,7 @@ def test_the_path_for_other_devices_equals_torchs_own_loop(letters):
 def test_a_loss_that_is_not_finite_stops_the_run_as_on_the_slow_path(letters):
     config = TrainConfig(epochs=5, lr=1e37)
     messages = []
-    for run in (lambda: linear.fit(config, *open_pooled(letters, "max")), lambda: fit(config, open_splits(letters))):
+    for run in (lambda: fast_step.fit(config, *open_pooled(letters, "max")), lambda: fit(config, open_splits(letters))):
         with pytest.raises(RunError, match=r"epoch 1: train loss=.*lr=1e\+37 may be too high") as raised:
             run()
         messages.append(str(raised.value))
@@ -116,7 +117,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_as_on_the_slow_path(letters):
 
 def test_the_same_seed_gives_the_same_run(letters):
     config = TrainConfig(epochs=3)
-    first, again = (linear.fit(config, *open_pooled(letters, "max")) for _ in range(2))
+    first, again = (fast_step.fit(config, *open_pooled(letters, "max")) for _ in range(2))
     np.testing.assert_array_equal(figures(first.history), figures(again.history))
     np.testing.assert_array_equal(first.test.logits, again.test.logits)
 
@@ -127,7 +128,7 @@ def test_the_optimum_is_where_scikit_learn_finds_it_and_training_goes_there(skle
     np.savez(tmp_path / "noisy.npz", **noisy)
     splits, arrays = open_pooled(tmp_path / "noisy.npz", "avg")
     short, long = (
-        optimum(linear.fit(TrainConfig("", "avg", epochs, lr=0.01), splits, arrays), splits.train, arrays["train"])
+        optimum(fast_step.fit(TrainConfig("", "avg", epochs, lr=0.01), splits, arrays), splits.train, arrays["train"])
         for epochs in (2, 200)
     )
     x = arrays["train"][:, :49].astype(np.float64)
@@ -143,9 +144,9 @@ def test_the_optimum_is_where_scikit_learn_finds_it_and_training_goes_there(skle
 
 def test_the_gap_is_what_training_is_above_the_optimum(letters):
     splits, arrays = open_pooled(letters, "avg")
-    result = linear.fit(TrainConfig(pool="avg", epochs=3, lr=0.01), splits, arrays)
+    result = fast_step.fit(TrainConfig(pool="avg", epochs=3, lr=0.01), splits, arrays)
     found = optimum(result, splits.train, arrays["train"])
-    logits = torch.from_numpy(arrays["train"]) @ linear._weights(result.model)
+    logits = torch.from_numpy(arrays["train"]) @ fast_step._weights(result.model)
     loss = F.cross_entropy(logits, torch.from_numpy(splits.train.y)).item()
     assert loss - found.train_loss == pytest.approx(found.gap, abs=1e-5)
 

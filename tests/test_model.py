@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from poolnet.config import POOLS, InputError, TrainConfig
-from poolnet.model import SimpleConvNet, SimplePoolNet, build_model
+from poolnet.errors import InputError
+from poolnet.training.config import POOLS, TrainConfig
+from poolnet.training.model import SimpleConvNet, SimplePoolNet, build_model
 
 
 def test_pooling_by_hand():

@@ -21,11 +21,12 @@ from test_exported import Payload
 from test_tracking import journaled, publish
 from torch import nn
 
-from poolnet import registry
-from poolnet.config import InputError, TrainConfig
-from poolnet.data import open_splits
-from poolnet.evaluate import evaluate
-from poolnet.exported import EXPORT, WEIGHTS
+from poolnet.data.dataset import open_splits
+from poolnet.errors import InputError
+from poolnet.tracking import registry
+from poolnet.tracking.programs import EXPORT, WEIGHTS
+from poolnet.training.config import TrainConfig
+from poolnet.training.evaluation import evaluate
 
 CONFIG = TrainConfig(data="letters.npz", pool="avg", epochs=3, batch_size=32, lr=0.01)
 
@@ -487,7 +488,7 @@ def test_weights_without_data_are_a_version_too(capsys):
 
 
 def registry_weights(pool):
-    from poolnet.model import build_model
+    from poolnet.training.model import build_model
 
     return dict(build_model(pool, 0).state_dict())
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from poolnet import notmnist
-from poolnet.config import InputError, home
-from poolnet.data import open_splits
+from poolnet.data import notmnist
+from poolnet.data.dataset import open_splits
+from poolnet.errors import InputError
+from poolnet.files import home
 
 
 def png(pixels, mode=None):

@@ -17,9 +17,13 @@ import torch
 from conftest import REAL_LETTERS, ROOT
 from PIL import Image, ImageDraw, ImageFont
 
-from poolnet import data, glyphs, images, npz, predict, train
-from poolnet.config import InputError, TrainConfig, to_json
-from poolnet.predict import Prediction
+from poolnet.data import dataset, glyphs, npz, pictures
+from poolnet.errors import InputError
+from poolnet.models import predict
+from poolnet.models.predict import Prediction
+from poolnet.text import to_json
+from poolnet.training import train_loop
+from poolnet.training.config import TrainConfig
 
 RED, GREEN = "#c81e1e", "#286e28"  # of the same brightness
 
@@ -60,8 +64,8 @@ def model(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POOLNET_HOME", str(folder / "home"))
         npz.save(folder / "glyphs.npz", glyphs.render(train=4000, val=100, test=100))
-        splits = data.open_splits(folder / "glyphs.npz")
-        return train.fit(TrainConfig(pool="avg", epochs=15, lr=0.01, device="cpu"), splits).model
+        splits = dataset.open_splits(folder / "glyphs.npz")
+        return train_loop.fit(TrainConfig(pool="avg", epochs=15, lr=0.01, device="cpu"), splits).model
 
 
 # --- what reaches the model ------------------------------------------------------------------------------------------
@@ -235,10 +239,10 @@ def test_notmnists_own_files_reach_the_model_unchanged(own_files):
 def test_predictions_for_own_files_equal_the_models_answers(own_files, model):
     pixels = np.stack([np.asarray(Image.open(path)) for path in own_files])
     with torch.no_grad():
-        p, answers = model(torch.from_numpy(data.as_images(pixels))).softmax(1).max(1)
+        p, answers = model(torch.from_numpy(dataset.as_images(pixels))).softmax(1).max(1)
     found = list(predict.predict(model, own_files, invert=False))
     assert [one.path for one in found] == own_files
-    assert [one.letter for one in found] == [data.LETTERS[answer] for answer in answers]
+    assert [one.letter for one in found] == [dataset.LETTERS[answer] for answer in answers]
     np.testing.assert_allclose([one.probability for one in found], p, rtol=1e-5)
 
 
@@ -443,7 +447,7 @@ def test_folders_are_searched_and_files_kept_as_named():
     for name in ("b/2.PNG", "b/1.jpeg", "b/c/0.gif", "b/notes.txt", "odd.dat", "a.png"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
-    found = images.find([Path("odd.dat"), Path("b"), Path("a.png")])
+    found = pictures.find([Path("odd.dat"), Path("b"), Path("a.png")])
     assert [path.as_posix() for path in found] == ["odd.dat", "b/1.jpeg", "b/2.PNG", "b/c/0.gif", "a.png"]
 
 
@@ -453,14 +457,14 @@ def test_hidden_files_are_left_out_and_links_followed():
     for name in ("1.png", "c/2.png", *hidden):
         Path("b", name).parent.mkdir(parents=True, exist_ok=True)
         Path("b", name).touch()
-    assert [path.as_posix() for path in images.find([Path("b")])] == ["b/1.png", "b/c/2.png"]
-    assert images.find([Path("b/.3.png")]) == [Path("b/.3.png")]  # as it was asked for by name
+    assert [path.as_posix() for path in pictures.find([Path("b")])] == ["b/1.png", "b/c/2.png"]
+    assert pictures.find([Path("b/.3.png")]) == [Path("b/.3.png")]  # as it was asked for by name
     if os.name != "nt":  # where only administrators may link
         Path("b/again").symlink_to("../b", target_is_directory=True)
         Path("d").symlink_to("b/c", target_is_directory=True)
         Path("b/4.png").symlink_to("1.png")
         Path("b/5.png").symlink_to("nothing.png")
-        found = [path.as_posix() for path in images.find([Path("b"), Path("d")])]
+        found = [path.as_posix() for path in pictures.find([Path("b"), Path("d")])]
         assert found[:3] == ["b/1.png", "b/4.png", "b/5.png"]
         assert "d/2.png" in found
         assert len(found) < 12
@@ -472,9 +476,9 @@ def test_paths_that_are_not_there_and_folders_without_images_are_refused():
     Path("folder").mkdir()
     Path("folder", "notes.txt").touch()
     with pytest.raises(InputError, match=r"^folder: found no image in this folder, expected files \.apng \.bmp "):
-        images.find([Path("folder")])
+        pictures.find([Path("folder")])
     with pytest.raises(InputError, match=r"^absent: no such file or folder, expected an image or a folder of images$"):
-        images.find([Path("absent")])
+        pictures.find([Path("absent")])
 
 
 def test_the_unreadable_are_reported_and_the_order_is_kept(model, monkeypatch):
@@ -563,7 +567,7 @@ def test_pipes_and_devices_are_refused_at_once():
     os.mkfifo("pipe.png")
     for name in ("pipe.png", "/dev/zero"):
         with pytest.raises(InputError, match=rf"^{name}: no regular file, expected an image"):
-            images.find([Path(name)])
+            pictures.find([Path(name)])
 
 
 def test_most_letters_of_an_unseen_font_are_recognised(model):
@@ -571,7 +575,7 @@ def test_most_letters_of_an_unseen_font_are_recognised(model):
     paths, truth = [], []
     for size, suffix in ((48, "png"), (160, "jpg")):
         for colours in (("black", "white"), ("white", "black"), ("navy", "orange")):
-            for text in data.LETTERS:
+            for text in dataset.LETTERS:
                 paths.append(saved(letter(text, size, *colours), f"{len(paths)}.{suffix}"))
                 truth.append(text)
     right = [one.letter == text for one, text in zip(predict.predict(model, paths), truth, strict=True)]

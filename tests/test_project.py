@@ -15,9 +15,9 @@ from mlflow.utils.environment import _PythonEnv
 from packaging.requirements import Requirement
 from test_tracking import journaled, publish
 
-from poolnet import recorded
-from poolnet.cli import cli
-from poolnet.config import TrainConfig
+from poolnet.cli.commands import cli
+from poolnet.tracking import training_runs
+from poolnet.training.config import TrainConfig
 
 MLPROJECT = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -30,7 +30,9 @@ def test_defaults_are_the_same_everywhere():
     assert [*fields, "resume"] == list(declared)
     # these change nothing of the training
     assert set(options) - set(fields) == {"resume", "no_cache", "optimum", "timeout"}
-    assert set(options) < recorded.OPTIONS  # or a run with one of them, by `mlflow run`, would be of another version
+    assert (
+        set(options) < training_runs.OPTIONS
+    )  # or a run with one of them, by `mlflow run`, would be of another version
     assert declared["resume"]["default"] == options["resume"].default == ""
     for name, default in fields.items():
         assert options[name].default == default

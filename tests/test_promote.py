@@ -16,8 +16,9 @@ from test_cli import assert_refused, run
 from test_models import CONFIG
 from test_tracking import journaled, publish
 
-from poolnet import champions, exported, promote, registry
-from poolnet.config import RunError
+from poolnet.errors import RunError
+from poolnet.models import champions, promote
+from poolnet.tracking import programs, registry
 
 WEAK, STRONG = {"epochs": 1, "lr": 1e-5}, {"epochs": 6, "lr": 0.05}
 
@@ -45,7 +46,7 @@ EXPORTED = {}  # by network: what is exported of the few there are, each time th
 
 @pytest.fixture(autouse=True)
 def exported_once(monkeypatch):
-    export = exported._export
+    export = programs._export
 
     def remembered(net, path):
         key = (str(net), *(tensor.numpy().tobytes() for tensor in net.state_dict().values()))
@@ -54,7 +55,7 @@ def exported_once(monkeypatch):
             EXPORTED[key] = path.read_bytes()
         path.write_bytes(EXPORTED[key])
 
-    monkeypatch.setattr(exported, "_export", remembered)
+    monkeypatch.setattr(programs, "_export", remembered)
 
 
 @pytest.fixture

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from poolnet import compare, comparison_figures, report, stats
-from poolnet.compare import Arm, Comparison
-from poolnet.config import TrainConfig, to_json
-from poolnet.recorded import Recorded
+from poolnet.stats import paired
+from poolnet.studies import compare, comparison_figures, report
+from poolnet.studies.compare import Arm, Comparison
+from poolnet.text import to_json
+from poolnet.tracking.training_runs import Recorded
+from poolnet.training.config import TrainConfig
 
 N = 300
 
@@ -25,9 +27,9 @@ def arm(name, seeds, accuracy, rng, y):
     logits = rng.normal(0, 1, (seeds, N, 10)).astype(np.float32)
     right = rng.random((seeds, N)) < accuracy
     logits[np.arange(seeds)[:, None], np.arange(N), np.where(right, y, (y + 1) % 10)] += 5
-    seen = [stats.per_example(each, y) for each in logits]
+    seen = [paired.per_example(each, y) for each in logits]
     histories = {metric: np.sort(rng.random((seeds, 2)), 1) for metric in compare.HISTORIES}
-    calibration = tuple(stats.calibration(each, y) for each in logits)
+    calibration = tuple(paired.calibration(each, y) for each in logits)
     return Arm(
         name, runs, logits, np.array([r for r, _ in seen]), np.array([n for _, n in seen]), histories, calibration
     )
@@ -38,14 +40,15 @@ def made(seeds=10, names=("max", "avg"), lead=0.1, classes=10):
     y = np.arange(N) % classes
     a, b = arm(names[0], seeds, 0.8, rng, y), arm(names[1], seeds, 0.8 + lead, rng, y)
     right, nll = 100.0 * (b.right.astype(float) - a.right), b.nll - a.nll
-    examples = [stats.over_examples(d.mean(0), rng, 200) for d in (right, nll)]
-    both = [stats.two_way(d, rng, 200) for d in (right, nll)] if seeds > 1 else examples
-    single = [stats.over_seeds(d.mean(1)) if seeds > 1 else None for d in (right, nll)]
+    examples = [paired.over_examples(d.mean(0), rng, 200) for d in (right, nll)]
+    both = [paired.two_way(d, rng, 200) for d in (right, nll)] if seeds > 1 else examples
+    single = [paired.over_seeds(d.mean(1)) if seeds > 1 else None for d in (right, nll)]
     return Comparison(
-        "Which <loses> less?", a, b, y, 0.5, *both, *single, stats.sign_flip(right.mean(1), rng) if seeds > 1 else None,
-        *examples, tuple(stats.mcnemar(*pair) for pair in zip(a.right, b.right, strict=True)),
-        stats.per_class(right, y, rng, resamples=200), stats.equivalence(both[0], 0.5),
-        stats.smallest_effect(both[0].se, both[0].df), ("A caveat.",),
+        "Which <loses> less?", a, b, y, 0.5, *both, *single,
+        paired.sign_flip(right.mean(1), rng) if seeds > 1 else None,
+        *examples, tuple(paired.mcnemar(*pair) for pair in zip(a.right, b.right, strict=True)),
+        paired.per_class(right, y, rng, resamples=200), paired.equivalence(both[0], 0.5),
+        paired.smallest_effect(both[0].se, both[0].df), ("A caveat.",),
     )  # fmt: skip
 
 
@@ -144,8 +147,8 @@ def test_the_example_that_the_arms_see_most_differently_comes_first(c):
 )
 def test_verdicts(c, estimate, low, high, verdict, winner):
     se = (high - low) / 4
-    effect = stats.Effect(estimate, low, high, se, 100, 0.5)
-    found = dataclasses.replace(c, acc=effect, equivalence_p=stats.equivalence(effect, c.margin))
+    effect = paired.Effect(estimate, low, high, se, 100, 0.5)
+    found = dataclasses.replace(c, acc=effect, equivalence_p=paired.equivalence(effect, c.margin))
     assert (found.verdict, found.winner) == (verdict, winner)
     says = {"better": f"{winner} is better than", "equivalent": "max and avg are equivalent within 0.5 points"}
     assert found.sentence.startswith(says.get(verdict, "Inconclusive whether avg is better than max"))
@@ -164,7 +167,7 @@ def test_verdicts(c, estimate, low, high, verdict, winner):
     ],
 )
 def test_accuracy_and_loss_disagree_only_where_both_are_sure(c, acc, nll, said):
-    effects = [stats.Effect(sum(ends) / 2, *ends, 0.1, 100, 0.5) for ends in (acc, nll)]
+    effects = [paired.Effect(sum(ends) / 2, *ends, 0.1, 100, 0.5) for ends in (acc, nll)]
     notes = compare._caveats(dataclasses.replace(c, acc=effects[0], nll=effects[1]))
     assert any("also pays more" in note for note in notes) == said
 

@@ -13,8 +13,10 @@ from conftest import enter, inside, make_arrays, poolnet
 from test_cli import assert_refused, run
 from test_tracking import journaled, publish
 
-from poolnet import job, journal, provenance, recorded, reproduce
-from poolnet.config import TrainConfig
+from poolnet.models import reproduce
+from poolnet.runs import provenance, run_record, train_run
+from poolnet.tracking import training_runs
+from poolnet.training.config import TrainConfig
 
 CONFIG = TrainConfig(data="letters.npz", pool="avg", epochs=3, batch_size=32, lr=0.01)
 
@@ -27,7 +29,7 @@ def store(tmp_path_factory):
         enter(folder, patch)
         np.savez("letters.npz", **make_arrays())
         original = publish(journaled(CONFIG, optimum=True))
-        shutil.rmtree(journal.folder())
+        shutil.rmtree(run_record.folder())
     return folder, original
 
 
@@ -61,7 +63,7 @@ def test_the_same_data_and_code_give_the_same_to_the_bit(original):
         assert values[0] == values[1]
     # it is no further version, and no further run of its seed
     assert len(client.search_model_versions("name = 'poolnet'")) == 1
-    assert [each.run_id for each in recorded.search(client, ["0"])] == [original.info.run_id]
+    assert [each.run_id for each in training_runs.search(client, ["0"])] == [original.info.run_id]
 
 
 def test_neither_threads_nor_the_place_of_the_data_change_a_digit(original, tmp_path):
@@ -76,10 +78,10 @@ def test_a_conv_run_is_trained_again_with_its_own_number_of_threads(tmp_path):
     """Runs of earlier versions took as many as there were cores, and their digits depend on that."""
     np.savez("letters.npz", **make_arrays())
     config = dataclasses.replace(CONFIG, pool="conv", epochs=1)
-    splits, pooled = job.open_data(config, False, print)
-    old = job.create(config, False, splits, threads=3)
+    splits, pooled = train_run.open_data(config, False, print)
+    old = train_run.create(config, False, splits, threads=3)
     with old.training():
-        job.carry_out(old, splits, pooled, say=lambda line: None)
+        train_run.carry_out(old, splits, pooled, say=lambda line: None)
     found, _ = reproduced(publish(old).info.run_id)
     assert found["verdict"] == "bit-identical"
     assert found["circumstances"] == ["threads 3 (here 2; trained with 3 all the same)"]
@@ -89,10 +91,10 @@ def test_one_byte_of_the_data_is_enough_to_refuse(capsys, original, tmp_path):
     arrays = make_arrays()
     arrays["X_val"][3, 4, 5] ^= 1
     np.savez(tmp_path / "changed.npz", **arrays)
-    before = journal.names()
+    before = run_record.names()
     code, _, err = run(capsys, "reproduce", original.info.run_id, "--data", tmp_path / "changed.npz")
     assert_refused(code, err, "changed.npz: val: found SHA-256", "in the record of avg-seed42-")
-    assert journal.names() == before
+    assert run_record.names() == before
 
 
 def test_a_metric_that_differs_is_found_with_its_step(letters):

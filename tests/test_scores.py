@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, norm
 
-from poolnet import scores, stats
-from poolnet.stats import McNemar
+from poolnet.stats import paired, scores
+from poolnet.stats.paired import McNemar
 
 
 def logits_of(said, K=3, height=2.0):
@@ -66,10 +66,10 @@ def test_a_calibrated_model_stays_below_the_ece_of_chance_as_often_as_it_should(
         logits = 2 * rng.normal(size=(400, 4))
         probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
         y = (probabilities.cumsum(1) > rng.random((400, 1))).argmax(1)
-        below += stats.calibration(logits, y).ece < stats.ece_if_calibrated(logits, rng)
+        below += paired.calibration(logits, y).ece < paired.ece_if_calibrated(logits, rng)
     assert 180 <= below <= 198  # 190 expected; two-sided 99 % binomial
     overconfident = 3 * logits
-    assert stats.calibration(overconfident, y).ece > stats.ece_if_calibrated(overconfident, rng)
+    assert paired.calibration(overconfident, y).ece > paired.ece_if_calibrated(overconfident, rng)
 
 
 @pytest.mark.parametrize(
@@ -84,19 +84,19 @@ def test_non_inferiority_is_the_score_test_at_the_most_likely_shares(only_a, onl
         likelihood += (n - only_a - only_b) * np.log(1 - shares - more)
     q = shares[np.nanargmax(likelihood)]
     z = (only_b - only_a + n * margin) / np.sqrt(n * (q + (q - margin) - margin**2))
-    assert stats.non_inferiority(McNemar(only_a, only_b, 1.0), n, margin) == pytest.approx(norm.sf(z), abs=1e-4)
+    assert paired.non_inferiority(McNemar(only_a, only_b, 1.0), n, margin) == pytest.approx(norm.sf(z), abs=1e-4)
 
 
 def test_few_examples_do_not_show_that_nothing_is_worse():
-    assert stats.non_inferiority(McNemar(0, 0, 1.0), 90, 0.01) > 0.05  # though not one differs
-    assert stats.non_inferiority(McNemar(0, 0, 1.0), 9000, 0.01) < 1e-6
+    assert paired.non_inferiority(McNemar(0, 0, 1.0), 90, 0.01) > 0.05  # though not one differs
+    assert paired.non_inferiority(McNemar(0, 0, 1.0), 9000, 0.01) < 1e-6
     with pytest.raises(ValueError, match="margin between 0 and 1"):
-        stats.non_inferiority(McNemar(0, 0, 1.0), 90, 0)
+        paired.non_inferiority(McNemar(0, 0, 1.0), 90, 0)
 
 
 def test_non_inferiority_keeps_its_level():
     """True difference at the margin: in at most 5 % of samples, and some, it is called not worse."""
     rng, n, margin = np.random.default_rng(3), 600, 0.02
     counts = rng.multinomial(n, [0.05, 0.03, 0.92], 4000)  # only A right, only B right, both or none
-    called = [stats.non_inferiority(McNemar(int(a), int(b), 1.0), n, margin) < 0.05 for a, b, _ in counts]
+    called = [paired.non_inferiority(McNemar(int(a), int(b), 1.0), n, margin) < 0.05 for a, b, _ in counts]
     assert 0.035 < np.mean(called) < 0.062

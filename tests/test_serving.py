@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import keep_exports, make_arrays, poolnet, ran, world
 
-from poolnet.data import as_images
+from poolnet.data.dataset import as_images
 
 MODEL = "models:/poolnet@champion"
 LOCAL = ["-m", MODEL, "--env-manager", "local"]

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from poolnet import stats
-from poolnet.stats import (
+from poolnet.stats import paired
+from poolnet.stats.paired import (
     Effect,
     calibration,
     equivalence,
@@ -374,7 +374,7 @@ def test_the_statistics_leave_the_global_generator_alone():
 
 
 def test_memory_does_not_grow_with_the_number_of_resamples(monkeypatch):
-    monkeypatch.setattr(stats, "CELLS", 100_000)
+    monkeypatch.setattr(paired, "CELLS", 100_000)
     d = differences(4, 20_000)
     tracemalloc.start()
     over_examples(d[0], rng(), 400)

@@ -20,8 +20,10 @@ from test_cli import assert_refused
 from test_cli import run as command
 from test_tracking import journaled, publish
 
-from poolnet import addresses, journal, provenance, stores
-from poolnet.config import NoAnswer, home
+from poolnet.errors import NoAnswer
+from poolnet.files import home
+from poolnet.runs import provenance, run_record
+from poolnet.tracking import addresses, servers
 
 ODD = "Büro x#1 100%'s"
 
@@ -43,7 +45,7 @@ def test_a_store_is_found_however_its_address_is_written(name, tmp_path, empty_s
         whole = addresses.absolute(uri, tmp_path)
         assert addresses.sqlite_file(whole) == expected
         assert addresses.absolute(whole, tmp_path) == whole
-    assert stores.client_of(addresses.absolute(encoded, tmp_path)).get_experiment("0").name == "Default"
+    assert servers.client_of(addresses.absolute(encoded, tmp_path)).get_experiment("0").name == "Default"
     assert addresses.absolute(f"sqlite:///{name}/mlflow.db", tmp_path) == addresses.absolute(encoded, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {name, "mlflow.db"}
 
@@ -83,9 +85,9 @@ def test_mlflow_run_works_in_a_folder_of_any_name(name, begin, tmp_path, letters
     assert finished.returncode == 0, finished.stderr
     (line,) = [line for line in finished.stdout.splitlines() if line.startswith("Look at it: mlflow ui ")]
     assert addresses.sqlite_file(shlex.split(line)[-1]) == clone / "mlflow.db"  # as a shell reads it
-    (run,) = stores.client_of(addresses.of_file(clone / "mlflow.db")).search_runs(["0"])
+    (run,) = servers.client_of(addresses.of_file(clone / "mlflow.db")).search_runs(["0"])
     assert run.info.status == "FINISHED"
-    assert run.data.tags["poolnet.run"] == journal.names()[0]
+    assert run.data.tags["poolnet.run"] == run_record.names()[0]
     assert not list(clone.parent.rglob("*.part"))
     assert not [path for path in clone.parent.iterdir() if path.name not in (name, "a b")]  # that one is MLflow's
 
@@ -120,7 +122,7 @@ def test_an_address_that_can_never_work_is_refused_before_anything_is_done(uri, 
         assert_refused(code, err, "MLFLOW_TRACKING_URI", NEVER[uri])
         assert out == ""
         assert "secret" not in err
-    assert journal.names() == []
+    assert run_record.names() == []
 
 
 def test_a_store_in_a_folder_that_may_not_be_written_is_refused_before_training(tmp_path, capsys, letters, monkeypatch):
@@ -133,7 +135,7 @@ def test_a_store_in_a_folder_that_may_not_be_written_is_refused_before_training(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/m.db")
     code, out, err = command(capsys, "train", "--data", letters)
     assert_refused(code, err, f"found 'sqlite:///{place}/m.db', which this user may not write")
-    assert (out, journal.names()) == ("", [])
+    assert (out, run_record.names()) == ("", [])
 
 
 def test_a_server_that_is_down_is_said_before_training(letters):
@@ -171,17 +173,17 @@ def hanging(request):
 
 
 def test_every_call_of_a_server_that_hangs_ends(hanging, monkeypatch):
-    monkeypatch.setattr(stores, "_silent", {})
-    monkeypatch.setattr(stores, "_limit", 1)
-    client = stores.client_of(hanging)
+    monkeypatch.setattr(servers, "_silent", {})
+    monkeypatch.setattr(servers, "_limit", 1)
+    client = servers.client_of(hanging)
     for seconds in (1, 0):  # and the second at once
         began = time.monotonic()
         with pytest.raises(NoAnswer, match="no answer for 1 s"):
             client.search_experiments()
         assert seconds <= time.monotonic() - began < seconds + 1
-    monkeypatch.setattr(stores, "_limit", 20)
+    monkeypatch.setattr(servers, "_limit", 20)
     began = time.monotonic()
-    with stores.within(2), stores.within(60):  # a block within another has no more time
+    with servers.within(2), servers.within(60):  # a block within another has no more time
         for call in (client.search_experiments, client.search_registered_models):
             with pytest.raises(NoAnswer):
                 call()
@@ -240,7 +242,7 @@ def test_a_server_that_refuses_or_is_none_is_named_with_the_cure(answers, said, 
 
 
 def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(letters, capsys, monkeypatch):
-    client = stores.own_client()
+    client = servers.own_client()
     number = client.create_experiment("x")
     client.delete_experiment(number)
     for name, value in (("MLFLOW_EXPERIMENT_NAME", "x"), ("MLFLOW_EXPERIMENT_ID", number)):
@@ -250,7 +252,7 @@ def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(letters
 
 
 def test_a_run_is_found_behind_a_thousand_experiments(letters, monkeypatch):
-    client = stores.own_client()
+    client = servers.own_client()
     run = publish(journaled())
     page, asked = client.search_experiments, []
 
@@ -261,7 +263,7 @@ def test_a_run_is_found_behind_a_thousand_experiments(letters, monkeypatch):
     for name in "abc":
         client.create_experiment(name)
     monkeypatch.setattr(client, "search_experiments", one_a_page)
-    assert stores.look_up(client, run.data.tags["poolnet.run"]).info.run_id == run.info.run_id
+    assert servers.look_up(client, run.data.tags["poolnet.run"]).info.run_id == run.info.run_id
     assert len(asked) == 4
 
 
@@ -332,7 +334,8 @@ def test_importing_poolnet_changes_no_setting_of_the_users(tmp_path):
     script = """
 import os
 before = dict(os.environ)
-import poolnet.cli, poolnet.stores, poolnet.registry, poolnet.publisher, poolnet.sync
+import poolnet.cli
+from poolnet.tracking import publisher, registry, servers, sync
 assert {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")} == {
     name: value for name, value in before.items() if name.startswith("MLFLOW_")
 }

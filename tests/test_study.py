@@ -6,8 +6,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-from poolnet import study
-from poolnet.config import InputError, TrainConfig
+from poolnet.errors import InputError
+from poolnet.studies import study
+from poolnet.training.config import TrainConfig
 
 WHOLE = """question = "Which?"
 data = "letters.npz"

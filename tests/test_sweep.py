@@ -17,12 +17,14 @@ import pytest
 from conftest import inside, poolnet
 from test_tracking import journaled, publish
 
-from poolnet import files, journal, parent
-from poolnet import sweep as sweeps
-from poolnet.config import TrainConfig
-from poolnet.data import open_splits
-from poolnet.journal import Journal
-from poolnet.study import read
+from poolnet import files
+from poolnet.data.dataset import open_splits
+from poolnet.runs import run_record
+from poolnet.runs.run_record import Journal
+from poolnet.studies import sweep as sweeps
+from poolnet.studies.study import read
+from poolnet.tracking import sweep_run
+from poolnet.training.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("letters")
 posix = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals to process groups")
@@ -106,15 +108,15 @@ def test_a_sweep_that_is_killed_goes_on_with_the_same_command(study):
     path = study(epochs=120)
     command = [*forked.POOLNET, "sweep", str(path), "--workers", "2"]
     with forked.start(command, stdout=subprocess.DEVNULL) as process:
-        _until(lambda: len(journal.names()) >= 2)
+        _until(lambda: len(run_record.names()) >= 2)
         time.sleep(0.3)
         process.kill()
-    begun = set(journal.names())
+    begun = set(run_record.names())
     assert {name[: len("max-seed1")] for name in begun} == {"max-seed1", "avg-seed1"}  # a pair
     swept(path)
-    assert begun <= set(journal.names())
+    assert begun <= set(run_record.names())
     children, (parent,) = runs()
-    assert len(children) == len(journal.names()) == 4
+    assert len(children) == len(run_record.names()) == 4
     assert {run.info.status for run in [*children.values(), parent]} == {"FINISHED"}
     for run in children.values():
         assert [step for step, _ in histories(run)["val_loss"]] == list(range(1, 121))
@@ -125,13 +127,13 @@ def test_ctrl_c_ends_a_sweep_and_its_workers_and_says_how_to_go_on(study):
     path = study(epochs=5000)
     command = [*forked.POOLNET, "sweep", str(path), "--workers", "2"]
     process = forked.start(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    _until(lambda: len(journal.names()) == 2)
+    _until(lambda: len(run_record.names()) == 2)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to everybody
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == f"poolnet: error: stopped; go on with: poolnet sweep {path}\n"
-    ended = [Journal(journal.folder() / name).ended()["status"] for name in journal.names()]
+    ended = [Journal(run_record.folder() / name).ended()["status"] for name in run_record.names()]
     assert ended == ["KILLED", "KILLED"]
     _, (parent,) = runs()
     assert parent.info.status == "KILLED"
@@ -153,7 +155,7 @@ def test_runs_begin_seed_by_seed_and_one_whose_process_dies_is_left_for_the_next
     ((config, why),) = died
     assert config == begun[1]
     assert why.startswith("its process died, exit code")
-    ended = {name: Journal(journal.folder() / name).finished for name in journal.names()}
+    ended = {name: Journal(run_record.folder() / name).finished for name in run_record.names()}
     assert list(ended.values()).count(True) == 3
 
 
@@ -163,7 +165,7 @@ def test_what_only_resembles_a_run_of_the_study_is_left_out_and_named(study, mon
     for index, change in enumerate(
         [{"config": {"momentum": 0.9}}, {"config": {"pool": "median"}}, {"reproduces": "0" * 32}, {"data": None}]
     ):
-        other = shutil.copytree(its, journal.folder() / f"max-seed1-0000000{index}")
+        other = shutil.copytree(its, run_record.folder() / f"max-seed1-0000000{index}")
         record = files.read_json(other / "record.json")
         for key, value in change.items():
             record[key] = {**record[key], **value} if isinstance(value, dict) else value
@@ -199,7 +201,7 @@ def test_without_a_server_the_children_are_on_disk_and_published_later(study, mo
     result, err = swept(path, "--drain-timeout", 1, code=3, MLFLOW_TRACKING_URI=DEAD)
     assert [run["status"] for run in result["runs"]] == ["FINISHED"] * 4
     assert "published by: poolnet sync" in err.splitlines()[-1]
-    damaged = journal.find(journal.names()[1]).folder / "metrics.jsonl"
+    damaged = run_record.find(run_record.names()[1]).folder / "metrics.jsonl"
     damaged.write_bytes(damaged.read_bytes().replace(b"0.", b"1.", 1))
     again, _ = swept(path, "--drain-timeout", 1, code=3, MLFLOW_TRACKING_URI=DEAD)
     assert [run["run"] for run in again["runs"] if run["trained"]] == [damaged.parent.name]
@@ -215,14 +217,14 @@ def test_without_a_server_the_children_are_on_disk_and_published_later(study, mo
 
 def test_a_second_sweep_of_the_same_study_is_refused_and_told_who_is_at_it(study):
     path = study()
-    name = parent.name_of(path.stem, open_splits("letters.npz").sha256)
-    with files.locked(parent.folder() / f"{name}.lock"):
+    name = sweep_run.name_of(path.stem, open_splits("letters.npz").sha256)
+    with files.locked(sweep_run.folder() / f"{name}.lock"):
         finished = inside("sweep", path)
     assert (finished.returncode, finished.stdout) == (2, "")
     assert finished.stderr.startswith(f"poolnet: error: {path}: another process is sweeping it, ")
     assert f"held by process {os.getpid()} on " in finished.stderr
     assert finished.stderr.count("\n") == 1
-    assert journal.names() == []
+    assert run_record.names() == []
 
 
 @pytest.mark.parametrize(
@@ -241,4 +243,4 @@ def test_bad_input_is_refused_in_one_line(study, arguments, said):
     assert refused.stderr.count("\n") == 1
     for part in said:
         assert part in refused.stderr
-    assert not journal.names()
+    assert not run_record.names()

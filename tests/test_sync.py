@@ -20,24 +20,27 @@ from test_cli import assert_refused, run
 from test_faults import wait_for
 from test_tracking import CONFIG, journaled, publish
 
-from poolnet import files, job, journal, linear, signals, stores, sync
-from poolnet.publisher import published
-from poolnet.tracking import Publication
+from poolnet import files, process
+from poolnet.runs import run_record, train_run
+from poolnet.tracking import servers, sync
+from poolnet.tracking.publication import Publication
+from poolnet.tracking.publisher import published
+from poolnet.training import fast_step
 
 pytestmark = pytest.mark.usefixtures("letters")
 
 
 def interrupted(config=CONFIG, after=1):
     """A run of this process that was stopped after an epoch, as a run that was killed leaves it."""
-    splits, pooled = job.open_data(config, cache=False, say=lambda line: None)
-    left = job.create(config, False, splits)
+    splits, pooled = train_run.open_data(config, cache=False, say=lambda line: None)
+    left = train_run.create(config, False, splits)
 
     def stop_after(record):
         if int(str(record).split()[1].rstrip(":")) == after:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), left.training():
-        job.carry_out(left, splits, pooled, say=stop_after)
+        train_run.carry_out(left, splits, pooled, say=stop_after)
     (left.folder / "end.json").unlink()
     return left
 
@@ -130,7 +133,7 @@ def test_a_run_beside_a_running_sweep_is_published_without_waiting_for_its_end()
             follower.stdin.flush()
         wait_for(lambda: published(finished).servers)
         assert [row["did"] for row in synced(left.name)] == ["nothing"]
-        wait_for(lambda: Publication(finished, stores.home_of(finished)).complete, 120)
+        wait_for(lambda: Publication(finished, servers.home_of(finished)).complete, 120)
         assert [row["did"] for row in synced(finished.name)] == ["nothing"]
         assert follower.poll() is None
         follower.kill()
@@ -171,7 +174,7 @@ def test_a_run_that_was_deleted_on_the_server_is_not_made_again(capsys):
 
 def test_prune_removes_only_what_the_server_holds_completely(capsys):
     whole, damaged, killed = journaled(), journaled(), interrupted()
-    rows = [sync.sync(name, dry_run=True, prune=True) for name in journal.names()]
+    rows = [sync.sync(name, dry_run=True, prune=True) for name in run_record.names()]
     assert [row.did for row in rows] == ["would publish it"] * 3
     publish(whole)
     run_id = publish(damaged).info.run_id
@@ -181,9 +184,9 @@ def test_prune_removes_only_what_the_server_holds_completely(capsys):
     assert rows[whole.name]["did"] == "checked, removed"
     assert rows[damaged.name]["did"] == f"kept: artifact test.npz; to publish that again: poolnet sync {damaged.name}"
     assert "poolnet train --resume" in rows[killed.name]["did"]
-    assert journal.names() == [damaged.name, killed.name]
+    assert run_record.names() == [damaged.name, killed.name]
     assert [row["did"] for row in synced(damaged.name, "--prune")] == ["published, checked, removed"]
-    assert not (journal.folder() / damaged.name).exists()
+    assert not (run_record.folder() / damaged.name).exists()
 
 
 # --- resume ---------------------------------------------------------------------------------------------------------
@@ -191,7 +194,7 @@ def test_prune_removes_only_what_the_server_holds_completely(capsys):
 
 def test_resume_goes_on_in_the_same_run_and_ends_as_if_nothing_had_happened(capsys):
     left, calm = interrupted(), publish(journaled())
-    publish_killed = Publication(left, stores.home_of(left))
+    publish_killed = Publication(left, servers.home_of(left))
     left.mark_if_dead()
     publish_killed.advance()
     run_id = publish_killed.held.run_id
@@ -208,15 +211,15 @@ def test_resume_goes_on_in_the_same_run_and_ends_as_if_nothing_had_happened(caps
 
 
 def test_a_stop_before_the_first_batch_is_recorded(monkeypatch):
-    splits, pooled = job.open_data(CONFIG, cache=False, say=lambda line: None)
-    left = job.create(CONFIG, False, splits)
+    splits, pooled = train_run.open_data(CONFIG, cache=False, say=lambda line: None)
+    left = train_run.create(CONFIG, False, splits)
 
     def stopped(*args, **hooks):
-        raise signals.Stop(signal.SIGINT)
+        raise process.Stop(signal.SIGINT)
 
-    monkeypatch.setattr(linear, "fit", stopped)
-    with pytest.raises(signals.Stop), left.training():
-        job.carry_out(left, splits, pooled)
+    monkeypatch.setattr(fast_step, "fit", stopped)
+    with pytest.raises(process.Stop), left.training():
+        train_run.carry_out(left, splits, pooled)
     assert left.ended()["status"] == "KILLED"
     assert left.checkpoints() == []
 
@@ -304,7 +307,7 @@ def test_a_publisher_that_is_killed_is_made_up_for(moment):
 
 
 def lacks_nothing(run):
-    publication = Publication(run, stores.home_of(run))
+    publication = Publication(run, servers.home_of(run))
     return not sync.lacking(publication, every_byte=True)
 
 
@@ -324,7 +327,7 @@ BAD = {  # a file of a run, and what it holds all of a sudden
 def test_damaged_runs_among_good_ones_are_named_and_the_others_are_published(capsys):
     good, bad = journaled(), {}
     for index, (name, content) in enumerate(BAD.values()):
-        folder = shutil.copytree(good.folder, journal.folder() / f"max-seed1-0000000{index}")
+        folder = shutil.copytree(good.folder, run_record.folder() / f"max-seed1-0000000{index}")
         (folder / name).write_text(json.dumps(content))
         bad[folder] = name
     for options in (["--dry-run"], [], ["--prune"]):
@@ -337,7 +340,7 @@ def test_damaged_runs_among_good_ones_are_named_and_the_others_are_published(cap
             else:
                 assert line.split()[1] == "unreadable"
                 assert str(folder) in line
-    assert set(journal.names()) == {folder.name for folder in bad}
+    assert set(run_record.names()) == {folder.name for folder in bad}
     (found,) = mlflow.MlflowClient().search_runs(["0"], f"tags.`poolnet.run` = '{good.name}'")
     assert found.info.status == "FINISHED"
 
@@ -352,7 +355,7 @@ def test_a_run_that_cannot_be_published_does_not_keep_the_follower_from_those_be
     assert finished.returncode == 3, finished.stderr
     assert "was deleted on" in finished.stderr
     assert f"published.json: damaged; remove it, then: poolnet sync {damaged.name}" in finished.stderr
-    assert Publication(good, stores.home_of(good)).complete
+    assert Publication(good, servers.home_of(good)).complete
 
 
 # --- what a server has lost ------------------------------------------------------------------------------------------

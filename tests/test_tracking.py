@@ -22,12 +22,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from PIL import Image
 
-from poolnet import features, follow, job, journal, linear, provenance, publisher, stores, sync
-from poolnet.config import InputError, TrainConfig
-from poolnet.data import open_splits
-from poolnet.figures import of_run, save_all
-from poolnet.tracking import Publication
-from poolnet.train import resolve_device
+from poolnet.data.dataset import open_splits
+from poolnet.errors import InputError
+from poolnet.runs import provenance, run_record, train_run
+from poolnet.runs.figures import of_run, save_all
+from poolnet.tracking import publisher, servers, sync, upload_process
+from poolnet.tracking.publication import Publication
+from poolnet.training import fast_step, features
+from poolnet.training.config import TrainConfig
+from poolnet.training.train_loop import resolve_device
 
 EPOCHS = 3
 OPTIONS = {"pool": "avg", "epochs": EPOCHS, "batch_size": 32, "lr": 0.01}
@@ -77,7 +80,7 @@ def test_metrics_have_one_value_an_epoch_with_the_epoch_as_step(trained):
 
 
 def test_metrics_are_those_of_the_library_and_of_the_screen(trained):
-    result = linear.fit(TrainConfig(**OPTIONS), *features.open_pooled(trained.path, "avg"))
+    result = fast_step.fit(TrainConfig(**OPTIONS), *features.open_pooled(trained.path, "avg"))
     for name in ("train_loss", "train_acc", "val_loss", "val_acc"):
         expected = [(record.epoch, getattr(record, name)) for record in result.history]
         assert history(trained.client, trained.run.info.run_id, name) == expected
@@ -158,7 +161,7 @@ def test_figures_can_be_drawn_of_data_of_any_name(tmp_path, letters):
         splits = open_splits(letters.rename(tmp_path / f"{name}.npz"))
         letters = splits.path
         config = TrainConfig(data=str(letters), epochs=1, pool="avg")
-        result = linear.fit(config, *features.open_pooled(letters, "avg"))
+        result = fast_step.fit(config, *features.open_pooled(letters, "avg"))
         save_all(tmp_path / "figures", of_run(config, splits, result, None))
 
 
@@ -216,15 +219,15 @@ pytestmark = pytest.mark.usefixtures("letters")
 
 def journaled(config=CONFIG, optimum=False):
     """A run of this process, finished and not published."""
-    splits, pooled = job.open_data(config, cache=False, say=lambda line: None)
-    run = job.create(config, optimum, splits)
+    splits, pooled = train_run.open_data(config, cache=False, say=lambda line: None)
+    run = train_run.create(config, optimum, splits)
     with run.training():
-        job.carry_out(run, splits, pooled, say=lambda line: None)
+        train_run.carry_out(run, splits, pooled, say=lambda line: None)
     return run
 
 
 def publish(run, uri=None):
-    publication = Publication(run, uri or stores.home_of(run))
+    publication = Publication(run, uri or servers.home_of(run))
     publication.advance()
     assert publication.complete
     return mlflow.MlflowClient(publication.uri).get_run(publication.held.run_id)
@@ -285,7 +288,7 @@ def test_a_stale_run_id_is_refused_before_training_and_the_cure_helps(monkeypatc
     assert str(refused.value) == (
         f"MLFLOW_RUN_ID={first.info.run_id}: found the record of {name} in that run; unset MLFLOW_RUN_ID"
     )
-    assert journal.names() == [name]
+    assert run_record.names() == [name]
     monkeypatch.delenv("MLFLOW_RUN_ID")
     assert inside("train", "--data", letters, "--epochs", "2").returncode == 0
     assert len(mlflow.MlflowClient().search_runs(["0"])) == 2
@@ -298,7 +301,7 @@ def test_the_command_refuses_such_a_run_as_bad_input_and_sync_publishes_it_once_
     finished = inside("train", "--data", letters, "--epochs", "2")
     assert finished.returncode == 2
     (line,) = finished.stderr.splitlines()
-    (name,) = journal.names()
+    (name,) = run_record.names()
     problem = f"run {run_id}: lr: found 0.1 in its record, expected 0.001"
     assert line == f"poolnet: error: {problem}; unset MLFLOW_RUN_ID, then: poolnet sync {name}"
     assert inside("sync", name).returncode == 3
@@ -322,7 +325,7 @@ def test_passwords_do_not_reach_the_screen_or_the_disk(monkeypatch):
     for uri in (f"http://me:{password}@127.0.0.1:5000/", f"postgresql://me:{password}@127.0.0.1/mlflow"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         run = journaled()
-        publication = Publication(run, stores.home_of(run))
+        publication = Publication(run, servers.home_of(run))
         assert publication.uri == uri  # as long as the environment has it
         publication.adopt(SimpleNamespace(experiment_id="7", run_id="4f"))
         assert "http://127.0.0.1:5000/#/experiments/7/runs/4f?" in publication.held.look
@@ -331,7 +334,9 @@ def test_passwords_do_not_reach_the_screen_or_the_disk(monkeypatch):
 
 
 def test_mlflow_reports_nothing_to_its_makers_unless_the_user_wants_it():
-    script = "import poolnet.sync; from mlflow.telemetry.utils import is_telemetry_disabled as off; print(off())"
+    script = (
+        "import poolnet.tracking.sync; from mlflow.telemetry.utils import is_telemetry_disabled as off; print(off())"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_DISABLE_TELEMETRY"}
     finished = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert finished.stdout == "True\n", finished.stderr
@@ -377,7 +382,7 @@ def test_an_experiment_whose_name_cannot_be_asked_is_not_taken_for_the_default_o
 def followed(run):
     """Published by the process beside a training, which would wait for an hour. Exit code and what is said."""
     said = []
-    return follow.follow([run.name], 3600, said.append, lambda: None), said
+    return upload_process.follow([run.name], 3600, said.append, lambda: None), said
 
 
 @pytest.mark.parametrize(
@@ -443,7 +448,7 @@ MENDED = (
 
 @pytest.mark.parametrize(("error", "final"), [*((e, True) for e in REFUSED), *((e, False) for e in MENDED)], ids=str)
 def test_what_time_cannot_mend_is_told_from_what_it_can(error, final):
-    assert stores.is_refusal(error) == final
+    assert servers.is_refusal(error) == final
 
 
 def test_uncommitted_changes_are_kept_with_the_run(tmp_path, monkeypatch):

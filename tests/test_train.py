@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from poolnet.config import InputError, RunError, TrainConfig
-from poolnet.data import Split, Splits, open_splits
-from poolnet.evaluate import evaluate, threads
-from poolnet.model import SimpleConvNet, SimplePoolNet
-from poolnet.train import EpochRecord, _totals, fit, resolve_device, score, train_one_epoch
+from poolnet.data.dataset import Split, Splits, open_splits
+from poolnet.errors import InputError, RunError
+from poolnet.training.config import TrainConfig
+from poolnet.training.evaluation import evaluate, threads
+from poolnet.training.model import SimpleConvNet, SimplePoolNet
+from poolnet.training.train_loop import EpochRecord, _totals, fit, resolve_device, score, train_one_epoch
 
 
 def figures(history):

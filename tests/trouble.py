@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-from poolnet import cli
+from poolnet.cli import main
 
 ROOM = 20_000  # bytes of one file on the full disk
 
@@ -23,7 +23,7 @@ def clock_jumps_back():
 
 
 def nobody():
-    for name in ("poolnet.job", "poolnet.features"):  # while the interpreter's own folders can be read
+    for name in ("poolnet.runs.train_run", "poolnet.training.features"):  # while their folders can be read
         importlib.import_module(name)
     if os.geteuid() == 0:  # to whom no folder is read-only
         os.setgid(65534)
@@ -32,4 +32,4 @@ def nobody():
 
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
-    cli.main(sys.argv[2:])
+    main(sys.argv[2:])

@@ -1,0 +1,396 @@
+"""The command line: parse, call, print.
+
+Modules that import torch or mlflow are imported inside the commands, so that `poolnet --help` is instant.
+"""
+
+import dataclasses
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from poolnet import process
+from poolnet.cli import model_commands
+from poolnet.cli.model_commands import AS_JSON, DATA, FILE, SEED, STUDY, SWITCH, TIMEOUT, asked, completed, points
+from poolnet.errors import InputError, RunError
+from poolnet.files import FULL, expanded, home, writable
+from poolnet.text import failed, pasted, progress, say, to_json, warn
+from poolnet.training.config import POOLS, TrainConfig
+
+SETTINGS = {  # of MLflow, in our own processes, where the user has not decided otherwise
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # `poolnet train` says it, for every store
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # on stderr, where errors are said
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow's own 7 block for four minutes; we try again
+}
+
+COMPLETED = {  # of the options of `train`
+    "data": DATA,
+    "device": completed("auto", "cpu", "cuda", "mps"),
+    "register": completed("yes", "no"),
+}
+
+
+class InOrder(click.Group):
+    """Commands in the order in which they are used, not by name."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return [
+            *("prepare", "train", "sync", "sweep", "compare"),
+            *(command.name for command in model_commands.COMMANDS),
+        ]
+
+
+@click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="poolnet", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Which pooling layer loses less? Train, record, compare and use networks of two poolings and one linear layer."""
+
+
+def train_options(command: Callable) -> Callable:
+    """An option for each field of `TrainConfig`, with its default and its help."""
+    for field in reversed(dataclasses.fields(TrainConfig)):
+        names = dict.fromkeys((f"--{field.name.replace('_', '-')}", f"--{field.name}"))  # `mlflow run` says batch_size
+        kind = click.Choice(POOLS) if field.name == "pool" else field.type
+        about = {"help": field.metadata["help"], "shell_complete": COMPLETED.get(field.name)}
+        option = click.option(*names, field.name, type=kind, default=field.default, show_default=True, **about)
+        command = option(command)
+    return command
+
+
+def _look_ahead() -> None:
+    """Refuse a tracking address that can never work, and warn of a server that is down: before anything is trained."""
+    from poolnet.tracking import addresses
+
+    uri = addresses.own()
+    addresses.check(uri)
+    if problem := addresses.unreachable(uri):
+        warn(
+            f"{addresses.shown(uri)} cannot be reached ({problem}); what is trained is kept, and published later with: "
+            "poolnet sync"
+        )
+
+
+@cli.command()
+@train_options
+@click.option("--resume", metavar="RUN", default="", help="Go on with a run that was interrupted, with its settings.")
+@click.option("--no-cache", is_flag=True, help="Pool the images anew, and keep no features on disk.")
+@click.option("--optimum", **SWITCH, help="Also find the lowest train loss there is.")
+@TIMEOUT
+@click.pass_context
+def train(
+    context: click.Context, resume: str, no_cache: bool, optimum: bool, timeout: float, **options: object
+) -> None:
+    """Train one network and record it in MLflow."""
+    config = TrainConfig(**options)
+    if optimum and config.pool == "conv":
+        raise InputError("--optimum: found pool conv, expected max or avg, whose loss has a single minimum")
+
+    home()  # first of all, since nothing goes without it
+    if not resume:
+        _look_ahead()
+
+    from poolnet.tracking.publisher import Publisher
+
+    with Publisher(timeout) as publisher:  # its imports take seconds, beside ours
+        from poolnet.runs import train_run
+        from poolnet.tracking import addresses
+
+        if resume:
+            given = {
+                name: value
+                for name, value in {**options, "optimum": optimum}.items()
+                if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+            }
+            carrier = os.environ.get("MLFLOW_RUN_ID", "")  # a run that `mlflow run` made only for this
+            begun = functools.partial(publisher.add, carrier=carrier)
+            run = train_run.resume(resume, given, not no_cache, begun, publisher.check, say, warn)
+        else:
+            publisher.refuse_stale()
+            server = addresses.environment()
+            run = train_run.run(config, optimum, not no_cache, server, publisher.add, publisher.check, say, warn)
+        trouble = publisher.close()
+        held = publisher.held
+    if held.version:
+        say(f"Model: models:/poolnet/{held.version}")
+    elif held.model_id:
+        say(f"Model: models:/{held.model_id}")
+    if held.look:
+        say(f"Look at it: {held.look}")
+    if trouble:
+        where = run.folder
+        failed(f"{trouble}; all is safe in {where}, and published by: poolnet sync {run.name}", 3)
+        context.exit(3)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, metavar="[RUN]...")
+@click.option("--to", metavar="URI", help="Publish to this tracking server, and from now on to it alone.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--prune", is_flag=True, help="Remove local folders of finished runs that the server holds completely.")
+@AS_JSON
+@click.option(
+    "--follow",
+    "follow_stdin",
+    is_flag=True,
+    hidden=True,
+    help="Publish the runs named on stdin while they are trained.",
+)
+@TIMEOUT
+@click.pass_context
+def sync(
+    context: click.Context,
+    runs: tuple[str, ...],
+    to: str | None,
+    dry_run: bool,
+    prune: bool,
+    as_json: bool,
+    follow_stdin: bool,
+    timeout: float,
+) -> None:
+    """Publish what tracking servers do not have yet of runs.
+
+    Of all runs in .poolnet, or of those named.
+    """
+    from poolnet.runs import run_record
+    from poolnet.tracking import servers, sync, upload_process
+
+    if follow_stdin:
+        if hasattr(os, "nice"):
+            os.nice(10)  # the training comes first
+        context.exit(upload_process.follow(sys.stdin, timeout, say=lambda line: failed(line, 0), answer=say))
+    servers.limit(timeout)
+    sync.check_input(runs, to)
+    with progress(runs or run_record.names(), label="Publishing") as names:
+        rows = [sync.sync(name, to, dry_run, prune) for name in names]
+    if as_json:
+        say(to_json({"runs": rows}))
+    else:
+        say(sync.table(rows))
+    context.exit(0 if all(row.ok for row in rows) else 3)
+
+
+@cli.command()
+@click.argument("study", type=FILE, shell_complete=STUDY)
+@click.option("--data", default="", shell_complete=DATA, help="Another data set than the study's own.")
+@click.option("--workers", default="", help="Processes that train.  [default: one a core; one where conv takes part]")
+@TIMEOUT
+@AS_JSON
+@click.pass_context
+def sweep(context: click.Context, study: Path, data: str, workers: str, timeout: float, as_json: bool) -> None:
+    """Train what is missing of a STUDY.
+
+    That is each combination of its grid and seeds. Cut off, the same command goes on.
+
+    A study is a .toml file with question, data, seeds and margin (in points of accuracy); under [grid] options of
+    `poolnet train`, each a value or a list; under [arms] the two that are compared, as in: max = { pool = "max" }
+    """
+    from poolnet.studies.study import read
+
+    found = read(study, data)
+    if workers and not (workers.isdecimal() and 0 < int(workers[:5]) < 1000):
+        raise InputError(f"--workers: found {workers!r}, expected a whole number from 1 to 999")
+    home()
+    _look_ahead()
+    options = [study, *(["--data", data] if data else [])]
+    again = pasted("poolnet", "sweep", *options)
+    process.last_words = f"stopped; go on with: {again}"
+
+    from poolnet.tracking.publisher import Publisher
+
+    with Publisher(timeout) as publisher:
+        from poolnet.studies import sweep as sweeps
+
+        tell = (lambda line: None) if as_json or sys.stderr.isatty() else say  # there a bar shows how far it is
+        under_way = sweeps.opened(found, tell, warn)
+        sweeps.carry_out(under_way, int(workers or sweeps.default_workers(found)), publisher, tell, warn)
+    results = under_way.results.values()
+    if as_json:
+        about = {"sweep": under_way.name, "data_sha256": under_way.data_sha256, "look": under_way.look}
+        say(to_json({**about, "runs": list(results)}))
+    else:
+        done, now = sum(result.done for result in results), sum(result.done and result.trained for result in results)
+        say(f"{under_way.name}: {done} of {len(results)} runs finished, {now} of them now")
+        say(sweeps.table(under_way))
+        say(f"Compare: {pasted('poolnet', 'compare', '--study', *options)}")
+        if under_way.look:
+            say(f"Look at it: {under_way.look}")
+    if under_way.missing:
+        failed(f"missing runs: {len(under_way.missing)}, see above; again with: {again}", 1)
+        context.exit(1)
+    if under_way.trouble:
+        failed(f"{under_way.trouble}; all is safe in {home()}, and published by: poolnet sync", 3)
+        context.exit(3)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, metavar="[RUN RUN]")
+@click.option("--study", default="", shell_complete=STUDY, help="The two arms of this study, a .toml file.")
+@click.option("--data", default="", shell_complete=DATA, help="Runs on this data set; of a study, instead of its own.")
+@click.option("--experiment", default="", help="All runs of this experiment.  [default: the one in the environment]")
+@click.option(
+    "--by",
+    default="",
+    shell_complete=completed(*(field.name for field in dataclasses.fields(TrainConfig))),
+    help="With --experiment: the option that tells the arms apart, such as pool.",
+)
+@click.option("--arms", nargs=2, help="With --by: the two values to compare, the second with the first.")
+@click.option("--margin", default="", help="Points within which arms are equivalent.  [default: the study's, or 0.5]")
+@SEED
+@TIMEOUT
+@AS_JSON
+def compare(
+    runs: tuple[str, ...],
+    study: str,
+    data: str,
+    experiment: str,
+    by: str,
+    arms: tuple[str, str] | None,
+    margin: str,
+    seed: int,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Say which of two arms is better, and how sure that is.
+
+    From what the tracking server has of a study, an experiment or two runs. The answer becomes a run in MLflow, with a
+    report.
+    """
+    from poolnet.studies.study import MARGIN, read
+
+    names = [name for text in runs for name in text.split()]  # `mlflow run` passes one text
+    if experiment and not (names or study):
+        by = by or "pool"
+    if [bool(names), bool(study), bool(by)].count(True) != 1 or (names and len(names) != 2):
+        raise InputError("compare: expected one of --study STUDY.toml, --experiment NAME --by OPTION, or two runs")
+    found = read(Path(study), data) if study else None
+    within = points("--margin", margin) or (found.margin if found else MARGIN)
+
+    with asked(timeout):
+        from poolnet.studies import compare, report
+        from poolnet.studies import selection as select
+        from poolnet.tracking import servers
+
+        client = servers.own_client()
+        uri = client.uri
+        where = servers.experiment_named(client, experiment)
+        if found:
+            selected = select.of_study(client, [where], found)
+        elif by:
+            selected = select.of_experiment(client, [where], by, arms or (), data)
+        else:
+            selected = select.of_runs(client, names)
+        comparison = compare.compare(client, found.question if found else "", selected, within, seed)
+        run_id = report.publish(client, uri, where, comparison)
+        look = servers.page_of(uri, where, run_id)
+    if as_json:
+        say(to_json({**report.contents(comparison), "run_id": run_id, "look": look}))
+    else:
+        say(f"{report.table(comparison)}\nLook at it: {look}")
+
+
+def _output(context: click.Context, option: click.Parameter, text: str | None) -> Path | None:
+    """Where to write, looked at before the work begins."""
+    if text == "":
+        raise InputError("--out: found an empty text, expected the .npz to write")
+    return text if text is None else writable(expanded(Path(text)))
+
+
+@cli.group()
+def prepare() -> None:
+    """Make a data set: notMNIST, or letters rendered from fonts."""
+
+
+@prepare.command()
+@click.option("--large", type=FILE, help="notMNIST_large, a tarball or a folder.")
+@click.option("--small", type=FILE, help="notMNIST_small, a tarball or a folder. Alone it is split 80/10/10.")
+@click.option("--out", callback=_output, help="The .npz to write.  [default: what `--data notmnist` means]")
+@click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Seed of the split.")
+def notmnist(large: Path | None, small: Path | None, out: Path | None, seed: int) -> None:
+    """Decode, clean and split notMNIST. Without --large and --small, both are downloaded."""
+    from poolnet.data import dataset, notmnist, npz
+
+    out = out or writable(dataset.prepared("notmnist"))
+    arrays, counts = notmnist.prepare(large, small, seed)
+    say(notmnist.table(arrays, counts))
+    for line in notmnist.scarce(arrays):
+        warn(line)
+    npz.save(out, arrays)
+    say(f"Wrote {out}")
+
+
+@prepare.command()
+@click.option("--train", type=click.IntRange(min=1), default=60_000, show_default=True, help="Images in train.")
+@click.option("--val", type=click.IntRange(min=1), default=6_000, show_default=True, help="Images in val.")
+@click.option("--test", type=click.IntRange(min=1), default=6_000, show_default=True, help="Images in test.")
+@click.option("--out", callback=_output, required=True, help="The .npz to write.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the rendering.")
+def glyphs(out: Path, seed: int, **sizes: int) -> None:
+    """Render letters A to J from the fonts that matplotlib ships, in other sizes than `--data glyphs` does."""
+    from poolnet.data import glyphs, npz
+
+    with progress(length=sum(sizes.values()), label="Rendering") as bar:
+        arrays = glyphs.render(**sizes, seed=seed, progress=bar.update)
+    npz.save(out, arrays)
+    say(f"Wrote {out}")
+
+
+for command in model_commands.COMMANDS:
+    cli.add_command(command)
+
+
+def main(args: list[str] | None = None) -> None:
+    """The console script. What went wrong is said in one line on stderr; the exit codes are those of the README."""
+    process.install()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the encoding of a file or pipe lacks must not end a command
+            stream.reconfigure(errors="backslashreplace")
+    for name, value in (SETTINGS | _without_home()).items():
+        os.environ.setdefault(name, value)
+    code = _run(args)
+    stores = sys.modules.get("poolnet.tracking.servers")
+    if stores and stores.gave_up():  # there is nobody to wait for
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _without_home() -> dict[str, str]:
+    """Settings for a user without a folder of their own.
+
+    As in containers, where there is none, or one that may not be written.
+    """
+    place = expanded(Path(os.environ.get("POOLNET_HOME") or ".poolnet")).absolute()
+    try:
+        folder = Path.home()
+    except RuntimeError:  # MLflow asks for it too
+        return {"HOME": str(place)}
+    return {} if os.access(folder, os.W_OK) else {"MPLCONFIGDIR": str(place / "matplotlib")}
+
+
+def _run(args: list[str] | None) -> int:
+    try:
+        return cli.main(args, prog_name="poolnet", standalone_mode=False) or 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        say(error.format_message())
+        return 2
+    except click.ClickException as error:
+        return failed(error.format_message(), error.exit_code)
+    except InputError as error:
+        return failed(error, 2)
+    except RunError as error:
+        return failed(error, 1)
+    except OSError as error:
+        full = error.errno in FULL and not error.filename
+        places = "; files go to POOLNET_HOME, the temporary folder and the tracking store" if full else ""
+        return failed(f"{error}{places}", 1)
+    except MemoryError:
+        return failed("there is not enough memory; end other programs, or use a machine with more", 1)
+    except process.Stop as stop:
+        return failed(stop, stop.code)
+    except click.Abort:
+        return failed("interrupted", 130)

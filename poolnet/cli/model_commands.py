@@ -1,0 +1,290 @@
+"""The commands that use registered models, or make and check them: parse, call, print, as in `cli.py`."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+from click.shell_completion import CompletionItem
+
+from poolnet.errors import InputError
+from poolnet.files import home
+from poolnet.text import failed, say, to_json, warn
+from poolnet.training.config import POOLS
+
+FILE = click.Path(path_type=Path)
+
+
+def completed(*words: str, suffix: str = "") -> Callable[..., list[CompletionItem]]:
+    """For `shell_complete`: these words, and folders and files with this suffix."""
+
+    def complete(context: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        folder = os.path.dirname(incomplete)  # noqa: PTH120 - keeps "./"
+        found = []
+        with contextlib.suppress(OSError):  # no such folder
+            for path in sorted(Path(folder or ".").iterdir()) if suffix else ():
+                if path.suffix == suffix or (path.is_dir() and not path.name.startswith(".")):
+                    found.append(os.path.join(folder, path.name) + ("/" if path.is_dir() else ""))  # noqa: PTH118
+        return [CompletionItem(word) for word in [*words, *found] if word.startswith(incomplete)]
+
+    return complete
+
+
+DATA = completed("glyphs", "notmnist", suffix=".npz")
+STUDY = completed(suffix=".toml")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the bootstraps.")
+SWITCH = {"type": bool, "is_flag": False, "flag_value": True, "default": False}  # `mlflow run` gives it a value
+
+
+def _seconds(context: click.Context, option: click.Parameter, value: float) -> float:
+    if not 0 <= value <= 86_400:
+        raise click.BadParameter(f"found {value}, expected seconds from 0 to 86400")
+    return value
+
+
+TIMEOUT = click.option(
+    *("--timeout", "--drain-timeout", "timeout"),
+    type=float,
+    default=20,
+    show_default=True,
+    callback=_seconds,
+    help="Seconds to wait for a tracking server that gives no answer.",
+)
+
+
+@contextlib.contextmanager
+def asked(timeout: float) -> Iterator[None]:
+    """With what MLflow says of its server as one line, and silence of so many seconds as its end."""
+    from poolnet.tracking import addresses
+
+    uri = addresses.own()
+    addresses.check(uri)
+
+    from poolnet.tracking import servers
+
+    servers.limit(timeout)
+    with servers.asked(uri), servers.as_environment(uri):
+        yield
+
+
+def points(option: str, text: str) -> float | None:
+    """Points of accuracy as they were typed, if they were."""
+    try:
+        value = float(text) if text else None
+    except ValueError:
+        value = 0
+    if value is not None and not 0 < value < 100:
+        raise InputError(f"{option}: found {text!r}, expected points of accuracy above 0")
+    return value
+
+
+@click.command()
+@click.argument("model")
+@click.option("--data", default="", shell_complete=DATA, help="The data set.  [default: what the model was trained on]")
+@click.option(
+    "--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True, help="Part of the data."
+)
+@SEED
+@TIMEOUT
+@AS_JSON
+def evaluate(model: str, data: str, split: str, seed: int, timeout: float, as_json: bool) -> None:
+    """Score a MODEL on a data set, with intervals.
+
+    A model is models:/poolnet@champion, models:/poolnet/3, models:/m-..., runs:/RUN/model, or a folder. Nothing of its
+    file is unpickled or executed.
+
+    Loss, accuracy, precision, recall, F1, calibration and confusions, with intervals, also as a run in MLflow; and
+    whether they are what its training recorded.
+    """
+    with asked(timeout):
+        from poolnet.models import evaluation_report
+        from poolnet.tracking import registry, servers
+
+        client = servers.own_client()
+        card = evaluation_report.score(client, registry.load(model, check_export=True), data, split, seed)
+        run_id = evaluation_report.publish(client, card)
+        look = servers.page_of(client.uri, client.get_run(run_id).info.experiment_id, run_id)
+    if as_json:
+        say(to_json({**evaluation_report.contents(card), "run_id": run_id, "look": look}))
+    else:
+        say(f"{evaluation_report.table(card)}\nLook at it: {look}")
+    if card.agrees is False:
+        warn(card.agreement)
+
+
+@click.command()
+@click.argument("model", default="")
+@click.option(
+    "--alias",
+    default="champion",
+    show_default=True,
+    shell_complete=completed("champion", *(f"champion-{pool}" for pool in POOLS)),
+    help="Of what: champion, champion-max, champion-avg.",
+)
+@click.option("--non-inferior", default="", metavar="M", help="Also if it is not worse by M points of accuracy.")
+@click.option("--force", **SWITCH, help="Whatever the test says; recorded as such.")
+@click.option("--rollback", **SWITCH, help="Give the alias back to the champion before.")
+@TIMEOUT
+@AS_JSON
+@click.pass_context
+def promote(
+    context: click.Context,
+    model: str,
+    alias: str,
+    non_inferior: str,
+    force: bool,
+    rollback: bool,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Make a MODEL champion if it is shown to be better.
+
+    Without MODEL the newest version. An exact McNemar test at 5 % decides, on what both models' runs predicted of the
+    same validation letters. The decision, with its numbers, is written on the model version. Exit code 1 if the
+    champion stays.
+    """
+    margin = points("--non-inferior", non_inferior)
+    if rollback and (model or non_inferior or force):
+        raise InputError("--rollback: found it with other options, expected --alias alone")
+    with asked(timeout):
+        from poolnet.models import promote
+        from poolnet.tracking import servers
+
+        client = servers.own_client()
+        back = promote.rollback(client, alias) if rollback else None
+        decision = back or promote.decide(client, model, alias, margin, force)
+        promote.enact(client, decision)
+        promote.publish(client, decision)
+    refused = decision.kind == "refused"
+    if as_json:
+        say(to_json({**vars(decision), "promoted": decision.promoted, "sentence": decision.sentence}))
+    elif not refused:
+        say(decision.sentence)
+    if refused:
+        context.exit(failed(decision.sentence, 1))
+
+
+@click.command()
+@click.argument("model")
+@click.argument("images", nargs=-1, required=True, type=FILE, metavar="IMAGE...")
+@click.option("--invert/--no-invert", default=None, help="Dark letters on bright ground.  [default: recognised]")
+@click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values instead of the table.")
+@TIMEOUT
+@AS_JSON
+@click.pass_context
+def predict(
+    context: click.Context,
+    model: str,
+    images: tuple[Path, ...],
+    invert: bool | None,
+    as_csv: bool,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Say which letter, A to J, is on each IMAGE.
+
+    PNG, JPEG and the like, or folders of them, of any size and colour. An image that cannot be read is named, and the
+    others are predicted all the same; exit code 1 then, and 2 if there are no others.
+    """
+    if as_csv and as_json:
+        raise InputError("--csv: found it with --json, expected one of the two")
+    from poolnet.data.pictures import find
+
+    paths = find(images)
+    with asked(timeout):
+        from poolnet.models import predict
+        from poolnet.tracking import registry
+
+        net = registry.load(model).net
+    unreadable: list[InputError] = []
+    found = list(predict.predict(net, paths, invert, unreadable.append))
+    if as_json:
+        say(to_json({"predictions": found}))
+    elif as_csv:
+        say("".join(predict.csv_lines(found)), nl=False)
+    elif found:
+        say(predict.table(found))
+    for error in unreadable:
+        failed(error, 1)
+    if unreadable:
+        context.exit(1 if found else 2)
+
+
+@click.command()
+@click.argument("run")
+@click.option("--data", default="", shell_complete=DATA, help="Where its data set is.  [default: where it was]")
+@TIMEOUT
+@AS_JSON
+@click.pass_context
+def reproduce(context: click.Context, run: str, data: str, timeout: float, as_json: bool) -> None:
+    """Train a recorded RUN again and compare all figures.
+
+    RUN is its name or MLflow id. Data must be the same; other code, packages or machines are named. Every metric of
+    every step, the predictions and the weights are compared: bit-identical, within tolerance, or different, and then
+    exit code 1.
+    """
+    home()
+
+    from poolnet.tracking.publisher import Publisher
+
+    with Publisher(timeout) as publisher, asked(timeout):
+        from poolnet.models import reproduce
+        from poolnet.tracking import servers
+
+        client = servers.own_client()
+        original = reproduce.find(client, run)
+        tell = (lambda line: None) if as_json else say
+        found = reproduce.reproduce(original, data, publisher, tell, warn)
+        trouble = publisher.close()
+        held = publisher.held
+        if not trouble:
+            reproduce.publish(client, found, held.run_id)
+    if as_json:
+        more = {"run_id": held.run_id or None, "look": held.look or None}
+        say(to_json({**reproduce.contents(found), **more}))
+    else:
+        say(found.sentence)
+        if held.look:
+            say(f"Look at it: {held.look}")
+    if trouble:
+        where = found.again.folder
+        again = f"poolnet sync {found.again.name}; this verdict is not, reproduce it again for that"
+        failed(f"{trouble}; all is safe in {where}, and published by: {again}", 3)
+    context.exit(1 if found.verdict == "different" else 3 if trouble else 0)
+
+
+@click.command()
+@click.argument("file", type=FILE)
+@click.option("--pool", type=click.Choice(POOLS), required=True, help="The pooling that they were trained with.")
+@click.option(
+    "--data",
+    default="",
+    shell_complete=DATA,
+    help="Score them on this data set too; without, no test can compare them.",
+)
+@TIMEOUT
+@AS_JSON
+def register(file: Path, pool: str, data: str, timeout: float, as_json: bool) -> None:
+    """Register weights that were trained elsewhere.
+
+    FILE is what torch.save(model.state_dict(), FILE) wrote, as in the notebook. It is read as tensors only.
+    """
+    with asked(timeout):
+        from poolnet.models import import_weights
+        from poolnet.tracking import servers
+
+        client = servers.own_client()
+        found = import_weights.register(client, file, pool, data)
+        look = servers.page_of(client.uri, found.experiment_id, found.run_id)
+    scores = {name: {"loss": each.loss, "acc": each.acc} for name, each in found.scores.items()}
+    if as_json:
+        say(to_json({"version": found.version, "run_id": found.run_id, "look": look, "scores": scores}))
+        return
+    for name, score in scores.items():
+        say(f"{name}: loss={score['loss']:.4f}, acc={score['acc']:.4f}")
+    say(f"Model: models:/poolnet/{found.version}\nLook at it: {look}")
+
+
+COMMANDS = (evaluate, predict, promote, reproduce, register)  # in their order of use

@@ -1,0 +1,308 @@
+"""Open a data set: six arrays in an `.npz`, validated and digested in one pass.
+
+The format is the notebook's: `X_train y_train X_val y_val X_test y_test`, X (N, 1, 28, 28) or (N, 28, 28), uint8 or
+float, y (N,) integers 0..9 for A..J. What a model sees was hashed as it was read: nothing is read from the file again.
+"""
+
+import contextlib
+import hashlib
+import itertools
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from poolnet.data import npz
+from poolnet.errors import InputError, RunError
+from poolnet.files import Locked, expanded, home, locked
+
+LETTERS = "ABCDEFGHIJ"
+SIDE = 28  # pixels
+SPLITS = ("train", "val", "test")
+FLOAT_LIMIT = 10.0  # standardised pixels stay well inside; forgotten scaling, 0..255, does not
+NARROW = 0.1  # of black to white: pixels that were divided twice, or of which 1 means white in uint8
+SAMPLE, ENOUGH = 200, 10  # images of a split by which its scale is judged, and the fewest that tell what is not there
+PATIENCE = 600  # seconds for another process that renders the embedded letters, which takes some ten
+
+
+@dataclass(frozen=True)
+class Split:
+    """`X` (N, 28, 28) uint8 or float, None if not kept; `y` (N,) int64; `sha256` over the whole of both."""
+
+    name: str
+    X: np.ndarray | None
+    y: np.ndarray
+    sha256: str
+    dtype: str = ""  # of the pixels as stored
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def images(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Those images as a model takes them, see `as_images`."""
+        return as_images(self.X[rows])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A data set: its file, its three splits, and how many test images also occur in train."""
+
+    path: Path
+    train: Split
+    val: Split
+    test: Split
+    overlap: int
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def sha256(self) -> str:
+        """One digest for the three."""
+        return hashlib.sha256("".join(split.sha256 for split in self).encode()).hexdigest()
+
+    def described(self) -> dict:
+        """What the record of a run says of the data."""
+        return {
+            "path": str(self.path),
+            "name": self.name,
+            "sha256": self.sha256,
+            "overlap": self.overlap,
+            "splits": [
+                {"name": split.name, "sha256": split.sha256, "shape": [len(split), SIDE, SIDE], "dtype": split.dtype}
+                for split in self
+            ],
+        }
+
+    def __iter__(self) -> Iterator[Split]:
+        return iter((self.train, self.val, self.test))
+
+
+def prepared(name: str) -> Path:
+    """Where the data set NAME is kept unless its maker was told otherwise."""
+    return home() / "data" / f"{name}.npz"
+
+
+def locate(data: str, say: Callable[[str], None] = lambda line: None) -> Path:
+    """The file behind `--data`: `glyphs` (rendered when first asked for), `notmnist`, or a path."""
+    if not data.strip():
+        raise InputError("--data: found an empty text, expected glyphs, notmnist, or the path of an .npz file")
+    if data == "glyphs":
+        return _rendered_glyphs(say)
+    if data == "notmnist" and not prepared(data).exists():
+        raise InputError(f"{prepared(data)}: not there yet; make it with: poolnet prepare notmnist")
+    return prepared(data) if data == "notmnist" else expanded(Path(data))
+
+
+Watch = Callable[[str, int, int, np.ndarray], None]  # told of each window: split, its size, first row, pixels
+
+
+def open_splits(
+    path: Path, keep: Collection[str] = SPLITS, watch: Watch = lambda name, size, start, window: None
+) -> Splits:
+    """Read once from end to end: validated, digested, and the images of the splits in `keep` kept.
+
+    `watch` sees all pixels on the way, so that what it makes of them belongs to the digest. Raises `InputError` with
+    file, key, what was found and what was expected.
+    """
+    path = Path(path).absolute()
+    if str(path) != str(path).encode(errors="replace").decode():
+        raise InputError(f"{path}: found a name that is not UTF-8, which no tracking server stores; rename it")
+    with npz.opened(path) as archive:
+        members = {name: _image_member(npz.member(archive, path, f"X_{name}")) for name in SPLITS}
+        labels = {name: _read_labels(npz.member(archive, path, f"y_{name}")) for name in SPLITS}
+        for name in SPLITS:
+            if len(labels[name]) != members[name].shape[0]:
+                raise InputError(
+                    f"{path}: y_{name}: found {len(labels[name]):,} labels, expected {members[name].shape[0]:,}, "
+                    f"one for each image of X_{name}"
+                )
+        overlap = _Overlap(one_type=len({member.dtype for member in members.values()}) == 1)
+        scale = _Scale(members)
+        splits = {}
+        for name in reversed(SPLITS):  # test first: its images are to be known when train passes by
+            splits[name] = _read_split(name, members[name], labels[name], name in keep, [scale.see, watch, overlap.see])
+    scale.check()
+    return Splits(path, **splits, overlap=overlap.count())
+
+
+def _rendered_glyphs(say: Callable[[str], None]) -> Path:
+    from poolnet.data import glyphs
+
+    path = prepared(f"glyphs-v{glyphs.VERSION}")
+    with _patiently(path.with_suffix(".lock"), say):  # two processes at once share one rendering
+        if not _whole(path):
+            say(f"Rendering the embedded letters into {path} ...")
+            npz.save(path, glyphs.render())
+    return path
+
+
+def _whole(path: Path) -> bool:
+    """Whether a data set is there and undamaged."""
+    try:
+        open_splits(path, keep=())
+    except InputError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _patiently(lock: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold a lock, for which another process may work long."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock))
+        except Locked as error:
+            say(f"Waiting for the embedded letters: {error}")
+            stack.enter_context(locked(lock, PATIENCE))
+        yield
+
+
+# --- validation ----------------------------------------------------------------------------------------------------
+
+
+def _image_member(member: npz.Member) -> npz.Member:
+    shape, dtype = member.shape, member.dtype
+    if shape[1:] not in ((SIDE, SIDE), (1, SIDE, SIDE)):
+        raise InputError(
+            f"{member.path}: {member.key}: found shape {shape}, expected (N, 1, {SIDE}, {SIDE}) or (N, {SIDE}, {SIDE})"
+        )
+    if shape[0] < 1:
+        raise InputError(f"{member.path}: {member.key}: found no images, expected at least one")
+    if dtype != np.uint8 and not (dtype.kind == "f" and dtype.itemsize <= 8):
+        cure = "; store X.astype(np.uint8)" if dtype.kind in "iu" else ""
+        raise InputError(f"{member.path}: {member.key}: found {dtype} pixels, expected uint8 or float32{cure}")
+    return member
+
+
+def _read_labels(member: npz.Member) -> np.ndarray:
+    """The labels, (N,) int64."""
+    where, shape, kind = f"{member.path}: {member.key}", member.shape, member.dtype.kind
+    if len(shape) != 1:
+        cures = {(2, len(LETTERS)): "; store y.argmax(1)", (2, 1): "; store y.ravel()"}
+        raise InputError(
+            f"{where}: found shape {shape}, expected (N,){cures.get((len(shape), shape[-1:] and shape[-1]), '')}"
+        )
+    if kind not in "iu":
+        cure = {"f": "; store y.astype(int)", "b": ""}.get(kind, f"; store [{LETTERS!r}.index(letter) for letter in y]")
+        raise InputError(f"{where}: found {member.dtype} labels, expected integers 0..9{cure}")
+    y = member.read()
+    if len(y) and not (y.min() >= 0 and y.max() < len(LETTERS)):
+        low, high = int(y.min()), int(y.max())
+        cure = f"; store y {'-' if low > 0 else '+'} {abs(low)}" if low and high - low < len(LETTERS) else ""
+        raise InputError(f"{where}: found labels {low}..{high}, expected 0..9 for A..J{cure}")
+    return y.astype(np.int64)
+
+
+def _read_split(name: str, member: npz.Member, y: np.ndarray, keep: bool, watchers: list[Watch]) -> Split:
+    """One pass over every pixel: digest, and what the watchers make of it."""
+    size, little = len(y), member.dtype.newbyteorder("<")
+    sha = hashlib.sha256(f"{little.str} {size}x{SIDE}x{SIDE}\n".encode())
+    X = _room(member, size) if keep else None
+    start = 0
+    for window in member.windows():
+        window = window.reshape(-1, SIDE, SIDE)
+        sha.update(np.ascontiguousarray(window, little))
+        for watch in watchers:
+            watch(name, size, start, window)
+        if keep:
+            X[start : start + len(window)] = window
+        start += len(window)
+    sha.update(np.ascontiguousarray(y, "<i8"))
+    return Split(name, X, y, sha.hexdigest(), str(member.dtype))
+
+
+def _room(member: npz.Member, size: int) -> np.ndarray:
+    try:
+        return np.empty((size, SIDE, SIDE), member.dtype.newbyteorder("="))
+    except MemoryError:
+        raise RunError(f"{member.path}: {member.key}: {size:,} images do not fit into memory") from None
+
+
+class _Overlap:
+    """Counts the test images that train holds too."""
+
+    def __init__(self, one_type: bool):
+        self.one_type = one_type
+        self.in_test: dict[int, int] = {}  # by 64-bit hash: among 400,000 x 14,000 a false match has a chance of 3e-10
+        self.shared: set[int] = set()
+
+    def see(self, name: str, size: int, start: int, window: np.ndarray) -> None:
+        if name == "val":
+            return
+        for image in window if self.one_type else as_images(window):
+            key = hash(image.tobytes())
+            if name == "test":
+                self.in_test[key] = self.in_test.get(key, 0) + 1
+            elif key in self.in_test:
+                self.shared.add(key)
+
+    def count(self) -> int:
+        return sum(self.in_test[key] for key in self.shared)
+
+
+class _Scale:
+    """Judges the scale of the pixels, over all splits together.
+
+    What is usual from black to white: 0..1 (uint8 is divided by 255), -0.5..0.5, -1..1, or a mean of 0 and a deviation
+    of 1. Letters may be thin or faint in one split, so what lies inside of 0..1 may be narrow.
+    """
+
+    def __init__(self, members: dict[str, npz.Member]):
+        self.members = members
+        self.ends: dict[str, list] = {name: [] for name in members}  # darkest and brightest of each window, as stored
+        self.samples: dict[str, list[np.ndarray]] = {name: [] for name in members}  # as a model takes them
+
+    def see(self, name: str, size: int, start: int, window: np.ndarray) -> None:
+        low, high = window.min(), window.max()  # a NaN anywhere becomes both
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise self._refused(name, "NaN or infinity, expected finite pixels")
+        if window.dtype != np.uint8 and max(-low, high) > FLOAT_LIMIT:
+            expected = f"{-FLOAT_LIMIT:g}..{FLOAT_LIMIT:g}; divide them by 255 or store them as uint8"
+            raise self._refused(name, f"{window.dtype} pixels from {low:g} to {high:g}, expected {expected}")
+        self.ends[name] += [low, high]
+        step = -(-size // SAMPLE)
+        self.samples[name].append(as_images(window[-start % step :: step]))
+
+    def check(self) -> None:
+        """When all is seen."""
+        white = {name: 255 if member.dtype == np.uint8 else 1 for name, member in self.members.items()}
+        if all(max(self.ends[name]) - min(self.ends[name]) < NARROW * white[name] for name in self.members):
+            cure = "multiply them by 255" if white["train"] > 1 else "they may have been divided by 255 twice"
+            expected = "0..255" if white["train"] > 1 else "such as 0..1"
+            raise self._refused("train", f"{self._range('train')}, expected {expected}; {cure}")
+        samples = {name: np.concatenate(parts) for name, parts in self.samples.items()}
+        for one, other in itertools.combinations(samples, 2):
+            if _differ(samples[one], samples[other]):
+                both = f"{self._range(other)}, and {self._range(one)} in X_{one}"
+                raise self._refused(other, f"{both}, expected one scale in all three; store them all as uint8")
+
+    def _range(self, name: str) -> str:
+        return f"{self.members[name].dtype} pixels from {min(self.ends[name]):g} to {max(self.ends[name]):g}"
+
+    def _refused(self, name: str, pixels: str) -> InputError:
+        return InputError(f"{self.members[name].path}: X_{name}: found {pixels}")
+
+
+def _differ(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two samples of images are in different scales."""
+    (low, high), (other_low, other_high) = [np.quantile(images, [0.01, 0.99]) for images in (one, other)]
+    signed = [low < -0.2, other_low < -0.2]
+    if signed[0] != signed[1] and len((one, other)[signed.index(False)]) >= ENOUGH:
+        return True
+    if min(len(one), len(other)) < ENOUGH:
+        return False
+    if all(signed):
+        apart = max(abs(low - other_low), abs(high - other_high))
+        return bool(apart > 0.24 * max(high - low, other_high - other_low))
+    return bool(max(high, other_high) > 1.5 * max(1, min(high, other_high)) or min(high, other_high) < 0.02)
+
+
+def as_images(x: np.ndarray) -> np.ndarray:
+    """Stored pixels as a model takes them: float32 (n, 1, 28, 28), uint8 divided by 255."""
+    images = x.reshape(-1, 1, SIDE, SIDE).astype(np.float32)
+    if x.dtype == np.uint8:
+        images /= 255
+    return images

@@ -1,0 +1,1 @@
+"""Models in use: load, score, promote, predict."""

@@ -1,0 +1,137 @@
+"""Who is champion and who was before: an alias of MLflow, and tags of the versions.
+
+A version that became champion has two tags, named after the alias and a dot: `since` when, and `before` which versions
+were champion before it and were not rolled back, the latest last.
+
+MLflow cannot set an alias on a condition. So the alias is read again just before it is set, and once more after that.
+Two promotions on two machines within those milliseconds may not see each other: then the later one stays.
+"""
+
+from datetime import UTC, datetime
+
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.client import MlflowClient
+
+from poolnet.errors import RunError
+from poolnet.files import home, locked
+from poolnet.tracking import registry
+from poolnet.tracking.registry import NAME
+
+OLD_LEDGER = "poolnet-promotions"  # a registered model in which earlier versions of poolnet kept the history
+DESCRIPTION_LIMIT = 5000  # characters, of MLflow's column in a database
+LOCK_SECONDS = 20  # for the few calls that set an alias
+
+
+def holder(client: MlflowClient, alias: str) -> ModelVersion | None:
+    """The version that has the alias."""
+    try:
+        return client.get_model_version_by_alias(NAME, alias)
+    except MlflowException as error:
+        if error.error_code not in registry.MISSING:
+            raise
+        return None
+
+
+def before(client: MlflowClient, alias: str, champion: ModelVersion | None) -> list[int]:
+    """The champions before this one that still exist, the latest last.
+
+    Without a champion, because its version or alias was deleted, the last known one counts as the latest before.
+    """
+    versions = {int(version.version): version for version in client.search_model_versions(f"name = '{NAME}'")}
+    last = champion or _last_known(alias, list(versions.values()))
+    if last and f"{alias}.before" in last.tags:
+        earlier = [int(number) for number in last.tags[f"{alias}.before"].split()]
+    else:
+        earlier = _old_ledger(client, alias, last)
+    if last and not champion:
+        earlier.append(int(last.version))
+    return [number for number in earlier if number in versions]
+
+
+def _last_known(alias: str, versions: list[ModelVersion]) -> ModelVersion | None:
+    known = [version for version in versions if f"{alias}.since" in version.tags]
+    return max(known, key=lambda version: version.tags[f"{alias}.since"], default=None)
+
+
+def _old_ledger(client: MlflowClient, alias: str, champion: ModelVersion | None) -> list[int]:
+    """The same from the ledger of earlier versions of poolnet: each entry rests on the one before."""
+    champions: list[int] = []
+    last = 0
+    entries = client.search_model_versions(f"name = '{OLD_LEDGER}' AND tags.alias = '{alias}'")
+    for entry in sorted(entries, key=lambda entry: int(entry.version)):
+        tags = entry.tags
+        if int(tags["after"]) != last:
+            continue
+        last, version, over = int(entry.version), int(tags["version"]), tags[f"{alias}.over"]
+        if over.isdecimal() and champions[-1:] != [int(over)]:  # somebody had set the alias by hand
+            champions.append(int(over))
+        if tags["kind"] != "rollback":
+            champions.append(version)
+        while champions and champions[-1] != version:
+            champions.pop()
+    if champions and champion and champions[-1] == int(champion.version):
+        champions.pop()
+    return champions
+
+
+def crown(client: MlflowClient, alias: str, version: int, over: int | None, tags: dict[str, str], text: str) -> None:
+    """Make the version champion over that which was champion when it was decided, or over none.
+
+    Its own tags come before the alias: killed between the two, the same command does all of it again. Raises
+    `RunError` where another promotion has come first.
+    """
+    tags = {**tags, f"{alias}.since": datetime.now(UTC).isoformat(timespec="milliseconds")}
+    with locked(home() / "promote.lock", LOCK_SECONDS):
+        _refuse_if_changed(client, alias, over, version)
+        describe(client, alias, version, tags, text)
+        _refuse_if_changed(client, alias, over, version)
+        client.set_registered_model_alias(NAME, alias, str(version))
+        _refuse_if_changed(client, alias, version, version)
+        mark_replaced(client, alias, version, over)
+
+
+def _refuse_if_changed(client: MlflowClient, alias: str, expected: int | None, version: int) -> None:
+    found = holder(client, alias)
+    if (int(found.version) if found else None) != expected:
+        now = f"version {found.version} is {alias} now" if found else f"nothing is {alias} now"
+        raise RunError(f"version {version}: another promotion came first, and {now}; try the same command again")
+
+
+def mark_replaced(client: MlflowClient, alias: str, version: int, over: int | None) -> None:
+    """Say on the champion before which version replaced it."""
+    found = client.search_model_versions(f"name = '{NAME}' AND version_number = '{over}'") if over else []
+    for replaced in found:
+        if replaced.tags.get(f"{alias}.replaced_by") != str(version):
+            client.set_model_version_tag(NAME, replaced.version, f"{alias}.replaced_by", str(version))
+
+
+def forget(client: MlflowClient, alias: str, version: int) -> None:
+    """A champion that was rolled back is none of those before."""
+    client.delete_model_version_tag(NAME, str(version), f"{alias}.since")
+
+
+def unfinished_rollback(client: MlflowClient, alias: str, champion: ModelVersion | None) -> int | None:
+    """The version whose rollback was killed when this champion had come back already."""
+    tags = champion.tags if champion else {}
+    if tags.get(f"{alias}.decision") != "rollback" or not tags[f"{alias}.over"].isdecimal():
+        return None
+    over, since = tags[f"{alias}.over"], f"{alias}.since"
+    found = client.search_model_versions(f"name = '{NAME}' AND version_number = '{over}'")
+    unfinished = [version for version in found if version.tags.get(since, "~") < tags.get(since, "")]
+    return int(over) if unfinished else None
+
+
+def describe(client: MlflowClient, alias: str, version: int, tags: dict[str, str], text: str) -> None:
+    """A decision on the version that it is about: numbers as tags, its text first in the description."""
+    known = client.get_model_version(NAME, str(version))
+    kept = {f"{alias}.since", f"{alias}.before"}  # a decision that changes nothing leaves the history
+    for key in known.tags.keys() - tags.keys() - kept:
+        if key.startswith(f"{alias}."):  # of an earlier decision
+            client.delete_model_version_tag(NAME, str(version), key)
+    for key, value in tags.items():
+        client.set_model_version_tag(NAME, str(version), key, value)
+    description = known.description or ""
+    whole = "\n\n".join(filter(None, (text, description)))
+    if text not in description and len(whole) <= DESCRIPTION_LIMIT:  # else the tags say it: others' words stay
+        client.update_model_version(NAME, str(version), whole)

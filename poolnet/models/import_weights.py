@@ -1,0 +1,169 @@
+"""Weights that were trained elsewhere, such as by the notebook, made a registered model."""
+
+import dataclasses
+import errno
+import hashlib
+import pickle
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from mlflow.entities import Run
+from mlflow.tracking.client import MlflowClient
+
+from poolnet.data import dataset
+from poolnet.data.dataset import Splits
+from poolnet.errors import InputError
+from poolnet.files import home, locked, regular
+from poolnet.text import coded, printable
+from poolnet.tracking import publication, registry, result_runs, servers
+from poolnet.training.evaluation import Evaluation, evaluate
+from poolnet.training.model import SimpleConvNet, SimplePoolNet, build_model
+
+LOCK_SECONDS = 20  # for another command that registers weights
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Registered:
+    version: int
+    run_id: str
+    experiment_id: str
+    scores: dict[str, Evaluation]  # of val and test, where there were data to score on
+
+
+def read(path: Path, pool: str) -> SimplePoolNet | SimpleConvNet:
+    """The network of this pool with the `state_dict` in a file that `torch.save` wrote, unpickled as tensors only."""
+    cure = "expected what torch.save(model.state_dict(), FILE) writes"
+    regular(path, cure.removeprefix("expected "))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # at a pickle that torch.save did not write
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, UserWarning):  # whose text explains how to run what is in the file after all
+        raise InputError(f"{path}: found other things than tensors, which are not loaded; {cure}") from None
+    except Exception as error:  # whatever torch says of other files, which means nothing to who never saw its code
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: of offsets in a cut file
+            raise InputError(f"{path}: cannot be read ({error.strerror}), {cure}") from None
+        found, more = _kind(path)
+        raise InputError(f"{path}: found {found}, {cure}{more}") from None
+    net = build_model(pool, seed=0)
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    if not isinstance(found, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        raise InputError(f"{path}: found no state_dict, {cure}")
+    if not all(tensor.layout == torch.strided and tensor.dtype in DTYPES for tensor in found.values()):
+        raise InputError(f"{path}: found weights that are no plain floating-point tensors, {cure}")
+    other = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if other != shapes:
+        raise InputError(f"{path}: found {_listed(other)}, expected for --pool {pool}: {_listed(shapes)}")
+    try:
+        net.load_state_dict(found)
+    except RuntimeError as error:  # of tensors without data, say
+        raise InputError(f"{path}: cannot be loaded ({servers.reason(error)}), {cure}") from None
+    if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):  # as float32
+        raise InputError(f"{path}: found weights that are not finite numbers")
+    return net.eval()
+
+
+def _kind(path: Path) -> tuple[str, str]:
+    """What a file is that torch cannot read, and how it becomes one that it can."""
+    if not path.stat().st_size:
+        return "an empty file", ""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith(".npy") for name in archive.namelist()):
+                arrays = "{name: torch.from_numpy(array) for name, array in np.load(FILE).items()}"
+                return "arrays of NumPy", f"; make it with torch.save({arrays}, OTHER)"
+    return "no weights of torch's, or damaged ones", ""
+
+
+def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "nothing"
+
+
+def register(client: MlflowClient, path: Path, pool: str, source: str) -> Registered:
+    """A run that holds the weights as an exported model, and the version of `poolnet` that this becomes; with `source`,
+    a data set, also its predictions, without which no test can compare it.
+
+    The same weights, scored on the same data, become a version once: a command that was killed is ended by the next.
+    """
+    net = read(path, pool)
+    splits = dataset.open_splits(dataset.locate(source)) if source else None
+    scores = {split.name: evaluate(net, split) for split in (splits.val, splits.test)} if splits else {}
+    example = splits.test.images(np.arange(2) % len(splits.test)) if splits else np.zeros((2, 1, 28, 28), np.float32)
+    arrays = {name: tensor.numpy() for name, tensor in net.state_dict().items()} | {"example": example}
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    params = {"pool": pool, "file": printable(path.name), "sha256": digest} | ({"data": source} if source else {})
+    experiment_id = servers.own_experiment(client)
+    same = f"{pool} {digest} {splits.sha256 if splits else ''}".strip()
+    with locked(home() / "register.lock", LOCK_SECONDS):
+        begun = _begun(client, experiment_id, same)
+        if version := _finished(client, begun):
+            return Registered(version, begun.info.run_id, experiment_id, scores)
+        begun_id = begun.info.run_id if begun else ""
+        more = {"poolnet.weights": same}
+        with result_runs.run(
+            client, experiment_id, "register", f"{pool} from {params['file']}", begun_id, more
+        ) as run_id:
+            run = client.get_run(run_id)
+            model_id = registry.log(client, run, {**params, "epochs": 0}, arrays)
+            _log(client, run_id, model_id, params, splits, scores)
+            tags = {"pool": pool, "source": params["file"]}
+            if splits:
+                tags |= {f"{name}_acc": repr(found.acc) for name, found in scores.items()}
+                tags["data_sha256"] = splits.sha256
+            version = registry.register(client, run_id, model_id, tags)
+    return Registered(version, run_id, run.info.experiment_id, scores)
+
+
+def _begun(client: MlflowClient, experiment_id: str, same: str) -> Run | None:
+    """The run of an earlier command on the same weights and data."""
+    found = client.search_runs([experiment_id], f"tags.`poolnet.weights` = '{same}'", max_results=1)
+    return found[0] if found else None
+
+
+def _finished(client: MlflowClient, begun: Run | None) -> int | None:
+    """The version that a finished run has made, where it still exists."""
+    model = registry.logged(client, begun) if begun and begun.info.status == "FINISHED" else None
+    return registry.version_of(client, begun.info.run_id, model.model_id) if model else None
+
+
+def _log(
+    client: MlflowClient,
+    run_id: str,
+    model_id: str,
+    params: dict[str, str],
+    splits: Splits | None,
+    scores: dict[str, Evaluation],
+) -> None:
+    """What the run says of the weights, in the names that a training run uses."""
+    note = f"Weights from {coded(params['file'])}, SHA-256 `{params['sha256']}`, trained elsewhere"
+    if not splits:
+        note += "; not scored on any data, so that `poolnet promote` has nothing to decide on."
+        result_runs.log(client, run_id, metrics={}, params=params, tags={"mlflow.note.content": note})
+        return
+    note += f"; scored on {coded(splits.name)}. Whether its test images took part in the training is not known here."
+    tags = {"poolnet.data_sha256": splits.sha256, "mlflow.note.content": note}
+    inputs = publication.datasets(splits.described())
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "predictions"
+        folder.mkdir()
+        for name, found in scores.items():
+            np.savez(folder / f"{name}.npz", logits=found.logits, y=found.y)
+        client.log_inputs(run_id, [inputs[name] for name in scores])
+        for name, found in scores.items():
+            metrics = {f"{name}_loss": found.loss, f"{name}_acc": found.acc}
+            result_runs.log(
+                client,
+                run_id,
+                metrics=metrics,
+                params=params,
+                tags=tags,
+                folder=Path(scratch) if name == "test" else None,
+                dataset=inputs[name],
+                model_id=model_id,
+            )

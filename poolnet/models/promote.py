@@ -1,0 +1,254 @@
+"""Which version of `poolnet` becomes champion: decided by a paired test on the same validation examples."""
+
+import contextlib
+import dataclasses
+import os
+import re
+import time
+
+import numpy as np
+from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.client import MlflowClient
+
+from poolnet.errors import InputError
+from poolnet.models import champions
+from poolnet.stats import paired
+from poolnet.stats.paired import Effect, McNemar
+from poolnet.text import marked
+from poolnet.tracking import registry, result_runs, training_runs
+from poolnet.tracking.registry import NAME
+from poolnet.training.config import POOLS
+
+ALPHA = 0.05
+REMEMBERED = 100  # champions before the present one, as far as a tag of MLflow holds them
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """Two models on the same `n` examples: what the challenger has over the champion, in points and in nats."""
+
+    n: int
+    points: Effect
+    nats: Effect
+    mcnemar: McNemar  # only_a: the champion alone is right
+    p_inferior: float | None  # that the challenger is worse by the margin or more, where one was given
+
+    @property
+    def better(self) -> bool:
+        return self.mcnemar.p < ALPHA and self.mcnemar.only_b > self.mcnemar.only_a
+
+    def __str__(self) -> str:
+        points, nats, test = self.points, self.nats, self.mcnemar
+        return (
+            f"{points.estimate:+.2f} points, 95 % interval {points.low:+.2f} to {points.high:+.2f} ({test.only_b} "
+            f"right by it alone, {test.only_a} by the champion alone, exact McNemar p {_p(test.p)}), and "
+            f"{nats.estimate:+.4f} nats, {nats.low:+.4f} to {nats.high:+.4f}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """`kind` is first, better, not worse, forced, rollback, or, where nothing changes, refused or unchanged."""
+
+    alias: str
+    kind: str
+    version: int  # the challenger, or for a rollback the champion that comes back
+    over: int | None  # the champion when it was decided
+    margin: float | None
+    val: Paired | None
+    test: Paired | None
+    earlier: tuple[int, ...] = ()  # the champions before the one that it makes
+
+    @property
+    def promoted(self) -> bool:
+        return self.kind not in ("refused", "unchanged")
+
+    @property
+    def sentence(self) -> str:
+        within = f"not worse by {self.margin or 0:g} points"
+        over = f" instead of version {self.over}" if self.over else ""
+        says = {
+            "first": f"is the first {self.alias}",
+            "better": f"is {self.alias}{over}, being better",
+            "not worse": f"is {self.alias}{over}, being {within}",
+            "forced": f"is {self.alias}{over}, by force and not by evidence",
+            "rollback": f"is {self.alias} again{over}: rolled back",
+            "unchanged": f"is {self.alias} already",
+            "refused": f"is not {self.alias}: it is not shown to be better than version {self.over}"
+            + (f", nor to be {within}" if self.margin else ""),
+        }
+        text = f"Version {self.version} {says[self.kind]}."
+        if self.val:
+            text += f" On the same {self.val.n:,} validation letters: {self.val}"
+            text += f"; p of being worse by the margin {_p(self.val.p_inferior)}." if self.margin else "."
+        if self.test:
+            text += f" On test, which decides nothing: {self.test.points.estimate:+.2f} points."
+        return text
+
+
+def _p(p: float) -> str:
+    return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
+
+
+# --- deciding ---------------------------------------------------------------------------------------------------------
+
+
+def decide(client: MlflowClient, uri: str, alias: str, margin: float | None, force: bool) -> Decision:
+    """Whether the model at `uri`, or the newest version, becomes the alias's champion; nothing is changed yet.
+
+    Refused are models that are no version of `poolnet` or cannot be loaded without pickle, other pools than the alias
+    names, and other data than the champion's.
+    """
+    _check_alias(alias)
+    challenger, pool = _challenger(client, uri, alias)
+    wanted = alias.removeprefix("champion-")
+    if wanted in POOLS and wanted != alias and pool != wanted:
+        raise InputError(f"--alias {alias}: found a {pool} model in version {challenger.version}, expected {wanted}")
+    champion = champions.holder(client, alias)
+    earlier = tuple(champions.before(client, alias, champion))
+    found = Decision(alias, "first", int(challenger.version), None, margin, None, None, earlier)
+    if champion is None:
+        return found
+    over = int(champion.version)
+    if champion.version == challenger.version:
+        return dataclasses.replace(found, kind="unchanged", over=over)
+    found = dataclasses.replace(found, over=over, earlier=(*earlier, over))
+    try:
+        val = _paired(client, champion, challenger, "val", margin)
+    except InputError:
+        if force:
+            return dataclasses.replace(found, kind="forced")
+        raise
+    with contextlib.suppress(InputError):  # it decides nothing
+        found = dataclasses.replace(found, test=_paired(client, champion, challenger, "test", margin))
+    kind = "better" if val.better else "refused"
+    if margin and not val.better and val.p_inferior < ALPHA:
+        kind = "not worse"
+    return dataclasses.replace(found, kind="forced" if force and kind == "refused" else kind, val=val)
+
+
+def _check_alias(alias: str) -> None:
+    """MLflow's own rules, before anything is written down."""
+    if not re.fullmatch(r"[\w-]+", alias) or re.fullmatch(r"v\d+|latest", alias.lower()):
+        raise InputError(f"--alias: found {alias!r}, expected letters, digits, - and _, as in champion-max")
+
+
+def _challenger(client: MlflowClient, uri: str, alias: str) -> tuple[ModelVersion, str]:
+    """The version that is to be promoted, and its pool, as the model itself has it."""
+    pool = alias.removeprefix("champion-")
+    newest = "" if uri else registry.newest(client, pool=pool if pool in POOLS else "").version
+    loaded = registry.load(uri or f"models:/{NAME}/{newest}", check_export=True)
+    if not loaded.version or loaded.version.name != NAME:
+        raise InputError(f"{loaded.uri}: found no version of {NAME}, expected a registered one, as in models:/{NAME}/1")
+    own = registry.logged(client, _run(client, loaded.version))
+    if not own or own.model_id != loaded.model_id:  # it is the run's predictions that are compared
+        raise InputError(f"{loaded.uri}: found a model that is not the one its run was scored with, expected that")
+    return loaded.version, loaded.pool
+
+
+def _paired(
+    client: MlflowClient, champion: ModelVersion, challenger: ModelVersion, split: str, margin: float | None
+) -> Paired:
+    """Both models' own predictions, compared example by example."""
+    runs = [_run(client, version) for version in (champion, challenger)]
+    digests = [run.data.tags.get("poolnet.data_sha256", "") for run in runs]
+    if not all(digests) or digests[0] != digests[1]:
+        raise InputError(
+            f"version {challenger.version}: found data SHA-256 {digests[1][:16] or 'unknown'}, but that of the "
+            f"champion, version {champion.version}, is {digests[0][:16] or 'unknown'}; train both on the same data, or "
+            "decide without a test: --force"
+        )
+    names = [f"{NAME} version {version.version}" for version in (champion, challenger)]
+    (a, y), (b, other_y) = (
+        training_runs.predictions(client, run.info.run_id, name, split) for run, name in zip(runs, names, strict=True)
+    )
+    if not np.array_equal(y, other_y):
+        raise InputError(f"{names[1]}: found other labels in its predictions of {split} than in those of {names[0]}")
+    (right_a, nll_a), (right_b, nll_b) = (paired.per_example(logits, y) for logits in (a, b))
+    if len(y) < 2:
+        raise InputError(f"{names[1]}: found {len(y)} example of {split}, expected 2 or more")
+    for name, run, nll in zip(names, runs, (nll_a, nll_b), strict=True):
+        loss, logged = nll.mean(), run.data.metrics.get(f"{split}_loss", np.nan)
+        if not abs(loss - logged) < 1e-5:
+            raise InputError(f"{name}: found predictions of {split} with loss {loss:.6f}, but {logged:.6f} logged")
+    rng = np.random.default_rng(0)
+    test = paired.mcnemar(right_a, right_b)
+    return Paired(
+        n=len(y),
+        points=paired.over_examples(100.0 * (right_b.astype(float) - right_a), rng),
+        nats=paired.over_examples(nll_b - nll_a, rng),
+        mcnemar=test,
+        p_inferior=paired.non_inferiority(test, len(y), margin / 100) if margin else None,
+    )
+
+
+def _run(client: MlflowClient, version: ModelVersion) -> Run:
+    try:
+        return client.get_run(version.run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise InputError(f"{NAME} version {version.version}: its run {version.run_id} is not on the server") from None
+
+
+def rollback(client: MlflowClient, alias: str) -> Decision:
+    """The return of the champion before the present one; again, of the one before that."""
+    _check_alias(alias)
+    present = champions.holder(client, alias)
+    earlier = champions.before(client, alias, present)
+    if over := champions.unfinished_rollback(client, alias, present):  # it was killed: this command ends it
+        return Decision(alias, "rollback", int(present.version), over, None, None, None, tuple(earlier))
+    if not earlier:
+        raise InputError(f"--rollback: found no champion before the present one of {alias}")
+    over = int(present.version) if present else None
+    return Decision(alias, "rollback", earlier[-1], over, None, None, None, tuple(earlier[:-1]))
+
+
+# --- writing down -----------------------------------------------------------------------------------------------------
+
+
+def enact(client: MlflowClient, decision: Decision) -> None:
+    """Write the decision down, and carry it out; `RunError` if another one has come first."""
+    alias, version, over = decision.alias, decision.version, decision.over
+    if decision.kind == "unchanged":
+        replaced = decision.earlier[-1] if decision.earlier else None
+        champions.mark_replaced(client, alias, version, replaced)  # where a promotion was killed before that
+        return
+    text = f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}: {decision.sentence}"
+    tags = _tags(decision)
+    if decision.kind == "refused":
+        champions.describe(client, alias, version, tags, text)
+        return
+    holder = champions.holder(client, alias)
+    if not (decision.kind == "rollback" and holder and int(holder.version) == version):  # else it only was not ended
+        tags[f"{alias}.before"] = " ".join(map(str, decision.earlier[-REMEMBERED:]))
+        champions.crown(client, alias, version, over, tags, text)
+    if decision.kind == "rollback" and over:
+        champions.forget(client, alias, over)
+
+
+def _tags(decision: Decision) -> dict[str, str]:
+    """The decision and its numbers, as tags of the version; few, since the registry's page shows them all."""
+    tags: dict[str, object] = {"decision": decision.kind, "over": decision.over or "none"}
+    if decision.val:
+        points, p = decision.val.points, decision.val.mcnemar.p
+        tags |= {"n": decision.val.n, "points": points.estimate, "points_low": points.low, "points_high": points.high}
+        tags["p"] = p
+    if decision.val and decision.margin:
+        tags |= {"margin_points": decision.margin, "p_inferior": decision.val.p_inferior}
+    if decision.test:
+        tags["test_points"] = decision.test.points.estimate
+    return {f"{decision.alias}.{key}": str(value) for key, value in tags.items()}
+
+
+def publish(client: MlflowClient, decision: Decision) -> None:
+    """Under `mlflow run`, say in the run that it has made what was decided; else the version says it."""
+    if not os.environ.get("MLFLOW_RUN_ID"):
+        return
+    tags = {"poolnet.promotion": decision.kind, "mlflow.note.content": marked(decision.sentence)}
+    numbers = {key.partition(".")[2]: value for key, value in _tags(decision).items()}
+    metrics = {key: float(value) for key, value in numbers.items() if key not in ("decision", "over")}
+    with result_runs.run(client, "", "promote", f"{decision.alias}: version {decision.version}") as run_id:
+        result_runs.log(client, run_id, metrics=metrics, params={"version": str(decision.version)}, tags=tags)

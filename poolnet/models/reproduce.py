@@ -1,0 +1,252 @@
+"""A recorded run trained again: what differs in data, code and environment, and whether it comes to the same."""
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.client import MlflowClient
+
+from poolnet import process
+from poolnet.data.dataset import SPLITS, Splits
+from poolnet.errors import InputError
+from poolnet.runs import provenance, run_record, train_run
+from poolnet.runs.run_record import Journal
+from poolnet.runs.train_run import Pooled, Say
+from poolnet.tracking import addresses, registry, servers, training_runs
+from poolnet.tracking.publisher import Publisher
+from poolnet.training import train_loop
+from poolnet.training.config import TrainConfig
+
+TIMINGS = ("epoch_seconds", "examples_per_second")  # never the same twice
+# Differences that other versions, processors or numbers of threads make by adding in another order.
+TOLERANCE = {"loss": 1e-5, "accuracy": 1e-3, "logit or weight": 1e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Original:
+    """What the server has of the run: its record, its metrics by step, its logits by split, its weights by name."""
+
+    run: Run
+    record: dict
+    diff: bytes
+    metrics: dict[int, dict[str, float]]
+    logits: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+
+    @property
+    def name(self) -> str:
+        return self.run.data.tags["poolnet.run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reproduction:
+    """`circumstances` are what differs here from when the run was trained, `first` the first figure that differs."""
+
+    original: Original
+    again: Journal
+    circumstances: tuple[str, ...]
+    verdict: str  # bit-identical, within tolerance, different
+    first: str
+    compared: dict[str, int]  # how many figures
+
+    @property
+    def sentence(self) -> str:
+        counts = [f"{count:,} {what}" for what, count in self.compared.items()]
+        text = f"{self.verdict}: {self.again.name} and {self.original.name}, {', '.join(counts)} compared"
+        return f"{text}; first difference: {self.first}" if self.first else text
+
+
+def find(client: MlflowClient, name: str) -> Original:
+    """A finished run by its id or name, with all that is to be compared; `InputError` where the server lacks some."""
+    run = servers.look_up(client, name)
+    if not run:
+        raise InputError(f"{name}: no such run on the tracking server")
+    if not training_runs.is_training_run(run):
+        raise InputError(f"{name}: found a run that is none of poolnet train")
+    if run.info.status != "FINISHED":
+        again = run_record.resume_command(run.data.tags["poolnet.run"])
+        raise InputError(f"{name}: found it {run.info.status}, expected a finished run; finish it with: {again}")
+    record = _record(client, run)
+    model = registry.logged(client, run)
+    if not model:
+        raise InputError(f"{name}: found no model of it on the server, whose weights were to be compared")
+    net = registry.load(f"models:/{model.model_id}").net
+    return Original(
+        run=run,
+        record=record,
+        diff=_artifact(client, run, "git.diff") if record["code"]["dirty"] == "true" else b"",
+        metrics=_metrics(client, run),
+        logits={split: training_runs.predictions(client, run.info.run_id, name, split)[0] for split in ("val", "test")},
+        weights={key: tensor.numpy() for key, tensor in net.state_dict().items()},
+    )
+
+
+def _record(client: MlflowClient, run: Run) -> dict:
+    try:
+        record = json.loads(_artifact(client, run, "record.json"))
+        TrainConfig(**record["config"])
+        wanted = [record["code"][key] for key in ("commit", "dirty")] + [record["data"]["path"], record["device"]]
+        wanted += [record["environment"][key] for key in provenance.DECIDE] + [record["optimum"]]
+        wanted += [{split["name"]: split["sha256"] for split in record["data"]["splits"]}[name] for name in SPLITS]
+        if record["environment"]["threads"] < 1:
+            raise ValueError(f"{record['environment']['threads']} threads")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{run.info.run_id}: found no readable record.json on the server ({error!r})") from None
+    return record
+
+
+def _artifact(client: MlflowClient, run: Run, name: str) -> bytes:
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            return Path(client.download_artifacts(run.info.run_id, name, scratch)).read_bytes()
+        except (MlflowException, OSError) as error:
+            raise InputError(f"{run.info.run_id}: found no {name} on the server ({servers.reason(error)})") from None
+
+
+def _metrics(client: MlflowClient, run: Run) -> dict[int, dict[str, float]]:
+    steps: dict[int, dict[str, float]] = {}
+    for key in run.data.metrics:
+        for metric in client.get_metric_history(run.info.run_id, key):
+            steps.setdefault(metric.step, {})[key] = metric.value
+    return steps
+
+
+def reproduce(original: Original, data: str, publisher: Publisher, say: Say = print, warn: Say = print) -> Reproduction:
+    """Train the run again, on the data set at its recorded place or at `data`, and compare all of it."""
+    config, differences = _settings(original.record, data)
+    splits, pooled = _open(original, config, data, say)
+    differences += _code_differences(original) + provenance.differences(original.record)
+    threads = original.record["environment"]["threads"]
+    if config.pool == "conv" and threads != train_loop.CONV_THREADS:
+        differences.append(f"threads {threads} (here {train_loop.CONV_THREADS}; trained with {threads} all the same)")
+    for difference in differences:
+        warn(f"{original.name} was trained with {difference}")
+    server, run_id = addresses.environment(), original.run.info.run_id
+    again = train_run.create(config, original.record["optimum"], splits, server, "", run_id, threads)
+    process.last_words = f"stopped; reproduce it again, or go on with: {run_record.resume_command(again.name)}"
+    with again.training():
+        publisher.add(again)
+        train_run.carry_out(again, splits, pooled, publisher.check, say, warn)
+    found = list(_differences(original, again))
+    verdict = "bit-identical" if not found else "within tolerance" if all(small for small, _ in found) else "different"
+    compared = {
+        "metrics": sum(len(_compared(values)) for values in again.by_step().values()),
+        "logits": sum(logits.size for logits in original.logits.values()),
+        "weights": sum(weight.size for weight in original.weights.values()),
+    }
+    return Reproduction(original, again, tuple(differences), verdict, found[0][1] if found else "", compared)
+
+
+def _settings(record: dict, data: str) -> tuple[TrainConfig, list[str]]:
+    """The recorded settings, on the recorded device or else on one that is here; not to be registered once more."""
+    config = TrainConfig(**{**record["config"], "device": record["device"], "register": False})
+    config = dataclasses.replace(config, data=data or config.data)
+    try:
+        train_loop.resolve_device(config.device)
+    except InputError:
+        here = str(train_loop.resolve_device("auto"))
+        return dataclasses.replace(config, device=here), [f"device {config.device} (here {here})"]
+    return config, []
+
+
+def _open(original: Original, config: TrainConfig, data: str, say: Say) -> tuple[Splits, Pooled]:
+    recorded_data = original.record["data"]
+    path = Path(recorded_data["path"])
+    splits, pooled = train_run.open_data(config, True, say, path if path.exists() and not data else None)
+    known = {split["name"]: split["sha256"] for split in recorded_data["splits"]}
+    for split in splits:
+        if split.sha256 != known[split.name]:
+            raise InputError(
+                f"{splits.path}: {split.name}: found SHA-256 {split.sha256[:16]}..., but {known[split.name][:16]}... "
+                f"in the record of {original.name}, which other data cannot reproduce; name that data set with --data"
+            )
+    return splits, pooled
+
+
+def _code_differences(original: Original) -> list[str]:
+    recorded_code, (commit, dirty, diff) = original.record["code"], provenance.code_state()
+    if recorded_code["commit"] != commit or "unknown" in (recorded_code["dirty"], dirty):
+        return [f"commit {recorded_code['commit'] or 'unknown'} (here {commit or 'unknown'})"]
+    if original.diff == diff:
+        return []
+    then, here = ("uncommitted changes" if changed else "no uncommitted changes" for changed in (original.diff, diff))
+    return [f"{then} (here {'other ones' if then == here else here})"]
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def _differences(original: Original, again: Journal) -> Iterable[tuple[bool, str]]:
+    """Each figure that differs: whether it is within tolerance, and what it is. Epochs come first, in their order."""
+    steps = again.by_step()
+    for step in sorted(steps, key=lambda step: step or np.inf):
+        for name, value in _compared(steps[step]).items():
+            before = original.metrics.get(step, {}).get(name)
+            if before != value:
+                where = f"epoch {step}: {name}" if step else name
+                small = before is not None and abs(before - value) <= _tolerance(name)
+                yield small, f"{where} {value!r}, recorded {before!r}"
+    for split, logits in original.logits.items():
+        with np.load(again.folder / "predictions" / f"{split}.npz", allow_pickle=False) as saved:
+            yield from _array_differences(f"logits of {split}", logits, saved["logits"])
+    weights = again.load_tensors("model")
+    for name, weight in original.weights.items():
+        yield from _array_differences(name, weight, weights[name])
+
+
+def _compared(values: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if name not in TIMINGS}
+
+
+def _tolerance(name: str) -> float:
+    """For a metric. Epochs, such as `best_val_epoch`, follow from accuracies, which have their own."""
+    if name.endswith("_epoch"):
+        return np.inf
+    kind = "loss" if name.endswith(("loss", "gap")) else "accuracy" if name.endswith("acc") else ""
+    return TOLERANCE.get(kind, 0)
+
+
+def _array_differences(name: str, before: np.ndarray, after: np.ndarray) -> Iterable[tuple[bool, str]]:
+    if (before.shape, before.dtype) != (after.shape, after.dtype):
+        yield False, f"{name} of {after.dtype} {after.shape}, recorded {before.dtype} {before.shape}"
+    elif before.tobytes() != after.tobytes():
+        bits = [np.ascontiguousarray(array).view(f"u{array.itemsize}") for array in (before, after)]  # -0 is not 0
+        index = tuple(np.argwhere(bits[0] != bits[1])[0].tolist())
+        small = bool(np.abs(before - after).max() <= TOLERANCE["logit or weight"])
+        yield small, f"{name}{list(index)} {after[index]!r}, recorded {before[index]!r}"
+
+
+# --- telling ----------------------------------------------------------------------------------------------------------
+
+
+def publish(client: MlflowClient, found: Reproduction, run_id: str) -> None:
+    """Say in the new run what it came to, and in the old one where it was reproduced."""
+    original = found.original.run.info
+    link = f"[{found.original.name}](#/experiments/{original.experiment_id}/runs/{original.run_id})"
+    lines = [f"**Reproduction of {link}.** {found.sentence}."]
+    lines += [f"- The original was trained with {difference}" for difference in found.circumstances]
+    before = client.get_run(run_id).data.tags.get("mlflow.note.content", "")
+    client.set_tag(run_id, "mlflow.note.content", "\n".join([*lines, "", before]))
+    client.set_tag(run_id, "poolnet.reproduction", found.verdict)
+    with contextlib.suppress(MlflowException):  # of an original in an experiment that is somebody else's
+        client.set_tag(original.run_id, "poolnet.reproduced_by", run_id)
+
+
+def contents(found: Reproduction) -> dict:
+    """All that is found, under the names of its JSON."""
+    return {
+        "verdict": found.verdict,
+        "sentence": found.sentence,
+        "first_difference": found.first or None,
+        "compared": found.compared,
+        "circumstances": list(found.circumstances),
+        "original": found.original.name,
+        "original_run_id": found.original.run.info.run_id,
+        "run": found.again.name,
+    }

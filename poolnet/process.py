@@ -1,0 +1,43 @@
+"""This process: its processor cores, and how Ctrl-C and termination end it.
+
+`install` makes both raise `Stop`, since what is written is whole at any moment. A second Ctrl-C ends the process on
+the spot.
+"""
+
+import os
+import signal
+
+last_words = "interrupted"  # what the process says when it was stopped
+_stopping = False
+
+
+class Stop(BaseException):
+    """The process was asked to stop."""
+
+    def __init__(self, signum: int):
+        super().__init__(last_words)
+        self.code = 130 if signum == signal.SIGINT else 143
+
+
+def install() -> None:
+    """Have Ctrl-C and termination raise `Stop`."""
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # the last is Windows' Ctrl-Break
+        signum = getattr(signal, name, None)
+        # A shell has a script's background commands ignore Ctrl-C, and that is respected.
+        if signum and signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, _handle)
+
+
+def _handle(signum: int, frame: object) -> None:
+    global _stopping
+    if not _stopping:
+        _stopping = True
+        raise Stop(signum)
+    if signum == signal.SIGINT:  # but not a termination, with which `mlflow run` follows up Ctrl-C
+        os.write(2, f"poolnet: error: {last_words}\n".encode())
+        os._exit(130)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

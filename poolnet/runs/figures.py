@@ -1,0 +1,156 @@
+"""Every figure, drawn without a display and without matplotlib's global state.
+
+Places are fixed and a grid of images is one image: to lay out axes and to draw forty of them took ten times as long.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
+from matplotlib.ft2font import FT2Font
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
+
+from poolnet.data.dataset import LETTERS, Split, Splits
+from poolnet.stats import scores
+from poolnet.training.config import TrainConfig
+from poolnet.training.evaluation import Evaluation
+from poolnet.training.fast_step import Optimum
+from poolnet.training.train_loop import EpochRecord, FitResult
+
+_GLYPHS = FT2Font(findfont("DejaVu Sans")).get_charmap()  # of matplotlib's own font: code point -> glyph
+TRAIN, VAL, TEST = "#0072b2", "#d55e00", "#333333"  # told apart by the colour-blind too (Okabe & Ito)
+
+
+def of_run(config: TrainConfig, splits: Splits, result: FitResult, optimum: Optimum | None) -> dict[str, Figure]:
+    """The figures of a finished run, by file name."""
+    title = drawable(f"{config.pool} on {splits.name}, seed {config.seed}")
+    weight = result.model.classifier.weight.detach().cpu().numpy()
+    worst = f"{title}: highest test losses, true letter and what is said"
+    return {
+        "learning_curves": learning_curves(result.history, result.test, optimum, title),
+        "confusion_matrix": confusion_matrix(result.test, f"{title}: test"),
+        "classifier_weights": classifier_weights(weight, f"{title}: classifier weights"),
+        "worst_mistakes": worst_mistakes(result.test, splits.test, worst),
+    }
+
+
+def save_all(folder: Path, figures: dict[str, Figure]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=120)
+
+
+def drawable(text: str) -> str:
+    """The text as a figure can draw it: a `$` begins no formula, and what has no glyph is escaped."""
+    return "".join(char if ord(char) in _GLYPHS else ascii(char)[1:-1] for char in text).replace("$", r"\$")
+
+
+def learning_curves(history: Iterable[EpochRecord], test: Evaluation, optimum: Optimum | None, title: str) -> Figure:
+    """Loss and accuracy over the epochs, train and val, with the test score and the lowest train loss as levels."""
+    figure = Figure(figsize=(10, 4))
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.13, top=0.88, wspace=0.2)
+    figure.suptitle(title)
+    epochs = [record.epoch for record in history]
+    for axes, kind, label, level in zip(
+        figure.subplots(1, 2), ("loss", "acc"), ("loss (nats)", "accuracy"), (test.loss, test.acc), strict=True
+    ):
+        for split, colour in (("train", TRAIN), ("val", VAL)):
+            values = [getattr(record, f"{split}_{kind}") for record in history]
+            axes.plot(epochs, values, color=colour, label=split, marker="o", markersize=3)
+        axes.axhline(level, color=TEST, linestyle=":", label=f"test, final weights: {level:.4f}")
+        if optimum and kind == "loss":
+            axes.axhline(
+                optimum.train_loss, color=TRAIN, linestyle="--", label=f"lowest train loss: {optimum.train_loss:.4f}"
+            )
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def confusion_matrix(evaluation: Evaluation, title: str) -> Figure:
+    """Rows are the true letters; shades are shares of a row, numbers are images."""
+    size = len(LETTERS)
+    counts = scores.confusion(evaluation.logits, evaluation.y)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure = Figure(figsize=(7, 6.4))
+    figure.subplots_adjust(left=0.08, right=0.99, bottom=0.07, top=0.94)
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))  # the few mistakes are what one looks for
+    for row, column in np.ndindex(counts.shape):
+        if counts[row, column]:
+            colour = "white" if shares[row, column] > 0.3 else "black"
+            axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=colour, fontsize=9)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    axes.set_xticks(range(size), LETTERS)
+    axes.set_yticks(range(size), LETTERS)
+    figure.colorbar(image, label="share of the true letter", shrink=0.8)
+    return figure
+
+
+def classifier_weights(weight: np.ndarray, title: str) -> Figure:
+    """The linear layer (10, channels * 49) as a 7x7 image a letter; several channels by their L2 norm."""
+    maps = weight.reshape(len(LETTERS), -1, 7, 7)
+    signed = maps.shape[1] == 1
+    maps = maps[:, 0] if signed else np.sqrt((maps**2).sum(1))
+    limit = np.abs(maps).max()
+    cmap, low = (colormaps["RdBu_r"], -limit) if signed else (colormaps["viridis"], 0)
+    figure = Figure(figsize=(10, 4.6))
+    figure.suptitle(title)
+    image = grid(figure, (0.02, 0.03, 0.86, 0.88), maps, LETTERS, 5, (1, 2), cmap=cmap, vmin=low, vmax=limit)
+    label = "weight: red speaks for the letter" if signed else "weight, L2 norm over channels"
+    figure.colorbar(image, cax=figure.add_axes((0.905, 0.06, 0.015, 0.8)), label=label)
+    return figure
+
+
+def worst_mistakes(evaluation: Evaluation, split: Split, title: str, rows: int = 4, columns: int = 8) -> Figure:
+    """The images with the highest loss: what each is said to be, and what the model says with which probability."""
+    logits = evaluation.logits.astype(np.float64)
+    top = logits.max(1, keepdims=True)
+    log_probs = logits - top - np.log(np.exp(logits - top).sum(1, keepdims=True))
+    losses = -log_probs[np.arange(len(split)), split.y]
+    worst = np.argsort(-losses, kind="stable")[: rows * columns]
+    said = logits[worst].argmax(1)
+    probabilities = np.exp(log_probs[worst, said])
+    titles = [
+        f"{LETTERS[true]}, said {LETTERS[letter]} {probability:.2f}"
+        for true, letter, probability in zip(split.y[worst], said, probabilities, strict=True)
+    ]
+    figure = Figure(figsize=(columns * 1.2, rows * 1.5 + 0.6))
+    figure.suptitle(title)
+    images = split.images(worst)[:, 0]
+    grid(figure, (0.01, 0.01, 0.98, 0.9), images, titles, columns, (4, 9), fontsize=8, cmap="gray")
+    return figure
+
+
+def grid(
+    figure: Figure,
+    place: tuple[float, float, float, float],
+    images: np.ndarray,
+    titles: Iterable[str],
+    columns: int,
+    gap: tuple[int, int],
+    fontsize: float = 12,
+    **options: object,
+) -> AxesImage:
+    """Draw images (N, H, W) as one, each below its title.
+
+    `gap` is the pixels between them, across and down.
+    """
+    (height, width), (across, down) = images.shape[1:], gap
+    rows = max(-(-len(images) // columns), 1)
+    whole = np.full((rows * (height + down), columns * (width + across)), np.nan)
+    axes = figure.add_axes(place)
+    axes.set_axis_off()
+    for index, (image, title) in enumerate(zip(images, titles, strict=True)):
+        row, column = divmod(index, columns)
+        top, left = row * (height + down) + down, column * (width + across)
+        whole[top : top + height, left : left + width] = image
+        axes.text(left + (width - 1) / 2, top - 0.5 - 0.2 * down, title, ha="center", fontsize=fontsize)
+    return axes.imshow(whole, interpolation="nearest", **options)

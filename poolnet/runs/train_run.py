@@ -1,0 +1,242 @@
+"""Train one recorded run, from its data to its last file.
+
+This is what `poolnet train` does. All of it is recorded on disk; nothing is published here.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from poolnet import process
+from poolnet.data import dataset
+from poolnet.data.dataset import Splits
+from poolnet.errors import InputError, RunError
+from poolnet.runs import provenance, run_record
+from poolnet.runs.run_record import Journal
+from poolnet.training import fast_step, features, train_loop
+from poolnet.training.config import TrainConfig
+from poolnet.training.train_loop import EpochRecord, FitResult, Start, State
+
+Say = Callable[[object], object]
+Begun = Callable[[Journal], object]  # is told of a run as soon as it can be published
+Check = Callable[[], object]  # after each epoch; may raise `InputError`, which ends the run
+Pooled = dict[str, np.ndarray] | None  # the features of each split; None for a network that learns its own
+
+
+def run(
+    config: TrainConfig,
+    optimum: bool,
+    cache: bool,
+    server: Mapping[str, str],
+    begun: Begun = lambda run: None,
+    check: Check = lambda: None,
+    say: Say = print,
+    warn: Say = print,
+) -> Journal:
+    """A new run, from its data to its last file. `server` as in its record."""
+    train_loop.resolve_device(config.device)
+    splits, pooled = open_data(config, cache, say)
+    if splits.overlap:
+        warn(f"{splits.path}: {splits.overlap:,} of {len(splits.test):,} test images also occur in train")
+    new = create(config, optimum, splits, server)
+    process.last_words = f"stopped; go on with: {run_record.resume_command(new.name)}"
+    with new.training():
+        begun(new)
+        carry_out(new, splits, pooled, check, say, warn)
+    return new
+
+
+def resume(
+    name: str,
+    given: dict[str, object],
+    cache: bool,
+    begun: Begun = lambda run: None,
+    check: Check = lambda: None,
+    say: Say = print,
+    warn: Say = print,
+) -> Journal:
+    """Go on with a run, by its name or MLflow run id, and end as if nothing had happened."""
+    old = run_record.find(name)
+    if not old:
+        raise InputError(
+            f"{name}: no such run in {run_record.folder()}; if its folder is gone, train it anew with the "
+            "command in the run's description in MLflow"
+        )
+    if os.environ.get(
+        "MLFLOW_RUN_ID"
+    ):  # `mlflow run` passes its defaults on, and records them, as if they had been typed
+        defaults = {**dataclasses.asdict(TrainConfig()), "optimum": False}
+        given = {option: value for option, value in given.items() if value != defaults[option]}
+    check_options(old, given)
+    if old.finished and old.has_results():
+        begun(old)
+        say(f"{old.name} is finished")
+        return old
+    process.last_words = f"stopped; go on with: {run_record.resume_command(old.name)}"
+    with old.training():
+        train_loop.resolve_device(old.record["device"])
+        splits, pooled = open_recorded_data(old, cache, say)
+        begun(old)
+        carry_out(old, splits, pooled, check, say, warn)
+    return old
+
+
+def open_data(config: TrainConfig, cache: bool, say: Say, path: Path | None = None) -> tuple[Splits, Pooled]:
+    """The data set of the settings, or that at `path`."""
+    path = path or dataset.locate(config.data, say=say)
+    if config.pool == "conv":
+        return dataset.open_splits(path), None
+    return features.open_pooled(path, config.pool, cache=cache, say=say)
+
+
+def create(
+    config: TrainConfig,
+    optimum: bool,
+    splits: Splits,
+    server: Mapping[str, str],
+    sweep: str = "",
+    reproduces: str = "",
+    threads: int = train_loop.CONV_THREADS,
+) -> Journal:
+    """The record of a new run, which may belong to a sweep, or reproduce the run of an id with its threads.
+
+    `server` says where it is to be tracked: `uri` and the others of `run_record.FORM`.
+    """
+    commit, dirty, diff = provenance.code_state()
+    record = {
+        "config": dataclasses.asdict(config),
+        "optimum": optimum,
+        "sweep": sweep,
+        "reproduces": reproduces,
+        "device": str(train_loop.resolve_device(config.device)),
+        "data": splits.described(),
+        "code": {"commit": commit, "dirty": dirty},
+        "environment": {**provenance.environment(), "threads": threads if config.pool == "conv" else 1},
+        "tracking": {**server, **({"run_id": ""} if sweep else {})},  # for a sweep it is the parent's
+    }
+    return run_record.create(f"{config.pool}-seed{config.seed}", record, diff)
+
+
+def settings(run: Journal) -> TrainConfig:
+    """The settings of a run that is to be trained; `InputError` if they are not this version's."""
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown := run.record["config"].keys() - known:
+        raise InputError(f"{run.name}: {', '.join(sorted(unknown))}: no setting of this version; update poolnet")
+    return TrainConfig(**run.record["config"])
+
+
+def check_options(run: Journal, given: dict[str, object]) -> None:
+    """Refuse options that contradict the record of a run that is to go on."""
+    recorded = run.record["config"] | {"optimum": run.record["optimum"]}
+    for name, value in given.items():
+        if value != recorded[name]:
+            raise InputError(
+                f"{name}: found {value}, but {recorded[name]} in the record of {run.name}; leave it out, or start anew"
+            )
+
+
+def open_recorded_data(run: Journal, cache: bool, say: Say) -> tuple[Splits, Pooled]:
+    """The data set that a run was begun with, which must still be what it was."""
+    recorded = run.record["data"]
+    path = Path(recorded["path"])
+    config = settings(run)
+    splits, pooled = open_data(config, cache, say, path if path.exists() else None)
+    if splits.sha256 != recorded["sha256"]:
+        raise InputError(
+            f"{splits.path}: found SHA-256 {splits.sha256[:16]}..., but {recorded['sha256'][:16]}... in the record of "
+            f"{run.name}; put the data set back, or start a new run"
+        )
+    return splits, pooled
+
+
+def carry_out(
+    run: Journal,
+    splits: Splits,
+    pooled: Pooled,
+    check: Check = lambda: None,
+    say: Say = print,
+    warn: Say = print,
+) -> None:
+    """Train what is left of a run, and write its results."""
+    result, best = _train(run, splits, pooled, check, say, warn)
+    say(f"TEST: loss={result.test.loss:.4f}, acc={result.test.acc:.4f}")
+    if best:
+        say(f"Optimum: train loss={best.train_loss:.6f}, {best.gap:.6f} below that of the trained weights")
+    _write_result(run, splits, result, best)
+    run.end("FINISHED")
+
+
+def _train(
+    run: Journal, splits: Splits, pooled: Pooled, check: Check, say: Say, warn: Say
+) -> tuple[FitResult, fast_step.Optimum | None]:
+    config = dataclasses.replace(settings(run), device=run.record["device"])  # what `auto` meant then
+    records = run.by_step()
+    if records and (differences := _differences(run)):
+        warn(f"{run.name} was begun with {differences}: the last digits may differ")
+
+    names = {field.name for field in dataclasses.fields(EpochRecord)} - {"epoch"}
+
+    def go_on(new: State) -> Start | None:
+        for state in run.checkpoints():
+            epochs = range(1, int(state["epochs"]) + 1) if _form(state) == _form(new) else ()
+            if epochs and all(names <= records.get(epoch, {}).keys() for epoch in epochs):
+                say(f"Resuming {run.name} after epoch {len(epochs)} of {config.epochs}")
+                figures = [(epoch, {name: records[epoch][name] for name in names}) for epoch in epochs]
+                return Start(tuple(EpochRecord(epoch, **known) for epoch, known in figures), state)
+        return None  # every epoch is trained again, to the same figures; those recorded stay
+
+    def on_epoch(record: EpochRecord) -> None:
+        values = dataclasses.asdict(record)
+        known = run.append(values.pop("epoch"), values)["metrics"]
+        say(record)  # after the journal: a screen that is gone must not cost the record
+        for name in ("train_loss", "train_acc", "val_loss", "val_acc"):
+            if known.get(name) != values[name]:
+                raise RunError(
+                    f"epoch {record.epoch}: {name}: found {values[name]!r}, but {known.get(name)!r} in the record of "
+                    f"{run.name}, begun elsewhere ({_differences(run) or 'with the same packages'}); start a new run"
+                )
+        check()
+
+    hooks = {"on_epoch": on_epoch, "on_state": run.save_checkpoint, "go_on": go_on}
+    if pooled is None:
+        return train_loop.fit(config, splits, **hooks, conv_threads=run.record["environment"]["threads"]), None
+    result = fast_step.fit(config, splits, pooled, **hooks)
+    best = fast_step.optimum(result, splits.train, pooled["train"]) if run.record["optimum"] else None
+    if best and not best.converged:
+        warn("the search for the optimum stopped early: the lowest train loss is lower still")
+    return result, best
+
+
+def _form(state: State) -> dict[str, tuple]:
+    """Names, types and shapes, which two states of one training share."""
+    # Earlier versions wrote states within an epoch too, with its `parts`, of which those at an end have none.
+    old = {"spent"} if len(state.get("parts", ())) else {"spent", "parts"}
+    return {name: (array.dtype, array.shape) for name, array in state.items() if name not in old}
+
+
+def _differences(run: Journal) -> str:
+    """In what the environment and the code differ from those that a run was begun with."""
+    begun, here = run.record["code"]["commit"], provenance.code_state()[0]
+    commit = [f"commit {begun} (here {here})"] if begun != here else []
+    return ", ".join([*commit, *provenance.differences(run.record)])
+
+
+def _write_result(run: Journal, splits: Splits, result: FitResult, best: fast_step.Optimum | None) -> None:
+    """Weights, predictions and scores first: the publisher takes them up while the figures are drawn."""
+    from poolnet.runs import figures  # matplotlib takes a second
+
+    for name, evaluation in (("val", result.val), ("test", result.test)):
+        run.save_predictions(name, evaluation.logits, evaluation.y)
+    once = train_loop.score(result.history) | {"test_loss": result.test.loss, "test_acc": result.test.acc}
+    if best:
+        once |= {"optimum_train_loss": best.train_loss, "optimality_gap": best.gap}
+    run.append(0, once)
+    weights = {name: tensor.detach().cpu().numpy() for name, tensor in result.model.state_dict().items()}
+    example = splits.test.images(np.arange(2) % len(splits.test))
+    run.save_tensors("model", {**weights, "example": example})
+    drawn = figures.of_run(settings(run), splits, result, best)
+    with run.writing():
+        figures.save_all(run.folder / "figures", drawn)

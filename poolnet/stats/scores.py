@@ -1,0 +1,94 @@
+"""What one model's logits (N, K) and the labels (N,) say of it, with 95 % intervals over other examples.
+
+Shares have Wilson's (1927) interval, which needs no simulation and stays within 0..1.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import ndtri
+
+from poolnet.stats import paired
+from poolnet.stats.paired import Calibration, Effect
+
+
+@dataclass(frozen=True)
+class Share:
+    """A proportion and its interval; NaN throughout where there is nothing to be a share of."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One class of `n` examples: precision is the share of right answers among what was said to be it."""
+
+    label: int
+    n: int
+    precision: Share
+    recall: Share
+    f1: Share
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`confusion` (K, K) counts examples, rows the true class. `ece_if_calibrated` is what the ECE of a model whose
+    probabilities are true stays under in 95 % of samples of this size."""
+
+    n: int
+    loss: Effect  # nats
+    acc: Share
+    calibration: Calibration
+    ece_if_calibrated: float
+    per_class: tuple[ClassScore, ...]
+    confusion: np.ndarray
+
+
+def of(logits: ArrayLike, y: ArrayLike, seed: int = 0) -> Scores:
+    """All scores; `seed` is that of the bootstrap of the loss and of the simulated ECE. N < 2: `ValueError`."""
+    rng = np.random.default_rng(seed)
+    right, nll = paired.per_example(logits, y)
+    counts = confusion(logits, y)
+    return Scores(
+        n=len(right),
+        loss=paired.over_examples(nll, rng, resamples=999),
+        acc=wilson(int(right.sum()), len(right)),
+        calibration=paired.calibration(logits, y),
+        ece_if_calibrated=paired.ece_if_calibrated(logits, rng),
+        per_class=per_class(counts),
+        confusion=counts,
+    )
+
+
+def wilson(successes: int, n: int) -> Share:
+    """A share of n independent examples."""
+    if not n:
+        return Share(*[np.nan] * 3)
+    share, z = successes / n, float(ndtri(0.975))
+    middle = share + z * z / (2 * n)
+    reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = ((middle + side * reach) / (1 + z * z / n) for side in (-1, 1))
+    return Share(share, 0.0 if not successes else low, 1.0 if successes == n else high)
+
+
+def confusion(logits: ArrayLike, y: ArrayLike) -> np.ndarray:
+    """Counts (K, K): true class by predicted class."""
+    logits, y = np.asarray(logits), np.asarray(y)
+    K = logits.shape[1]
+    return np.bincount(K * y + logits.argmax(1), minlength=K * K).reshape(K, K)
+
+
+def per_class(confusion: np.ndarray) -> tuple[ClassScore, ...]:
+    """Scores of each class. F1 is 2 J / (1 + J) of J, the share of hits among the examples that are of the class or
+    said to be (Hand, Christen & Kirielle 2021), and so are the ends of its interval."""
+    found = []
+    for label, hits in enumerate(confusion.diagonal().tolist()):
+        n, said = int(confusion[label].sum()), int(confusion[:, label].sum())
+        jaccard = wilson(hits, n + said - hits)
+        f1 = Share(*(2 * j / (1 + j) for j in (jaccard.estimate, jaccard.low, jaccard.high)))
+        found.append(ClassScore(label, n, wilson(hits, said), wilson(hits, n), f1))
+    return tuple(found)

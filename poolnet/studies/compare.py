@@ -1,0 +1,178 @@
+"""Two arms compared, from what the tracking server has of their runs: params, datasets, histories and predictions."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from mlflow.tracking.client import MlflowClient
+
+from poolnet.errors import InputError
+from poolnet.stats import paired
+from poolnet.stats.paired import Calibration, ClassEffect, Effect, McNemar
+from poolnet.studies import selection
+from poolnet.studies.selection import Selected
+from poolnet.tracking import training_runs
+from poolnet.tracking.training_runs import Recorded
+
+HISTORIES = ("train_loss", "train_acc", "val_loss", "val_acc")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What one arm's runs gave, one run a seed: `right` (S, N) bool, `nll` (S, N) nats, `logits` (S, N, 10) on test,
+    and histories (S, epochs) by metric."""
+
+    name: str
+    runs: tuple[Recorded, ...]
+    logits: np.ndarray
+    right: np.ndarray
+    nll: np.ndarray
+    histories: dict[str, np.ndarray]
+    calibration: tuple[Calibration, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What arm `b` has over arm `a` on the test split. Accuracies are in points, losses in nats."""
+
+    question: str
+    a: Arm
+    b: Arm
+    y: np.ndarray  # (N,), the true letters
+    margin: float
+    acc: Effect  # over seeds and examples both, or over examples alone where there is one seed
+    nll: Effect
+    acc_over_seeds: Effect | None  # None where there is one seed
+    nll_over_seeds: Effect | None
+    sign_flip_p: float | None  # of accuracy
+    acc_over_examples: Effect
+    nll_over_examples: Effect
+    mcnemar: tuple[McNemar, ...]  # by seed
+    per_class: tuple[ClassEffect, ...]  # accuracy
+    equivalence_p: float
+    smallest_effect: float  # points, that a design like this finds four times in five
+    caveats: tuple[str, ...]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(run.config.seed for run in self.a.runs)
+
+    @property
+    def data(self) -> str:
+        return self.a.runs[0].data_name
+
+    @property
+    def data_sha256(self) -> str:
+        return self.a.runs[0].data_sha256
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `equivalent` or `inconclusive`."""
+        if self.equivalence_p < 0.05:
+            return "equivalent"
+        return "better" if self.acc.low > 0 or self.acc.high < 0 else "inconclusive"
+
+    @property
+    def winner(self) -> str | None:
+        if self.verdict != "better":
+            return None
+        return self.b.name if self.acc.estimate > 0 else self.a.name
+
+    @property
+    def varied(self) -> str:
+        """What the interval speaks of."""
+        return "seeds and examples" if len(self.seeds) > 1 else "examples"
+
+    @property
+    def sentence(self) -> str:
+        a, b, acc, nll = self.a.name, self.b.name, self.acc, self.nll
+        if self.verdict == "better":
+            says = f"{self.winner} is better than {a if self.winner == b else b}"
+        elif self.verdict == "equivalent":
+            says = f"{a} and {b} are equivalent within {self.margin:g} points"
+        else:
+            says = f"Inconclusive whether {b} is better than {a}"
+        return (
+            f"{says} on {self.data}: {b} minus {a} is {acc.estimate:+.2f} points of test accuracy, 95 % interval "
+            f"{acc.low:+.2f} to {acc.high:+.2f}, and {nll.estimate:+.4f} nats of test loss, {nll.low:+.4f} to "
+            f"{nll.high:+.4f} ({_count(len(self.seeds), 'seed')}, {_count(len(self.y), 'example')}; what varied: "
+            f"{self.varied})."
+        )
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def compare(client: MlflowClient, question: str, selected: Selected, margin: float, seed: int) -> Comparison:
+    """The comparison of two arms that may be compared; `seed` is that of the bootstraps."""
+    groups, notes = selection.checked(selected)
+    (a, y), (b, other_y) = (_arm(client, name, runs) for name, runs in groups.items())
+    if not np.array_equal(y, other_y):
+        raise InputError(f"{b.runs[0].name}: found other labels in its predictions than in {a.runs[0].name}")
+    if len(y) < 2:
+        raise InputError(f"{a.runs[0].name}: found {len(y)} test letter in its predictions, expected two or more")
+    rng = np.random.default_rng(seed)
+    right, nll = 100.0 * (b.right.astype(np.float64) - a.right), b.nll - a.nll
+    pairs = len(right) > 1
+    over_examples = [paired.over_examples(d.mean(0), rng) for d in (right, nll)]
+    acc, loss = (paired.two_way(right, rng), paired.two_way(nll, rng)) if pairs else over_examples
+    over_seeds = [paired.over_seeds(d.mean(1)) if pairs else None for d in (right, nll)]
+    found = Comparison(
+        question=question or f"Is {b.name} better than {a.name}?",
+        a=a,
+        b=b,
+        y=y,
+        margin=margin,
+        acc=acc,
+        nll=loss,
+        acc_over_seeds=over_seeds[0],
+        nll_over_seeds=over_seeds[1],
+        sign_flip_p=paired.sign_flip(right.mean(1), rng) if pairs else None,
+        acc_over_examples=over_examples[0],
+        nll_over_examples=over_examples[1],
+        mcnemar=tuple(paired.mcnemar(*pair) for pair in zip(a.right, b.right, strict=True)),
+        per_class=paired.per_class(right, y, rng),
+        equivalence_p=paired.equivalence(acc, margin),
+        smallest_effect=paired.smallest_effect(acc.se, acc.df),
+        caveats=(),
+    )
+    return dataclasses.replace(found, caveats=(*notes, *_caveats(found)))
+
+
+def _arm(client: MlflowClient, name: str, runs: Sequence[Recorded]) -> tuple[Arm, np.ndarray]:
+    """An arm's results, and the labels that all its runs were tested on."""
+    predicted = (training_runs.predictions(client, run.run_id, run.name, "test") for run in runs)
+    logits, labels = zip(*predicted, strict=True)
+    for run, y in zip(runs, labels, strict=True):
+        if not np.array_equal(y, labels[0]):
+            raise InputError(f"{run.name}: found other labels in its predictions than in {runs[0].name}")
+    seen = [paired.per_example(each, labels[0]) for each in logits]
+    histories = {metric: np.array([_history(client, run, metric) for run in runs]) for metric in HISTORIES}
+    calibration = tuple(paired.calibration(each, labels[0]) for each in logits)
+    right, nll = (np.array(column) for column in zip(*seen, strict=True))
+    return Arm(name, tuple(runs), np.array(logits), right, nll, histories, calibration), labels[0]
+
+
+def _history(client: MlflowClient, run: Recorded, metric: str) -> list[float]:
+    values = {m.step: m.value for m in client.get_metric_history(run.run_id, metric) if m.step > 0}
+    if len(values) != run.config.epochs or max(values) != len(values):
+        raise InputError(f"{run.name}: found {len(values)} epochs of {metric}, expected {run.config.epochs}")
+    return [values[step] for step in sorted(values)]
+
+
+def _caveats(found: Comparison) -> list[str]:
+    seeds, runs = len(found.seeds), (*found.a.runs, *found.b.runs)
+    notes = ["Other data sets, label noise and choices made while looking at test are beyond these intervals."]
+    if seeds == 1:
+        notes.append("One training an arm: what another seed would change is not known, only other test examples.")
+    elif seeds < 6:
+        notes.append(f"With {seeds} seeds no sign-flip test can reach 0.05; six are the least, ten are better.")
+    if min(found.acc.low, found.nll.low) > 0 or max(found.acc.high, found.nll.high) < 0:
+        notes.append("Accuracy and loss disagree: the arm that is more often right also pays more for its mistakes.")
+    if found.acc.estimate * found.acc.low > 0 and found.verdict == "equivalent":
+        notes.append("There is a difference, but it is smaller than the margin.")
+    commits = {run.commit for run in runs}
+    if len(commits) > 1:
+        notes.append(f"The runs come from {len(commits)} commits of the code.")
+    return notes

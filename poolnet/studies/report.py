@@ -1,0 +1,312 @@
+"""A comparison told: to the terminal, in Markdown, as a page by itself, as JSON, and as a run in MLflow."""
+
+import base64
+import io
+import math
+import statistics
+import tempfile
+import textwrap
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from mlflow.tracking.client import MlflowClient
+
+from poolnet.data import dataset
+from poolnet.data.dataset import LETTERS
+from poolnet.errors import InputError
+from poolnet.stats.paired import Effect
+from poolnet.studies import comparison_figures
+from poolnet.studies.compare import Arm, Comparison
+from poolnet.text import aligned, marked, piped, spread, to_json
+from poolnet.tracking import result_runs, servers
+from poolnet.tracking.training_runs import SAME_RUN
+
+WIDTH = 100  # columns of a terminal
+TAG = "poolnet.comparison"  # of the run
+HOW = {  # the figures' titles, and how to read them
+    "seeds": (
+        "Each training",
+        "A dot is a training, a line joins the two of one seed, a bar is the mean. On the right the difference: the "
+        "arms are equivalent if it is sure to lie in the green band.",
+    ),
+    "per_class": (
+        "Letter by letter",
+        "Difference in accuracy with its 95 % interval, from the same variation as the verdict.",
+    ),
+    "learning_curves": (
+        "Learning curves",
+        "Mean over seeds, in a band from the lowest to the highest seed; val solid, train dashed.",
+    ),
+    "confusion_difference": (
+        "Confusions gained and lost",
+        "On the diagonal, what the second arm gets right more often; off it, mistakes that it makes more often.",
+    ),
+    "calibration": (
+        "Calibration",
+        "How often an arm is right when it is so sure. ECE: expected calibration error, mean over seeds.",
+    ),
+    "disagreements": (
+        "Where the arms disagree most",
+        "The test images whose true letter the arms give the most different probability, seeds averaged.",
+    ),
+}
+
+
+# --- the same numbers for all forms -----------------------------------------------------------------------------------
+
+
+def _arms(c: Comparison) -> list[list[str]]:
+    heads = ["arm", "n", "test accuracy", "test loss", "val accuracy", "ECE"]
+    return [heads, *([arm.name, str(len(arm.runs)), *map(spread, _scores(arm).values())] for arm in (c.a, c.b))]
+
+
+def _scores(arm: Arm) -> dict[str, list[float]]:
+    """A value a seed."""
+    return {
+        "test_acc": arm.right.mean(1).tolist(),
+        "test_loss": arm.nll.mean(1).tolist(),
+        "val_acc": arm.histories["val_acc"][:, -1].tolist(),
+        "ece": [each.ece for each in arm.calibration],
+    }
+
+
+def _named_effects(c: Comparison) -> dict[str, tuple[str, Effect]]:
+    """Each effect with what it speaks of. The first two are the verdict's."""
+    found = {
+        "acc": (f"accuracy, points: other {c.varied}", c.acc),
+        "nll": (f"loss, nats: other {c.varied}", c.nll),
+    }
+    if c.acc_over_seeds:
+        found |= {
+            "acc_over_seeds": ("accuracy, points: other seeds", c.acc_over_seeds),
+            "nll_over_seeds": ("loss, nats: other seeds", c.nll_over_seeds),
+            "acc_over_examples": ("accuracy, points: other examples", c.acc_over_examples),
+            "nll_over_examples": ("loss, nats: other examples", c.nll_over_examples),
+        }
+    return found
+
+
+def _effects(c: Comparison) -> list[list[str]]:
+    rows = [["what another draw would change", "difference", "95 % interval", "p"]]
+    for name, (label, effect) in _named_effects(c).items():
+        digits = 2 if name.startswith("acc") else 4
+        interval = f"{effect.low:+.{digits}f} to {effect.high:+.{digits}f}"
+        rows.append([label, f"{effect.estimate:+.{digits}f}", interval, _p(effect.p)])
+    return rows
+
+
+def _p(p: float) -> str:
+    return "-" if math.isnan(p) else "<\u00a00.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def _tests(c: Comparison) -> list[str]:
+    lines = [
+        f"Equivalence within ±{c.margin:g} points, two one-sided tests: p {_p(c.equivalence_p)}",
+        f"Smallest difference that such a design finds four times in five: {c.smallest_effect:.2f} points",
+    ]
+    if c.sign_flip_p is not None:
+        lines.append(f"Exact sign-flip test over {len(c.seeds)} seeds, accuracy: p {_p(c.sign_flip_p)}")
+    ps, only_a, only_b = (
+        sorted(values) for values in zip(*((m.p, m.only_a, m.only_b) for m in c.mcnemar), strict=True)
+    )
+    lines.append(
+        f"Exact McNemar test{', seed by seed' if len(ps) > 1 else ''}: examples that only {c.b.name} has right "
+        f"{_range(only_b)}, that only {c.a.name} has right {_range(only_a)}; p {_range([_p(p) for p in ps])}"
+    )
+    return lines
+
+
+def _range(values: list) -> str:
+    """From the first of some sorted values to the last."""
+    return f"{values[0]} to {values[-1]}" if values[0] != values[-1] else f"{values[0]}"
+
+
+def _classes(c: Comparison) -> list[list[str]]:
+    rows = [["letter", "n", "points", "95 % interval", "p", "p, Holm"]]
+    for found in c.per_class:
+        effect = found.effect
+        if math.isnan(effect.estimate):
+            rows.append([LETTERS[found.label], str(found.n), "-", "-", "-", "-"])
+        else:
+            interval = f"{effect.low:+.2f} to {effect.high:+.2f}"
+            p = [_p(effect.p), _p(found.p_holm)]
+            rows.append([LETTERS[found.label], f"{found.n:,}", f"{effect.estimate:+.2f}", interval, *p])
+    return rows
+
+
+def _design(c: Comparison) -> list[str]:
+    runs = (*c.a.runs, *c.b.runs)
+    values = {name: [str(getattr(arm.runs[0].config, name)) for arm in (c.a, c.b)] for name in SAME_RUN}
+    if len(runs) > 2 or values["seed"][0] == values["seed"][1]:
+        del values["seed"]
+    arms = [
+        f"{name} {one} in {c.a.name}, {other} in {c.b.name}" for name, (one, other) in values.items() if one != other
+    ]
+    equal = [f"{name} {one}" for name, (one, other) in values.items() if one == other]
+    pairs = f"seeds {', '.join(map(str, c.seeds))}, each of which gives both arms the same order of images"
+    commits = sorted({run.commit[:10] or "unknown" for run in runs})
+    return [
+        f"The arms differ in: {'; '.join(arms)}.",
+        f"Equal in both: {', '.join(equal)}, device {runs[0].device}{'' if 'seed' in values else f'; {pairs}'}.",
+        f"Data: {c.data}, SHA-256 {c.data_sha256}, {len(c.y):,} test examples, the same for all runs.",
+        f"Code: commit {', '.join(commits)}.",
+        "Nothing was chosen by the test split here: both arms are scored with their final weights.",
+    ]
+
+
+# --- forms ------------------------------------------------------------------------------------------------------------
+
+
+def table(c: Comparison) -> str:
+    """For a terminal."""
+    return "\n".join(
+        [
+            *aligned(_arms(c)),
+            "",
+            *aligned(_effects(c)),
+            "",
+            *(line for test in _tests(c) for line in textwrap.wrap(test, WIDTH, subsequent_indent="  ")),
+            *(line for note in c.caveats for line in textwrap.wrap(f"Note: {note}", WIDTH, subsequent_indent="  ")),
+            "",
+            *textwrap.wrap(c.sentence, WIDTH),
+        ]
+    )
+
+
+def markdown(c: Comparison) -> str:
+    """The description of the run in MLflow."""
+    runs = [
+        f"[{run.name}](#/experiments/{run.experiment_id}/runs/{run.run_id})" for arm in (c.a, c.b) for run in arm.runs
+    ]
+    lines = [f"**{marked(c.sentence)}**", "", marked(c.question), ""]
+    lines += [*piped(_arms(c)), "", *piped(_effects(c)), ""]
+    lines += [f"- {marked(line)}" for line in (*_tests(c), *_design(c), *c.caveats)]
+    return "\n".join([*lines, "", "The whole of it, with figures, is the artifact `report.html`.", "", ", ".join(runs)])
+
+
+def html(c: Comparison, pngs: dict[str, bytes], links: dict[str, str]) -> str:
+    """A page that needs nothing else: figures by name as PNG, `links` to run pages by run id."""
+    figures = [
+        {"name": name, "title": HOW[name][0], "how": HOW[name][1], "png": base64.b64encode(png).decode()}
+        for name, png in pngs.items()
+    ]
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    return page.render(
+        c=c,
+        arms=_arms(c),
+        arms_note="Mean and standard deviation over seeds." if len(c.seeds) > 1 else "One training an arm.",
+        effects=_effects(c),
+        tests=_tests(c),
+        classes=_classes(c),
+        figures=figures,
+        disagreements=[] if "disagreements" in pngs else _disagreements(c),
+        design=_design(c),
+        links=links,
+    )
+
+
+def _disagreements(c: Comparison) -> list[list[str]]:
+    rows = [["row", "true", c.a.name, c.b.name]]
+    for row in comparison_figures.disagreements(c):
+        says = [f"{letter} {p:.2f}" for letter, p in (comparison_figures.said(arm, row) for arm in (c.a, c.b))]
+        rows.append([str(row), LETTERS[c.y[row]], *says])
+    return rows
+
+
+def contents(c: Comparison) -> dict:
+    """All that the comparison says, under the names of its JSON."""
+    arms = [
+        {
+            "name": arm.name,
+            "options": {name: getattr(arm.runs[0].config, name) for name in SAME_RUN[:-1]},
+            "seeds": [run.config.seed for run in arm.runs],
+            "runs": [run.run_id for run in arm.runs],
+            **_scores(arm),
+        }
+        for arm in (c.a, c.b)
+    ]
+    return {
+        "question": c.question,
+        "verdict": c.verdict,
+        "winner": c.winner,
+        "sentence": c.sentence,
+        "arms": arms,
+        "effects": {name: effect for name, (_, effect) in _named_effects(c).items()},
+        "margin_points": c.margin,
+        "equivalence_p": c.equivalence_p,
+        "smallest_effect_points": c.smallest_effect,
+        "sign_flip_p": c.sign_flip_p,
+        "mcnemar": c.mcnemar,
+        "per_class": [
+            {"letter": LETTERS[found.label], "n": found.n, **vars(found.effect), "p_holm": found.p_holm}
+            for found in c.per_class
+        ],
+        "n_seeds": len(c.seeds),
+        "n_examples": len(c.y),
+        "seeds": c.seeds,
+        "varied": c.varied,
+        "data": c.data,
+        "data_sha256": c.data_sha256,
+        "caveats": c.caveats,
+    }
+
+
+# --- the run in MLflow ------------------------------------------------------------------------------------------------
+
+
+def publish(client: MlflowClient, uri: str, experiment_id: str, c: Comparison) -> str:
+    """A run that holds the comparison. Returns its id."""
+    tags = {TAG: c.verdict, "poolnet.data_sha256": c.data_sha256, "mlflow.note.content": markdown(c)}
+    params = {"arm_a": c.a.name, "arm_b": c.b.name, "verdict": c.verdict}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        _write(c, folder, uri)
+        with result_runs.run(client, experiment_id, "compare", f"{c.b.name} vs {c.a.name}") as run_id:
+            result_runs.log(client, run_id, metrics=_metrics(c), params=params, tags=tags, folder=folder)
+    return run_id
+
+
+def _write(c: Comparison, folder: Path, uri: str) -> None:
+    """The artifacts: page, numbers, figures."""
+    links = {run.run_id: servers.page_of(uri, run.experiment_id, run.run_id) for arm in (c.a, c.b) for run in arm.runs}
+    pngs = _drawn(c)
+    (folder / "figures").mkdir()
+    for figure, png in pngs.items():
+        (folder / "figures" / f"{figure}.png").write_bytes(png)
+    (folder / "report.html").write_text(html(c, pngs, links), encoding="utf-8")
+    (folder / "comparison.json").write_text(to_json(contents(c), indent=1), encoding="utf-8")
+
+
+def _metrics(c: Comparison) -> dict[str, float]:
+    values = {"n_seeds": len(c.seeds), "n_examples": len(c.y), "p_equivalence": c.equivalence_p}
+    values |= {"smallest_effect_points": c.smallest_effect, "margin_points": c.margin}
+    for unit, effect in (("points", c.acc), ("nats", c.nll)):
+        values |= {f"effect_{unit}": effect.estimate, f"effect_{unit}_low": effect.low}
+        values |= {f"effect_{unit}_high": effect.high, f"p_{unit}": effect.p}
+    if c.sign_flip_p is not None:
+        values["p_sign_flip"] = c.sign_flip_p
+    for letter, arm in (("a", c.a), ("b", c.b)):
+        values |= {f"{letter}_{name}_mean": statistics.mean(found) for name, found in _scores(arm).items()}
+    return values
+
+
+def _drawn(c: Comparison) -> dict[str, bytes]:
+    figures, pngs = comparison_figures.of_comparison(c, _images(c)), {}
+    for name, figure in figures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=120)
+        pngs[name] = buffer.getvalue()
+    return pngs
+
+
+def _images(c: Comparison) -> np.ndarray | None:
+    """The images on which the arms disagree most, if the data set that the runs name is here and is still the same."""
+    try:
+        splits = dataset.open_splits(dataset.locate(c.a.runs[0].config.data))
+    except InputError:
+        return None
+    if splits.sha256 != c.data_sha256:
+        return None
+    return splits.test.images(comparison_figures.disagreements(c))[:, 0]

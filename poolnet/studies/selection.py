@@ -1,0 +1,198 @@
+"""Which runs a comparison compares: two arms, from a study, an experiment or two runs, with all else held equal."""
+
+import itertools
+import operator
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from mlflow.tracking.client import MlflowClient
+
+from poolnet.data import dataset
+from poolnet.errors import InputError
+from poolnet.runs import run_record
+from poolnet.studies.study import Study
+from poolnet.text import pasted
+from poolnet.tracking import servers, training_runs
+from poolnet.tracking.training_runs import SAME_RUN, Recorded
+from poolnet.training.config import TrainConfig
+
+Arms = dict[str, list[Recorded]]  # the two arms' runs by the arms' names
+Selected = tuple[Arms, set[str]]  # and the options by which the arms may differ
+
+
+def of_study(client: MlflowClient, experiment_ids: list[str], study: Study) -> Selected:
+    """The newest finished run of each arm and seed on the study's data; of device `auto` see `_device`."""
+    configs = {arm: study.arm(arm) for arm in study.arms}
+    sha256 = _digest_here(study.data) or _digest_by_name(client, experiment_ids, study)
+    found = training_runs.finished(client, experiment_ids, sha256)
+    device = _device([*itertools.chain(*configs.values())], found.values())
+    missing = [(arm, each) for arm in configs for each in configs[arm] if _key(each, device, sha256) not in found]
+    if missing:
+        arm, config = missing[0]
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        begun = [
+            f", {run.name} is {run.status}"
+            for run in training_runs.search(client, experiment_ids, warn=_say_nothing)
+            if run.status != "FINISHED" and run.key == _key(config, run.device, sha256)
+        ]
+        again = pasted("poolnet", "sweep", study.path, "--data", study.data)
+        raise InputError(
+            f"{study.path}: found no finished run of {arm} with seed {config.seed}{more} on {Path(study.data).stem}, "
+            f"SHA-256 {sha256[:8] or 'unknown'}{''.join(begun)}; train what is missing with: {again}"
+        )
+    runs = {arm: [found[_key(config, device, sha256)] for config in configs[arm]] for arm in configs}
+    return runs, set().union(*study.arms.values())
+
+
+def _key(config: TrainConfig, auto: str, data_sha256: str) -> tuple:
+    return training_runs.key(config, auto if config.device == "auto" else config.device, data_sha256)
+
+
+def _device(configs: list[TrainConfig], runs: Collection[Recorded]) -> str:
+    """With device `auto` a study's runs are those of this machine's device, as a sweep here would make them; where some
+    are missing there, those of another device that has them all."""
+    keys = {run.key for run in runs}
+    sha256 = next(iter(runs)).data_sha256 if runs else ""
+    devices = sorted({run.device for run in runs})
+    whole = [device for device in devices if all(_key(config, device, sha256) in keys for config in configs)]
+    if len(whole) == 1:
+        return whole[0]
+    from poolnet.training import train_loop  # and with it torch, for which others need not wait
+
+    own = str(train_loop.resolve_device("auto"))
+    return own if own in whole or not whole else whole[0]
+
+
+def _digest_here(name: str) -> str:
+    """The SHA-256 of a data set, if it is on this machine."""
+    try:
+        path = dataset.locate(name)
+    except InputError:
+        return ""
+    return dataset.open_splits(path).sha256 if path.exists() else ""
+
+
+def _digest_by_name(client: MlflowClient, experiment_ids: list[str], study: Study) -> str:
+    """The SHA-256 that the study's finished runs have on data of its name; they must agree on it."""
+    wanted = {_key(config, "", "") for arm in study.arms for config in study.arm(arm)}
+    runs = [
+        run
+        for run in training_runs.search(client, experiment_ids, "attributes.status = 'FINISHED'", _say_nothing)
+        if training_runs.key(run.config, "", "") in wanted and _is_on(run, study.data)
+    ]
+    digests = sorted({run.data_sha256 for run in runs})
+    if len(digests) > 1:
+        one, other = (next(run for run in runs if run.data_sha256 == digest) for digest in digests[:2])
+        raise InputError(
+            f"{study.path}: found two data sets called {Path(study.data).stem}, SHA-256 {digests[0][:8]}... in "
+            f"{one.name} and {digests[1][:8]}... in {other.name}; name the file of one with --data"
+        )
+    return digests[0] if digests else ""
+
+
+def _say_nothing(warning: str) -> None:
+    """What was left out is said by another search."""
+
+
+def _is_on(run: Recorded, name: str) -> bool:
+    """Whether a run was on a data set of that name, in whatever folder."""
+    return Path(run.config.data).stem == Path(name).stem
+
+
+def of_experiment(
+    client: MlflowClient, experiment_ids: list[str], by: str, names: Sequence[str], data: str = ""
+) -> Selected:
+    """The runs of an experiment, or those of them on `data`, by the value of one option: the two values that there are,
+    or those named."""
+    if by not in SAME_RUN[:-1]:
+        raise InputError(f"--by: found {by!r}, expected one of {', '.join(SAME_RUN[:-1])}")
+    if len(set(names)) < len(names):
+        raise InputError(f"--arms: found {names[0]} twice, expected two values of {by}")
+    sha256 = _digest_here(data) if data else ""
+    arms: Arms = {}
+    for run in training_runs.search(client, experiment_ids):
+        if run.data_sha256 == sha256 if sha256 else not data or _is_on(run, data):
+            arms.setdefault(str(getattr(run.config, by)), []).append(run)
+    for name in names:
+        if name not in arms:
+            raise InputError(f"--arms: found no run whose {by} is {name}, expected two of {', '.join(sorted(arms))}")
+    if not names and len(arms) != 2:
+        found = ", ".join(sorted(arms)) or "none"
+        raise InputError(f"--by {by}: found {len(arms)} values, {found}, expected two; choose with --arms ONE OTHER")
+    # in the order named, or the one with the first run first
+    order = names or sorted(arms, key=lambda name: min(run.started for run in arms[name]))
+    return {name: arms[name] for name in order}, {by}
+
+
+def of_runs(client: MlflowClient, names: Sequence[str]) -> Selected:
+    """Two runs, by run id or the name of their journal."""
+    runs = []
+    for name in names:
+        found = servers.look_up(client, name)
+        if not found:
+            raise InputError(f"{name}: no such run on the tracking server")
+        if not training_runs.is_training_run(found):
+            raise InputError(f"{name}: found a run that is none of poolnet train")
+        runs.append(training_runs.of(found))
+    one, other = runs
+    differing = [name for name in SAME_RUN if getattr(one.config, name) != getattr(other.config, name)]
+    if len(differing) != 1:
+        raise InputError(
+            f"{one.name} and {other.name}: found that they differ in {', '.join(differing) or 'nothing'}, expected "
+            "exactly one option, the arm"
+        )
+    values = [str(getattr(run.config, differing[0])) for run in runs]
+    labels = values if differing == ["pool"] else [f"{differing[0]} {value}" for value in values]
+    return {label: [run] for label, run in zip(labels, runs, strict=True)}, set(differing)
+
+
+def checked(selected: Selected) -> tuple[Arms, list[str]]:
+    """The arms with one run a seed, in the order of seeds, and what a reader should know. Refuses, naming runs, what
+    must not be mixed: unfinished runs, other data, other settings than the arm, seeds without a partner."""
+    arms, free = selected
+    arms, notes = _finished(arms)
+    runs = list(itertools.chain(*arms.values()))
+    _refuse_mixed("SHA-256 of the data", runs, operator.attrgetter("data_sha256"))
+    for option in ("device", *SAME_RUN[:-1]):
+        value = operator.attrgetter("device" if option == "device" else f"config.{option}")
+        for group in arms.values() if option in free else [runs]:
+            _refuse_mixed(option, group, value)
+    unique = {}
+    for name, group in arms.items():
+        by_seed = {run.config.seed: run for run in sorted(group, key=operator.attrgetter("started"))}
+        unique[name] = [by_seed[seed] for seed in sorted(by_seed)]
+        if len(by_seed) < len(group):
+            notes.append(f"{name}: {len(group)} runs of {len(by_seed)} seeds; the newest of each seed counts.")
+    for one, other in itertools.permutations(unique.values()):
+        for run in one if "seed" not in free else ():
+            if run.config.seed not in [partner.config.seed for partner in other]:
+                raise InputError(
+                    f"{run.name}: found its seed {run.config.seed} in one arm only, expected pairs; train the other "
+                    "one, or delete this one from MLflow"
+                )
+    return unique, notes
+
+
+def _finished(arms: Arms) -> tuple[Arms, list[str]]:
+    """The arms without the runs that did not finish, each of which another one must stand for."""
+    runs = list(itertools.chain(*arms.values()))
+    finished = {run.key for run in runs if run.status == "FINISHED"}
+    left_out = [run for run in runs if run.status != "FINISHED"]
+    for run in left_out:
+        if run.key not in finished:
+            raise InputError(
+                f"{run.name}: found it {run.status}, expected finished runs; finish it with: "
+                f"{run_record.resume_command(run.name)}, or delete it from MLflow"
+            )
+    kept = {name: [run for run in group if run.status == "FINISHED"] for name, group in arms.items()}
+    names = ", ".join(f"{run.name} ({run.status})" for run in left_out)
+    return kept, [f"Left out, since a finished run has the same settings: {names}."] if left_out else []
+
+
+def _refuse_mixed(what: str, runs: Sequence[Recorded], value: Callable[[Recorded], object]) -> None:
+    for run in runs:
+        if value(run) != value(runs[0]):
+            raise InputError(
+                f"{what}: found {value(runs[0])} in {runs[0].name} and {value(run)} in {run.name}, expected one "
+                "and the same in all runs that are compared"
+            )

@@ -1,0 +1,185 @@
+"""Studies: a question, and the runs that answer it. One TOML file each, see `experiments/`.
+
+question = "Which pooling loses less?"
+data = "glyphs"                # as for `poolnet train --data`
+seeds = [1, 2, 3]              # the same ones for every arm, so that runs are compared in pairs
+margin = 0.5                   # points of accuracy, within which the arms count as equivalent
+
+[grid]                         # options of `poolnet train`, each one value or a list of them
+pool = ["max", "avg"]
+
+[arms]                         # what is compared, the second with the first
+max = { pool = "max" }
+avg = { pool = "avg" }
+"""
+
+import dataclasses
+import difflib
+import itertools
+import math
+import tomllib
+import unicodedata
+from collections import Counter
+from pathlib import Path
+from reprlib import repr as shown  # cut where it is long or deep
+
+from poolnet.errors import InputError
+from poolnet.training.config import TrainConfig
+
+SIZE, RUNS = 1_000_000, 10_000  # bytes of a file, and its runs: more is a mistake
+MARGIN = 0.5  # points: a difference that nobody would change a model for
+KEYS = ("question", "data", "seeds", "margin", "grid", "arms")
+OPTIONS = {field.name: field.type for field in dataclasses.fields(TrainConfig) if field.name not in ("data", "seed")}
+
+Point = dict[str, object]  # a value for each option that the study sets
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """`grid` holds the values of each option, `arms` two points of it; both arms have all `seeds`."""
+
+    path: Path
+    text: str  # of the file
+    question: str
+    data: str
+    seeds: tuple[int, ...]
+    margin: float
+    grid: dict[str, tuple]
+    arms: dict[str, Point]
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    def configs(self) -> list[TrainConfig]:
+        """Every combination, seed by seed, so that a sweep that is cut off has pairs."""
+        points = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        return [TrainConfig(data=self.data, seed=seed, **point) for seed in self.seeds for point in points]
+
+    def arm(self, name: str) -> list[TrainConfig]:
+        """The runs of an arm, by seed."""
+        single = {option: values[0] for option, values in self.grid.items() if len(values) == 1}
+        return [TrainConfig(data=self.data, seed=seed, **single | self.arms[name]) for seed in self.seeds]
+
+
+def read(path: Path, data: str = "") -> Study:
+    """The study in a file, on its own data or on others. Raises `InputError` with file, line or key, and the cure."""
+    text = _read_text(path)
+    try:
+        return _checked(path, text, tomllib.loads(text), data)
+    except tomllib.TOMLDecodeError as error:  # which names line and column
+        raise InputError(f"{path}: found no valid TOML: {error}") from None
+    except RecursionError:
+        raise InputError(f"{path}: found tables or lists nested too deep, expected a study") from None
+    except ValueError as error:  # ours, or of a number of more than 4,300 digits
+        raise InputError(f"{path}: {error}") from None
+
+
+def _read_text(path: Path) -> str:
+    expected = "expected a study such as experiments/*.toml"
+    try:
+        _typed("the study's file", str(path), str)
+        if not path.is_file():  # a folder; or a pipe or device, which has no end
+            raise InputError(f"{path}: cannot be read (found no file); {expected}")
+        if path.stat().st_size > SIZE:
+            raise InputError(f"{path}: found {path.stat().st_size:,} bytes, {expected}")
+        return path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows' editor makes
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: cannot be read, since it is not in UTF-8; save it as such") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error}); {expected}") from None
+
+
+def _checked(path: Path, text: str, raw: dict, data: str) -> Study:
+    _refuse_unknown("", raw, KEYS)
+    for key in ("question", "seeds", "grid", "arms"):
+        if key not in raw:
+            raise InputError(f"{key}: missing; see `poolnet sweep --help` for what a study holds")
+    grid, arms = _table(raw, "grid"), _table(raw, "arms")
+    _refuse_unknown("grid.", grid, OPTIONS)
+    study = Study(
+        path,
+        text,
+        " ".join(_typed("question", raw["question"], str).split()),
+        _typed("data", data or raw.get("data", TrainConfig.data), str),
+        _values("seeds", raw["seeds"], int),
+        _typed("margin", raw.get("margin", MARGIN), float),
+        {option: _values(f"grid.{option}", values, OPTIONS[option]) for option, values in grid.items()},
+        {_typed("arms", name, str): _arm(name, arm, grid) for name, arm in arms.items()},
+    )
+    if not 0 < study.margin < 100:
+        raise InputError(f"margin: found {study.margin}, expected points of accuracy above 0, such as {MARGIN}")
+    _check_grid(study)
+    _check_arms(study)
+    return study
+
+
+def _check_grid(study: Study) -> None:
+    runs = math.prod(map(len, (study.seeds, *study.grid.values())))
+    if runs > RUNS:
+        raise InputError(f"grid: found {runs:,} runs, seeds and combinations, expected at most {RUNS:,}")
+    if len(study.grid.get("register", ())) > 1:
+        raise InputError("grid.register: found true and false, expected one of them, which trains the same")
+    study.configs()  # which refuses values out of range
+
+
+def _check_arms(study: Study) -> None:
+    if len(study.arms) != 2:
+        raise InputError(f"arms: found {len(study.arms)}, expected two; what the second has over the first is reported")
+    for name, arm in study.arms.items():
+        for option, values in study.grid.items():
+            choice = f"one of grid.{option}: {', '.join(map(str, values))}"
+            if option in arm and arm[option] not in values:
+                raise InputError(f"arms.{name}.{option}: found {arm[option]!r}, expected {choice}")
+            if option not in arm and len(values) > 1:
+                raise InputError(f"arms.{name}: leaves {option} open; add {choice}")
+    one, other = study.arms
+    if study.arm(one) == study.arm(other):
+        raise InputError(f"arms.{other}: the same as arms.{one}; give it another value of an option in grid")
+
+
+def _refuse_unknown(prefix: str, found: dict, known: tuple | dict) -> None:
+    for key in found:
+        if key not in known:
+            _typed("a key", key, str)
+            close = difflib.get_close_matches(key[:100], known, 1)
+            cure = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+            raise InputError(f"{prefix}{key}: unknown; {cure}")
+
+
+def _table(raw: dict, key: str) -> dict:
+    if not isinstance(raw[key], dict) or not raw[key]:
+        raise InputError(f"{key}: found {shown(raw[key])}, expected a table, [{key}] and lines below it")
+    return raw[key]
+
+
+def _arm(name: str, arm: object, grid: dict) -> Point:
+    if not isinstance(arm, dict) or not arm:
+        raise InputError(f'arms.{name}: found {shown(arm)}, expected options and values such as {{ pool = "max" }}')
+    _refuse_unknown(f"arms.{name}.", arm, grid)
+    return {option: _typed(f"arms.{name}.{option}", value, OPTIONS[option]) for option, value in arm.items()}
+
+
+def _values(key: str, found: object, kind: type) -> tuple:
+    """One value, or a list of different ones."""
+    values = tuple(_typed(key, value, kind) for value in (found if isinstance(found, list) else [found]))
+    if not values:
+        raise InputError(f"{key}: found an empty list, expected at least one value")
+    (value, times), *_ = Counter(values).most_common(1)
+    if times > 1:
+        raise InputError(f"{key}: found {shown(value)} twice, expected different values")
+    return values
+
+
+def _typed(key: str, value: object, kind: type) -> object:
+    if type(value) is int and abs(value) >= 2**63:
+        raise InputError(f"{key}: found a number of {value.bit_length()} bits, expected less than 2**63")
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        names = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
+        raise InputError(f"{key}: found {shown(value)}, expected {names[kind]}")
+    if kind is str and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in "".join(value.split())):
+        # no text in UTF-8, or it would move the cursor
+        raise InputError(f"{key}: found {value!a}, expected text that a screen can show")
+    return value

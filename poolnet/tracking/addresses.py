@@ -1,0 +1,227 @@
+"""Addresses of tracking servers and stores: read, completed, checked, and shown without their secrets.
+
+An SQLite address may be percent-encoded or not: `mlflow run` hands its child an encoded one, users type plain ones.
+What exists on the disk decides. No MLflow is imported here, since a training looks at its address first.
+"""
+
+import importlib.metadata
+import os
+import re
+import socket
+import threading
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+from poolnet.errors import InputError
+from poolnet.files import expanded
+
+DEFAULT = "sqlite:///mlflow.db"  # MLflow's own, in the working folder
+DATABASES = ("postgresql", "mysql", "mssql")
+USER = re.compile(r"^(\w[\w+.-]*://[^:/?#@]*):(.*)@", re.DOTALL)  # up to the last @: the password may hold all others
+SECRET = re.compile(r"pass|pwd|token|secret|key|auth|cred|sig|odbc_connect", re.IGNORECASE)  # keys of a query
+PROBE_SECONDS = 2  # that a training waits to hear whether there is a server
+
+
+def own() -> str:
+    """The address that this process is told to use, complete.
+
+    Raises `InputError` where a setting of MLflow's is not UTF-8.
+    """
+    for name, value in os.environ.items():
+        if name.startswith("MLFLOW_") and value != value.encode(errors="replace").decode():
+            raise InputError(f"{name}: found {value!r}, which is not UTF-8, as tracking servers store it")
+    return absolute(os.environ.get("MLFLOW_TRACKING_URI", ""), Path.cwd())
+
+
+def environment() -> dict[str, str]:
+    """Where this process is told to track its runs, as a run's record has it: as MLflow reads it, without secrets."""
+    return {
+        "uri": shown(os.environ.get("MLFLOW_TRACKING_URI", "")),
+        "folder": str(Path.cwd()),  # in which MLflow's default lies
+        "experiment_id": os.environ.get("MLFLOW_EXPERIMENT_ID", ""),
+        "experiment_name": os.environ.get("MLFLOW_EXPERIMENT_NAME", ""),
+        "run_id": os.environ.get("MLFLOW_RUN_ID", ""),  # that `mlflow run` has made for this process
+    }
+
+
+def absolute(uri: str, folder: Path) -> str:
+    """The address with the whole path of an SQLite file, as SQLAlchemy reads it. Others stay as they are."""
+    path = sqlite_file(uri or DEFAULT, folder)
+    if not path:
+        return uri
+    _, mark, query = uri.partition("?")
+    return of_file(path) + mark + query
+
+
+def of_file(path: Path) -> str:
+    """The address of an SQLite file, as SQLAlchemy reads it."""
+    text = path.as_posix()
+    if unquote(text) != text or "?" in text:
+        text = text.replace("%", "%25").replace("?", "%3F")
+    return f"sqlite:///{text}"
+
+
+def sqlite_file(uri: str, folder: Path | None = None) -> Path | None:
+    """The file that an SQLite address means; None where it means none, or is no such address."""
+    url = _parsed(uri)
+    if not url or not _is_sqlite(url) or _why_no_file(url):
+        return None
+    literal = make_url(uri.replace("%", "%25")).database
+    paths = [(folder or Path.cwd()) / expanded(Path(text)) for text in (url.database, literal)]
+    for found in (
+        [path for path in paths if _is(path, Path.is_file)],
+        [p for p in paths if _is(p.parent, Path.is_dir)],
+    ):
+        if found:
+            return found[0]
+    return paths[0]
+
+
+def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
+    try:
+        return kind(path)
+    except OSError:  # of a name that is too long, say
+        return False
+
+
+def check(uri: str, source: str = "MLFLOW_TRACKING_URI") -> None:
+    """Refuse an address that can never work. Raises `InputError`, which says what to write instead."""
+    scheme, url = uri.partition(":")[0].lower(), _parsed(uri)
+    if url and _is_sqlite(url):
+        problem = _why_no_file(url) or _why_not_writable(sqlite_file(uri))
+    elif scheme.partition("+")[0] in DATABASES:
+        problem = _why_no_database(url)
+    elif scheme in ("http", "https"):
+        problem = _why_no_server(for_mlflow(uri))
+    elif scheme == "file":
+        problem = "where MLflow keeps no runs any more, expected a database, as in sqlite:///mlflow.db"
+    else:
+        plugins = {entry.name for entry in importlib.metadata.entry_points(group="mlflow.tracking_store")}
+        known = {*plugins, "databricks", "databricks-uc", "uc"}
+        problem = None if scheme in known else "expected an address such as http://host:5000 or sqlite:///mlflow.db"
+    if problem:
+        raise InputError(f"{source}: found {shown(uri)!r}, {problem}")
+
+
+def unreachable(uri: str) -> str | None:
+    """Why nobody can be reached at the address, as far as two seconds tell; None where somebody can."""
+    url = _parsed(for_mlflow(uri))
+    if not url or not url.host or _is_sqlite(url):
+        return None
+    ports = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+    port = url.port or ports.get(url.drivername.partition("+")[0])
+    found = [f"no answer for {PROBE_SECONDS} s"]
+
+    def connect() -> None:
+        try:
+            socket.create_connection((url.host, port), PROBE_SECONDS).close()
+            found[0] = None
+        except OSError as error:
+            found[0] = error.strerror or str(error)
+
+    probe = threading.Thread(target=connect, daemon=True)  # the look-up of a name has no time-out of its own
+    if port:
+        probe.start()
+        probe.join(PROBE_SECONDS)
+    return found[0] if port else None
+
+
+def for_mlflow(uri: str) -> str:
+    """The address with its password escaped, psycopg 3 as the driver of `postgresql`, and a file's escapes understood.
+
+    MLflow makes a folder of the text after `sqlite:///` as it stands, escapes and all, unless a driver is named.
+    """
+    if "%" in uri:
+        uri = re.sub("^sqlite:", "sqlite+pysqlite:", uri)
+    if match := USER.match(uri):
+        start, password = match.groups()
+        uri = f"{start}:{quote(unquote(password), safe='')}@{uri[match.end() :]}"
+    if uri.startswith("postgresql://") and (find_spec("psycopg") or not find_spec("psycopg2")):
+        uri = uri.replace("postgresql:", "postgresql+psycopg:", 1)
+    return uri
+
+
+def shown(uri: str) -> str:
+    """The address without its password and other secrets: it may be shown and stored."""
+    if uri.startswith("sqlite"):
+        return uri
+    without = re.sub(r"([?&;])([^?&;=]*)=[^&;]*", lambda pair: pair[1] if SECRET.search(pair[2]) else pair[0], uri)
+    address, mark, query = USER.sub(r"\1@", without).partition("?")
+    kept = [pair for pair in re.split("[&;]", query) if "=" in pair]
+    return address + mark * bool(kept) + "&".join(kept)
+
+
+def hidden(text: str) -> str:
+    """A message without the secrets of the addresses in it, and of this process's own."""
+    own_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    text = text.replace(own_uri, shown(own_uri)) if own_uri else text
+    for secret in sorted(_secrets(own_uri), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    text = re.sub(r"(\w://[^\s:/?#@]*):\S*@", r"\1@", text)
+    return re.sub(rf"([?&;]\w*(?:{SECRET.pattern})\w*=)[^\s&;'\")]+", r"\1***", text, flags=re.IGNORECASE)
+
+
+def _secrets(uri: str) -> set[str]:
+    """What must not be seen of an address, as it is written there and as it is meant."""
+    match = USER.match(uri)
+    pairs = [pair.partition("=") for pair in re.split("[?&;]", uri.partition("?")[2])]
+    found = [value for key, _, value in pairs if SECRET.search(key)] + ([match[2]] if match else [])
+    return {each for value in found for each in (value, unquote(value), quote(value, safe="")) if len(each) > 2}
+
+
+def _parsed(uri: str) -> URL | None:
+    try:
+        return make_url(uri)
+    except (ArgumentError, ValueError):  # the latter of a port that is no number
+        return None
+
+
+def _is_sqlite(url: URL) -> bool:
+    return url.drivername.partition("+")[0] == "sqlite"
+
+
+def _why_no_file(url: URL) -> str | None:
+    if url.host:
+        return "where a slash is missing, expected sqlite:///FILE, or sqlite:////FOLDER/FILE"
+    if not url.database or url.database.startswith((":memory:", "file:")):
+        return "which is in memory and gone with the process, expected a file, as in sqlite:///mlflow.db"
+    return None
+
+
+def _why_not_writable(path: Path) -> str | None:
+    try:
+        if path.exists() and not path.is_file():
+            return "which is a folder or a device, expected a file, as in sqlite:///mlflow.db"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not all(os.access(place, os.W_OK) for place in (path.parent, path) if place.exists()):
+            return "which this user may not write, expected another"
+        return None
+    except (OSError, ValueError) as error:
+        return f"whose folder cannot be made ({getattr(error, 'strerror', None) or error}), expected another"
+
+
+def _why_no_database(url: URL | None) -> str | None:
+    if not url:
+        return "expected DATABASE://USER:PASSWORD@HOST:PORT/NAME"
+    try:
+        make_url(for_mlflow(url.render_as_string(hide_password=False))).get_dialect().import_dbapi()
+    except NoSuchModuleError:
+        return f"a driver that SQLAlchemy does not know, expected {url.drivername.partition('+')[0]}"
+    except ImportError as error:
+        module = error.name or str(error)
+        package = {"MySQLdb": "mysqlclient", "psycopg": "'poolnet[postgres]'"}.get(module, module)
+        return f"whose driver {module} is not installed; pip install {package}"
+    return None
+
+
+def _why_no_server(uri: str) -> str | None:
+    try:
+        parts = urlsplit(uri)
+        return None if parts.hostname and parts.port != 0 else "expected http://HOST:PORT"
+    except ValueError:
+        return "expected http://HOST:PORT"

@@ -1,0 +1,220 @@
+"""Models as MLflow keeps them: the logged model of a run, and the versions of the registered model `poolnet`."""
+
+import contextlib
+import json
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Run
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.tracking.client import MlflowClient
+
+from poolnet.errors import InputError
+from poolnet.text import warn
+from poolnet.tracking import programs, servers
+
+if TYPE_CHECKING:  # torch only where a network is made
+    from poolnet.training.model import SimpleConvNet, SimplePoolNet
+
+NAME = "poolnet"  # the registered model
+MODEL = "model"  # the logged model of a run
+
+
+def log(client: MlflowClient, run: Run, config: dict[str, object], arrays: dict[str, np.ndarray]) -> str:
+    """The logged model of a run, made, or made whole. `arrays` as for `exported.export`. Returns its id."""
+    run_id = run.info.run_id
+    model = logged(client, run)
+    if not model:
+        params = {name: str(value) for name, value in config.items()}
+        model = client.create_logged_model(run.info.experiment_id, MODEL, run_id, params=params)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / MODEL
+        programs.export(arrays, config["pool"], run_id, model, path)
+        client.log_model_artifacts(model.model_id, str(path))
+    outputs = run.outputs.model_outputs if run.outputs else []
+    if model.model_id not in [output.model_id for output in outputs]:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, config["epochs"])])
+    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    return model.model_id
+
+
+def logged(client: MlflowClient, run: Run) -> LoggedModel | None:
+    query = f"source_run_id = '{run.info.run_id}' AND name = '{MODEL}'"
+    found = client.search_logged_models([run.info.experiment_id], query, max_results=1)
+    return found[0] if found else None
+
+
+def register(client: MlflowClient, run_id: str, model_id: str, tags: dict[str, str]) -> int:
+    """The version of `poolnet` that a run's logged model is: the one there is, or a new one. Returns its number."""
+    version = version_of(client, run_id, model_id)
+    if not version:
+        with contextlib.suppress(MlflowException):  # of which one says that the name exists, as it usually does
+            client.create_registered_model(NAME)
+        version = int(client.create_model_version(NAME, f"models:/{model_id}", run_id, tags, model_id=model_id).version)
+    # what the model's own page goes by
+    client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps([{"name": NAME, "version": version}])})
+    return version
+
+
+def version_of(client: MlflowClient, run_id: str, model_id: str) -> int | None:
+    """The number of the version that a run's logged model is, if it is one."""
+    found = client.search_model_versions(f"run_id = '{run_id}'")
+    numbers = [int(found.version) for found in found if (found.name, found.source) == (NAME, f"models:/{model_id}")]
+    return min(numbers, default=None)
+
+
+# --- models in use ----------------------------------------------------------------------------------------------------
+
+MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's codes for an address of nothing
+PYFUNC = {"loader_module": "mlflow.pytorch", "data": "data"}  # by what MLflow serves it
+SCHEME = "Could not find a registered artifact repository"  # what MLflow says of an address that it does not know
+FILES = {  # all that the folder of a model may hold
+    *("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta"),
+    *("input_example.json", "serving_input_example.json", "data/model.pt2", "data/weights.safetensors"),
+}
+READ = ("MLmodel", "data/model.pt2", "data/weights.safetensors")
+UNCHECKED = "its weights are used, and its export, which MLflow serves, was not checked"
+LIMIT = 4 << 20  # bytes of a file; the largest of these models has 150 kB
+CURE = "expected a model that poolnet train logged; weights in a file: poolnet register FILE --pool POOL"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model from MLflow. `net` is on the CPU, takes (N, 1, 28, 28) float32 and gives logits (N, 10)."""
+
+    uri: str  # as it was asked for
+    pool: str
+    net: "SimplePoolNet | SimpleConvNet"
+    run_id: str  # of the run that it says it is from
+    model_id: str  # of the logged model on this server; empty for a folder
+    version: ModelVersion | None  # of the registered model that it is, if it is one
+
+
+def load(uri: str, check_export: bool = False) -> Loaded:
+    """The model at any address that MLflow resolves, such as `models:/poolnet@champion`, or in a folder.
+
+    Its weights are read; nothing is unpickled or executed. `InputError` where that would be needed, or nothing is
+    found, and with `check_export` where MLflow would serve another network. Where that cannot be told, it is warned.
+    """
+    client = servers.own_client()
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            model_id, version = _identify(client, uri)
+            if uri.startswith("models:/") and version:  # by its number, since an alias may have moved on
+                place = f"models:/{version.name}/{version.version}"
+            elif uri and Path(uri).is_dir():
+                place = Path(uri).absolute().as_uri()
+            elif ":/" not in uri:
+                raise ValueError("no such folder")
+            else:
+                place = f"models:/{model_id}" if model_id else uri.rstrip("/")
+            with servers.answering(client.uri):
+                _fetch(place, Path(scratch), uri)
+        except (MlflowException, ImportError, OSError, ValueError) as error:  # s3:// asks for a library, say
+            if isinstance(error, InputError):
+                raise
+            if isinstance(error, MlflowException) and error.error_code not in MISSING and SCHEME not in str(error):
+                raise
+            why = servers.reason(error).rstrip(".")  # MLflow's own is a sentence
+            raise InputError(f"{uri}: {why}; expected a model, as in models:/{NAME}/1") from None
+        pool, net, run_id = _read(Path(scratch), uri, check_export)
+    return Loaded(uri, pool, net, version.run_id if version else run_id, model_id, version)
+
+
+def _fetch(place: str, folder: Path, uri: str) -> None:
+    """Copy the files of a model that are read. What else is there, or too large, is refused before that."""
+    files = get_artifact_repository(place)
+    found = {entry.path: entry.file_size for entry in files.list_artifacts(None)}
+    if "MLmodel" not in found:
+        raise InputError(f"{uri}: found no model of MLflow's there; {CURE}")
+    found |= {entry.path: entry.file_size for entry in files.list_artifacts("data")}
+    found.pop("data", None)
+    if "data/model.pth" in found or "data/model.pt2" not in found:
+        raise InputError(f"{uri}: found a pickled model, which runs what its maker put in when it is loaded; {CURE}")
+    local = getattr(getattr(files, "repo", files), "artifact_dir", None)  # of a store on this machine
+    for name, size in found.items():
+        if local and not Path(local, name).is_file():  # a pipe or a device, which never ends
+            size = None
+        if name not in FILES:
+            raise InputError(f"{uri}: found {name} beside the model, which may bring code along; {CURE}")
+        if size is None or size > LIMIT:  # None also of a folder
+            found_size = "unknown size" if size is None else f"{size:,} bytes"
+            raise InputError(f"{uri}: found {name} of {found_size}, expected a file of {LIMIT:,} at most")
+    for name in found.keys() & set(READ):
+        files.download_artifacts(name, str(folder))
+
+
+def _identify(client: MlflowClient, uri: str) -> tuple[str, ModelVersion | None]:
+    """The id of the logged model that an address means, and the version that it is, as far as there are such."""
+    version = None
+    if match := re.fullmatch(r"models:/(m-[0-9a-f]+)/?", uri):
+        found = match[1]
+        run_id = client.get_logged_model(found).source_run_id
+    elif match := re.fullmatch(r"models:/([^/@]+)(?:@(.+)|/(.+))", uri):
+        name, alias, number = match.groups()
+        if alias:
+            version = client.get_model_version_by_alias(name, alias)
+        elif number == "latest":
+            version = newest(client, name)
+        else:
+            version = client.get_model_version(name, number)
+        return logged_id(version) or "", version
+    elif match := re.fullmatch(rf"runs:/([0-9a-f]{{32}})/{MODEL}/?", uri):  # a run may have logged others too
+        run_id = match[1]
+        model = logged(client, client.get_run(run_id))
+        found = model.model_id if model else ""
+    elif uri.startswith("models:"):
+        raise ValueError("no address of a model")
+    else:
+        return "", None
+    number = version_of(client, run_id, found)
+    return found, client.get_model_version(NAME, str(number)) if number else None
+
+
+def logged_id(version: ModelVersion) -> str | None:
+    """The id of the logged model that a version is, if it is one."""
+    return version.source.removeprefix("models:/") if version.source.startswith("models:/m-") else None
+
+
+def newest(client: MlflowClient, name: str = NAME, pool: str = "") -> ModelVersion:
+    """The version that was registered last, of one pool if one is named."""
+    query = f"name = '{name}'" + (f" AND tags.pool = '{pool}'" if pool else "")
+    found = client.search_model_versions(query, max_results=1, order_by=["version_number DESC"])
+    if not found:
+        what = f"{pool} version" if pool else "version"
+        raise InputError(f"models:/{name}: found no {what} on the tracking server; train one with: poolnet train")
+    return found[0]
+
+
+def _read(folder: Path, uri: str, check_export: bool) -> tuple[str, "SimplePoolNet | SimpleConvNet", str]:
+    """Pool, network and run id of a model in its folder."""
+    import torch
+
+    try:
+        model = Model.load(str(folder))
+        torch_flavor, flavor = model.flavors["pytorch"], model.flavors.get("python_function", PYFUNC)
+        own = (torch_flavor.get("model_data"), torch_flavor.get("code"), flavor.get("code")) == ("data", None, None)
+        served = {key: flavor.get(key) for key in PYFUNC} == PYFUNC
+    except Exception as error:  # whatever a parser may raise of a file that anybody may have written
+        raise InputError(f"{uri}: found no pytorch model of MLflow's ({servers.reason(error)}); {CURE}") from None
+    if not (own and served and model.flavors.keys() <= {"pytorch", "python_function"}):
+        raise InputError(f"{uri}: found a model that brings code along, which is not run; {CURE}")
+    try:
+        pool, net = programs.read(folder)
+    except ValueError as error:
+        raise InputError(f"{uri}: {' '.join(str(error).split())}; {CURE}") from None
+    maker, here = torch_flavor.get("pytorch_version"), torch.__version__
+    if check_export and not (folder / programs.WEIGHTS).exists():
+        warn(f"{uri}: {UNCHECKED}, as an earlier version of poolnet logged it")
+    elif check_export and maker != here:
+        warn(f"{uri}: {UNCHECKED}, as torch {maker} made it and this is {here}")
+    elif check_export and not programs.is_ours(folder, net):
+        raise InputError(f"{uri}: found an export, which MLflow would serve, that is not that of its weights; {CURE}")
+    return pool, net, model.run_id or ""

@@ -1,0 +1,63 @@
+"""A run in MLflow that is no training: a comparison, an evaluation, a promotion, weights that came from elsewhere."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mlflow.entities import DatasetInput, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.client import MlflowClient
+
+from poolnet.runs import provenance, run_record
+
+
+@contextlib.contextmanager
+def run(
+    client: MlflowClient, experiment_id: str, command: str, name: str, begun: str = "", more: Mapping[str, str] = {}
+) -> Iterator[str]:
+    """The id of a run that ends with the block.
+
+    It is the one that `mlflow run` has made for this command, that which was `begun` before, or new, with `more` tags.
+    """
+    run_id = os.environ.get("MLFLOW_RUN_ID", "") or begun
+    if run_id:
+        client.set_tag(run_id, "mlflow.runName", name)
+    else:
+        tags = {"mlflow.source.name": f"poolnet {command}", "mlflow.source.type": "LOCAL", **more}
+        tags["mlflow.user"] = provenance.user()
+        run_id = client.create_run(experiment_id, run_record.now(), tags, name).info.run_id
+    try:
+        yield run_id
+    except BaseException:  # or it would be RUNNING for good
+        with contextlib.suppress(MlflowException):
+            client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id)
+
+
+def log(
+    client: MlflowClient,
+    run_id: str,
+    *,
+    metrics: Mapping[str, float],
+    params: Mapping[str, str],
+    tags: Mapping[str, str],
+    folder: Path | None = None,
+    dataset: DatasetInput | None = None,
+    model_id: str = "",
+) -> None:
+    """What such a run holds, the files of `folder` as its artifacts. With `model_id` the metrics are the logged model's
+    too, on `dataset`, so that its own page shows them."""
+    about = {"model_id": model_id, "run_id": run_id} if model_id else {}
+    if dataset:
+        about |= {"dataset_name": dataset.dataset.name, "dataset_digest": dataset.dataset.digest}
+    known = client.get_run(run_id).data.params  # those of `mlflow run`, in the words they were typed in
+    client.log_batch(
+        run_id,
+        [Metric(key, value, run_record.now(), 0, **about) for key, value in metrics.items()],
+        [Param(key, value) for key, value in params.items() if key not in known],
+        [RunTag(*tag) for tag in tags.items()],
+    )
+    if folder:
+        client.log_artifacts(run_id, str(folder))

@@ -1,0 +1,374 @@
+"""Tracking servers and stores: their addresses, what is on them, and local ones made whole."""
+
+import _thread
+import contextlib
+import functools
+import gc
+import logging
+import math
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import mlflow
+import mlflow.db
+from mlflow.entities import Experiment, ViewType
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.client import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
+
+from poolnet import files
+from poolnet.errors import InputError, NoAnswer, RunError
+from poolnet.runs.run_record import Journal
+from poolnet.text import pasted
+from poolnet.tracking import addresses
+from poolnet.tracking.publisher import published
+
+AWAY = ("Connection refused", "Read timed out", "Name or service not known", "Connection reset", "timed out")
+SIGNS = (  # what says it all, in the long texts of MLflow and its libraries
+    *AWAY,
+    *("No space left on device", "File too large", "database or disk is full", "disk I/O error"),
+    *("database is locked", "readonly database", "file is not a database", "database disk image is malformed"),
+)
+CURES = {  # what it says of itself, and what to do
+    "401": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+    "403": "MLFLOW_TRACKING_USERNAME may not do this there; ask who runs the server for permission",
+    "404": "no MLflow server is there; look at MLFLOW_TRACKING_URI",
+}
+PACKAGES = {"botocore": "boto3", "google": "google-cloud-storage", "azure": "azure-storage-blob azure-identity"}
+CREDENTIALS = "Unable to locate credentials"  # so says boto3
+REFUSALS = ("UNAUTHENTICATED", "PERMISSION_DENIED", "INVALID_PARAMETER_VALUE", "BAD_REQUEST", "ENDPOINT_NOT_FOUND")
+BUSY = "SlowDown|InternalError|ServiceUnavailable|RequestTimeout|Throttling"  # what S3 may say once and not again
+STORE_SECONDS = 20  # that a process waits while others make the same SQLite store
+
+
+# --- addresses ---------------------------------------------------------------------------------------------------
+
+
+def home_of(run: Journal) -> str:
+    """The address of the server that a run belongs to, with the password if the environment has it."""
+    home = published(run).home or recorded_home(run.record)
+    return addresses.own() if addresses.shown(addresses.own()) == home else home
+
+
+@contextlib.contextmanager
+def as_environment(uri: str) -> Iterator[None]:
+    """With this address in the environment: MLflow's own registry store looks there for the models of its runs."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = addresses.for_mlflow(uri)
+    try:
+        yield
+    finally:
+        os.environ.pop("MLFLOW_TRACKING_URI")
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+def recorded_home(record: dict) -> str:
+    """Where a run was to be tracked when it began; MLflow's default is a store in the working folder."""
+    return addresses.absolute(record["tracking"]["uri"], Path(record["tracking"]["folder"]))
+
+
+# --- waiting for an answer ---------------------------------------------------------------------------------------
+
+
+class _Silence(BaseException):
+    """Nobody answers. No `Exception`: MLflow would try again."""
+
+
+_limit: float | None = None  # seconds that a call may take; None: for ever
+_deadline = math.inf  # by which all calls must have their answers
+_calls = 0  # that are under way, one in the other
+_silent: dict[str, float] = {}  # servers that gave no answer, and for how long they were waited for
+_ALARM = getattr(signal, "SIGALRM", signal.SIGABRT)  # Windows has no alarms
+_timer: threading.Timer | None = None  # there
+
+
+def limit(seconds: float) -> None:
+    """From now on a server that is silent for so long is given up, with `NoAnswer`."""
+    global _limit
+    _limit = seconds
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(max(1, math.ceil(seconds))))  # where no alarm ends a call
+    os.environ.setdefault("PGCONNECT_TIMEOUT", str(math.ceil(seconds) + 1))
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """All calls meanwhile have so many seconds together, and no more than those of a block around this one."""
+    global _deadline, _limit
+    before = (_deadline, _limit)
+    _deadline = min(_deadline, time.monotonic() + seconds)
+    _limit = seconds if _limit is None else min(_limit, seconds)
+    try:
+        yield
+    finally:
+        _deadline, _limit = before
+
+
+@contextlib.contextmanager
+def answering(uri: str) -> Iterator[None]:
+    """A call of the server. Raises `NoAnswer` where it is silent, and at once if it was before."""
+    global _calls
+    if _limit is None or addresses.sqlite_file(uri) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    depth = _calls
+    if not depth and _silent.get(uri, -1) >= _limit:
+        raise NoAnswer(f"no answer for {_silent[uri]:g} s")
+    try:
+        _calls = depth + 1
+        _set_alarm()
+        yield
+        _set_alarm()  # a call of a call was answered
+    except _Silence:
+        if depth:
+            raise
+        _silent[uri] = _limit
+        raise NoAnswer(f"no answer for {_silent[uri]:g} s") from None
+    finally:
+        _calls = depth
+        if not depth:
+            _clear_alarm()
+
+
+def gave_up() -> bool:
+    """Whether a server was silent, for which threads of MLflow may still wait."""
+    return bool(_silent)
+
+
+def _ring(signum: int, frame: object) -> None:
+    if _calls:
+        raise _Silence
+
+
+def _set_alarm() -> None:
+    """Let `_Silence` be raised in the main thread when the time is over."""
+    global _timer
+    seconds = max(0.001, min(_limit, _deadline - time.monotonic()))
+    signal.signal(_ALARM, _ring)
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and again, should somebody swallow it
+    else:
+        _clear_alarm()
+        _timer = threading.Timer(seconds, _thread.interrupt_main, (_ALARM,))
+        _timer.daemon = True
+        _timer.start()
+
+
+def _clear_alarm() -> None:
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    elif _timer:
+        _timer.cancel()
+
+
+class Client(MlflowClient):
+    """MLflow's client, each call of which ends."""
+
+    def __init__(self, uri: str):
+        self.uri = uri
+        super().__init__(addresses.for_mlflow(uri))
+
+    def __getattribute__(self, name: str) -> object:
+        found = super().__getattribute__(name)
+        if name.startswith("_") or not callable(found):
+            return found
+
+        @functools.wraps(found)
+        def call(*args: object, **options: object) -> object:
+            with answering(self.uri):
+                return found(*args, **options)
+
+        return call
+
+
+def client_of(uri: str) -> Client:
+    """A client of this server or store. Raises `InputError` where the address can never work."""
+    addresses.check(uri)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs what it raises, pages of it
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it logs each attempt, with the address
+    if path := addresses.sqlite_file(uri):
+        _create_store(uri, path)
+    elif not uri.startswith("http") and (problem := addresses.unreachable(uri)) and "no answer" not in problem:
+        # SQLAlchemy's own attempts take minutes
+        raise NoAnswer(problem)
+    try:
+        with answering(uri):
+            return Client(uri)
+    except SQLAlchemyError as error:  # which MLflow passes on as it is while it opens a store
+        raise MlflowException(reason(error)) from error
+
+
+@functools.cache
+def _create_store(uri: str, path: Path) -> None:
+    """Create the SQLite file if it is missing. Raises `MlflowException` if it cannot be used.
+
+    Under a lock, and whole or not at all: two processes that make one at once break it for good, and so does one that
+    is killed before it has made all the tables.
+    """
+    with files.locked(path.with_name(f"{path.name}.lock"), STORE_SECONDS):
+        if not path.exists():
+            with files.replacing(path) as part:
+                part_uri = addresses.for_mlflow(addresses.of_file(part))
+                mlflow.db.commands.main(["upgrade", part_uri], standalone_mode=False)
+                gc.collect()  # of the connection: Windows does not rename a file that is open
+        try:
+            MlflowClient(addresses.for_mlflow(uri)).search_experiments(max_results=1)
+        except SQLAlchemyError as error:
+            raise MlflowException(reason(error)) from error
+    _remove_misnamed(path)
+
+
+def _remove_misnamed(path: Path) -> None:
+    """Remove the empty folders that `mlflow run` has made of the address, whose escapes it does not read."""
+    folder = Path(quote(path.parent.as_posix(), safe="/:"))
+    while folder != path.parent and "%" in str(folder):
+        try:
+            folder.rmdir()
+        except OSError:  # it is not there, or there is something in it
+            break
+        folder = folder.parent
+
+
+def own_client() -> MlflowClient:
+    """A client of the server that this process is told to use. Raises `RunError` where no MLflow answers."""
+    client = client_of(addresses.own())
+    if client.uri.startswith("http") and not client.search_experiments(view_type=ViewType.ALL, max_results=1):
+        raise RunError(
+            f"{addresses.shown(client.uri)}: shows no experiment at all: it is no MLflow server, or one that lets this "
+            "user see nothing; look at MLFLOW_TRACKING_URI and MLFLOW_TRACKING_USERNAME"
+        )
+    return client
+
+
+# --- what is there -----------------------------------------------------------------------------------------------
+
+
+def own_experiment(client: MlflowClient) -> str:
+    """The id of the experiment that this process is told to use, made if it is only named."""
+    if number := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return _active(client.get_experiment(number))
+    return experiment(client, os.environ.get("MLFLOW_EXPERIMENT_NAME", ""))
+
+
+def experiment_named(client: MlflowClient, name: str) -> str:
+    """The id of the experiment of that name, or of that id, or by default this process's own; it must be there."""
+    if not name:
+        return own_experiment(client)
+    found = client.get_experiment_by_name(name)
+    if not found and name.isdecimal():
+        with contextlib.suppress(MlflowException):
+            found = client.get_experiment(name)
+    if not found:
+        names = ", ".join(each.name for each in experiments(client)[:20])
+        raise InputError(f"--experiment: found none called {name!r}, expected one of {names}")
+    return _active(found)
+
+
+def experiment(client: MlflowClient, name: str) -> str:
+    """The id of the experiment of that name, made if it is not there; MLflow's own is `Default`."""
+    name = name or "Default"
+    found = client.get_experiment_by_name(name)
+    try:
+        return _active(found) if found else client.create_experiment(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # made by another process just now
+            raise
+        return client.get_experiment_by_name(name).experiment_id
+
+
+def _active(found: Experiment) -> str:
+    """The id of an experiment, which must not be deleted."""
+    if found.lifecycle_stage == "deleted":
+        raise InputError(_deleted(found.experiment_id))
+    return found.experiment_id
+
+
+def _deleted(number: str) -> str:
+    return f"experiment {number} was deleted; restore it with: mlflow experiments restore --experiment-id {number}"
+
+
+def experiments(client: MlflowClient) -> list[Experiment]:
+    """All that are there and not deleted, however many."""
+    found, token = [], None
+    while token is None or token:
+        page = client.search_experiments(page_token=token)
+        found, token = [*found, *page], page.token or ""
+    return found
+
+
+def look_up(client: MlflowClient, name: str) -> mlflow.entities.Run | None:
+    """A run by its id, or by the name of its journal, in any experiment."""
+    if re.fullmatch("[0-9a-f]{32}", name):
+        with contextlib.suppress(MlflowException):
+            return client.get_run(name)
+    ids = [each.experiment_id for each in experiments(client)]
+    quoted = name.replace("'", "")
+    for start in range(0, len(ids), 500):  # databases bind so many values only
+        some = ids[start : start + 500]
+        if found := client.search_runs(some, f"tags.`poolnet.run` = '{quoted}'", max_results=1):
+            return found[0]
+    return None
+
+
+def reason(error: Exception) -> str:
+    """What went wrong and what to do, in one line that fits a screen and holds no password."""
+    text = addresses.hidden(" ".join(str(error).split())) or type(error).__name__
+    if isinstance(error, ImportError) and error.name:
+        name = error.name.partition(".")[0]
+        package = PACKAGES.get(name, name)
+        return f"{package} is not installed here; pip install {package}"
+    if CREDENTIALS in text:
+        return "no credentials for its artifacts; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    for sign in SIGNS:
+        if sign in text:
+            return sign.lower()
+    if "response body was not in a valid JSON" in text:
+        return "it is no MLflow server; look at MLFLOW_TRACKING_URI"
+    if match := re.search(r"too many (\d{3}) error responses|error code (\d{3})", text):
+        status = match[1] or match[2]
+        return f"the server answers {status}" + (f"; {CURES[status]}" if status in CURES else "")
+    if match := re.search(r"experiment (\d+) must be in the 'active' state", text):
+        return (
+            f"experiment {match[1]} is deleted; restore it with: mlflow experiments restore --experiment-id {match[1]}"
+        )
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the same request would fail again, as far as what a server or a library says tells."""
+    if isinstance(error, MlflowException) and error.error_code in REFUSALS:
+        return True
+    text, status = str(error), r"4(?!08|25|29)\d\d"
+    refused = re.search(rf"An error occurred \((?!{BUSY})|error code {status}|\b{status} Client Error", text)
+    return isinstance(error, ImportError) or CREDENTIALS in text or bool(refused)
+
+
+@contextlib.contextmanager
+def asked(uri: str) -> Iterator[None]:
+    """What goes wrong with a server meanwhile is one line."""
+    try:
+        yield
+    except (MlflowException, NoAnswer) as error:
+        why = reason(error)
+        away = isinstance(error, NoAnswer) or why in map(str.lower, AWAY)
+        cure = "; start the server, correct MLFLOW_TRACKING_URI, or wait longer with --timeout" if away else ""
+        raise RunError(f"{addresses.shown(uri)}: {why}{cure}") from None
+
+
+def page_of(uri: str, experiment_id: str, run_id: str) -> str:
+    """The link of a run's page, or the command that serves it and the link."""
+    page = f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+    if uri.startswith(("http://", "https://")):
+        server = re.sub("//[^/@]*@", "//", addresses.shown(uri))
+        return f"{server.rstrip('/')}/{page}"
+    shown = '"$MLFLOW_TRACKING_URI"'  # of a database, whose password is not for the screen
+    if addresses.sqlite_file(uri):
+        shown = pasted(addresses.for_mlflow(uri))
+    return f"mlflow ui --backend-store-uri {shown}\nthen http://127.0.0.1:5000/{page}"

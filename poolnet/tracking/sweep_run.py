@@ -1,0 +1,65 @@
+"""The run in MLflow that holds those of a sweep together, as its children."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from mlflow.entities import Metric, RunTag
+from mlflow.tracking.client import MlflowClient
+
+from poolnet import files
+from poolnet.files import home
+from poolnet.runs import provenance, run_record
+
+TAG = "poolnet.study"  # of the parent; that of a child is poolnet.sweep
+
+
+def find_or_create(client: MlflowClient, experiment_id: str, sweep: str, adopted: str = "") -> str:
+    """The run id of the sweep's parent: the one there is, the one that `mlflow run` has made, or a new one."""
+    with files.locked(folder() / f"{sweep}.parent.lock"):  # of two publishers at once, the second finds it
+        found = client.search_runs([experiment_id], f"tags.`{TAG}` = '{sweep}'", max_results=1)
+        if found:
+            _explain(client, adopted, found[0].info.run_id, sweep)
+            return found[0].info.run_id
+        tags = {TAG: sweep, "mlflow.source.name": "poolnet sweep", "mlflow.source.type": "LOCAL"}
+        tags["mlflow.user"] = provenance.user()
+        if adopted:
+            tags = {TAG: sweep, "mlflow.runName": sweep}
+            client.log_batch(adopted, tags=[RunTag(*tag) for tag in tags.items()])
+            return adopted
+        return client.create_run(experiment_id, run_record.now(), tags, sweep).info.run_id
+
+
+def _explain(client: MlflowClient, carrier: str, run_id: str, sweep: str) -> None:
+    """Say in the run that `mlflow run` made, when it is not the sweep's first, where all is."""
+    if carrier and carrier != run_id:
+        note = f"Made by `mlflow run` to go on with the sweep {sweep}, run {run_id}, which holds everything."
+        tags = {"mlflow.note.content": note, "mlflow.runName": f"goes on with {sweep}"}
+        client.log_batch(carrier, tags=[RunTag(*tag) for tag in tags.items()])
+
+
+def describe(
+    client: MlflowClient, run_id: str, study: str, note: str, metrics: Mapping[str, float], status: str
+) -> None:
+    """Say where the sweep stands: the study's text, a description in Markdown, figures over the seeds of each arm."""
+    known = client.get_run(run_id).data.metrics
+    new = [Metric(name, value, run_record.now(), 0) for name, value in metrics.items() if known.get(name) != value]
+    client.log_batch(run_id, metrics=new, tags=[RunTag("mlflow.note.content", note)])
+    client.log_text(run_id, study, "study.toml")
+    if status == "RUNNING":
+        client.update_run(run_id, status)
+    else:
+        client.set_terminated(run_id, status)
+
+
+def name_of(study: str, data_sha256: str) -> str:
+    """What a sweep is called: its study and its data."""
+    plain = re.sub(r"[^\w.-]+", "_", study)
+    return f"{plain}-{data_sha256[:8]}"
+
+
+def folder() -> Path:
+    """Where this machine keeps what belongs to sweeps."""
+    path = home() / "sweeps"
+    path.mkdir(exist_ok=True)
+    return path

@@ -1,0 +1,258 @@
+"""Journals and servers brought together, when no training is under way: caught up with, and pruned."""
+
+import dataclasses
+import filecmp
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from mlflow.entities import LoggedModel, LoggedModelStatus, Run
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.client import MlflowClient
+
+from poolnet import files
+from poolnet.errors import InputError, NoAnswer, RunError
+from poolnet.files import home
+from poolnet.runs import run_record
+from poolnet.runs.run_record import Journal
+from poolnet.text import aligned
+from poolnet.tracking import addresses, registry, servers
+from poolnet.tracking.publication import Publication, agrees, as_metrics
+
+LOCK_SECONDS = 10  # in which another process publishes a run of the usual size
+
+DAMAGED = (AttributeError, LookupError, TypeError, ValueError)  # what a record of another form may raise
+
+
+def is_final(error: Exception) -> bool:
+    """Whether trying again is of no use: the server refuses, something is missing here, or the run is damaged."""
+    ours = isinstance(error, (*DAMAGED, RunError)) and not isinstance(error, (files.Locked, NoAnswer))
+    return ours or servers.is_refusal(error)
+
+
+def said(error: Exception, where: str = "") -> str:
+    """What went wrong, in one line; of a server, with its address."""
+    if isinstance(error, (InputError, RunError)):
+        return str(error)
+    if isinstance(error, DAMAGED):
+        return f"damaged record ({error!r})"
+    return f"{where}: {servers.reason(error)}" if where else servers.reason(error)
+
+
+def find(name: str) -> Journal:
+    """The run of that name or MLflow run id."""
+    run = run_record.find(name)
+    if not run:
+        raise InputError(f"{name}: no such run in {run_record.folder()}")
+    return run
+
+
+# --- poolnet sync ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Row:
+    """What `poolnet sync` found of a run, and did."""
+
+    run: str
+    state: str = "unreadable"  # or training, FINISHED, KILLED, FAILED, removed
+    server: str = ""
+    found: str = ""
+    did: str = "nothing"
+    ok: bool = True
+
+
+def sync(name: str, to: str | None = None, dry_run: bool = False, prune: bool = False) -> Row:
+    """Publish what is outstanding of a run, to its own server or to another. Whatever goes wrong is in the row."""
+    row = Row(name)
+    try:
+        run = find(name)
+        row.run, row.state = run.name, (run.ended() or {"status": "KILLED"})["status"]
+        if run.is_training():
+            row.state, row.found = "training", "its own process publishes it"
+        elif dry_run:
+            _look(row, run, to, prune)
+        else:
+            with files.locked(run.folder / "publish.lock", LOCK_SECONDS):
+                _publish(row, run, to, prune)
+            if row.did.endswith("checked"):
+                _remove(row, run)
+    except Exception as error:  # of a damaged record, a server, or the way to it: it is said, and the others go on
+        row.state = "unreadable" if isinstance(error, DAMAGED) and not row.server else row.state
+        row.did, row.ok = said(error), False
+    return row
+
+
+def check_input(runs: Iterable[str], to: str | None) -> None:
+    """Refuse names that no run has, and an address that is none."""
+    for name in runs:
+        if not (run_record.folder() / name / "record.json").exists():  # else its row says whether it can be read
+            find(name)
+    if to:
+        addresses.check(to, "--to")
+
+
+def table(rows: list[Row]) -> str:
+    """The rows for a terminal."""
+    if not rows:
+        return f"No runs in {run_record.folder()}"
+    heads = ("run", "state", "outstanding", "done", "server")
+    lines = [heads, *((row.run, row.state, row.found, row.did, row.server) for row in rows)]
+    return "\n".join(aligned(lines))
+
+
+def _open(row: Row, run: Journal, to: str | None) -> Publication:
+    publication = Publication(run, addresses.absolute(to, Path.cwd()) if to else servers.home_of(run))
+    row.server = publication.key
+    return publication
+
+
+def _look(row: Row, run: Journal, to: str | None, prune: bool) -> None:
+    publication = _open(row, run, to)
+    left = lacking(publication)
+    row.found = _listed(left)
+    otherwise = f"would {'check and remove it' if prune and run.finished else 'do nothing'}"
+    row.did = "would publish it" if left else otherwise
+
+
+def _publish(row: Row, run: Journal, to: str | None, prune: bool) -> None:
+    if not (run.folder / "record.json").exists():
+        row.state, row.found = "removed", "another process has pruned it"
+        return
+    run.mark_if_dead()
+    publication = _open(row, run, to)
+    left = lacking(publication)
+    row.found = _listed(left)
+    if left:
+        publication.forget(left)
+        publication.advance()
+        row.did = "published"
+        if not run.finished:
+            row.did += f"; go on with: {run_record.resume_command(run.name)}"
+    if prune and not run.finished:
+        row.did = f"kept: {run_record.resume_command(run.name)} needs it"
+    elif prune and (left := lacking(publication, every_byte=True)):
+        publication.forget(left)
+        row.did, row.ok = f"kept: {_listed(left)}; to publish that again: poolnet sync {run.name}", False
+    elif prune:
+        row.did = "published, checked" if row.did == "published" else "checked"
+
+
+def _remove(row: Row, run: Journal) -> None:
+    """Out of sight at once, so that a kill leaves no half of a run; then piece by piece, with what a kill has left."""
+    gone = home() / "pruned"
+    gone.mkdir(exist_ok=True)
+    run.folder.rename(gone / run.name)
+    shutil.rmtree(gone, ignore_errors=True)
+    row.did += ", removed"
+
+
+# --- what a server lacks ---------------------------------------------------------------------------------------------
+
+
+def lacking(publication: Publication, every_byte: bool = False) -> dict[str, list[str]]:
+    """What the journal has and the server has not, by step of the publication, in words.
+
+    What is not published yet goes by what is remembered, the rest by what the server lists; with `every_byte`, by what
+    it gives back. A handful of calls.
+    """
+    steps = (*publication.steps(), "metrics", "status")
+    found = publication.find()
+    if not found:
+        return {step: ["everything"] for step in steps}
+    left = {step: [step] for step in publication.outstanding()}
+    with servers.as_environment(publication.uri):
+        model = registry.logged(publication.client, found) if "model" in steps else None
+        missing = {step: _lacks(publication, found, model, step, every_byte) for step in steps if step not in left}
+    left |= {step: words for step, words in missing.items() if words}
+    if "model" in left:  # and with it what is said of it
+        left |= {step: left.get(step, []) for step in ("scores", "version", "summary") if step in steps}
+    return left
+
+
+def _listed(left: dict[str, list[str]]) -> str:
+    return ", ".join(dict.fromkeys(word for words in left.values() for word in words)) or "nothing"
+
+
+def _lacks(publication: Publication, found: Run, model: LoggedModel | None, step: str, every_byte: bool) -> list[str]:
+    """What of a step the server has not, in words."""
+    run, client = publication.run, publication.client
+    match step:
+        case "start":
+            params, config = found.data.params, run.record["config"]
+            return [f"param {name}" for name, value in config.items() if not agrees(params.get(name, ""), value)]
+        case "inputs":
+            digests = {entry.dataset.digest for entry in found.inputs.dataset_inputs}
+            splits = run.record["data"]["splits"]
+            return [f"dataset {split['name']}" for split in splits if split["sha256"][:32] not in digests]
+        case "model":
+            return (
+                [] if model and _has_files(client, model) and not (every_byte and _differs(run, model)) else ["model"]
+            )
+        case "scores":
+            return [] if model and {metric.key for metric in model.metrics or ()} else ["scores of the model"]
+        case "version":
+            has_version = model and registry.version_of(client, found.info.run_id, model.model_id)
+            return [] if has_version else ["version of the model"]
+        case "summary":
+            return [] if found.data.tags.get("mlflow.note.content") else ["description"]
+        case "metrics":
+            return _lacks_metrics(client, run, found, every_byte)
+        case "status":
+            return ["status"] if run.ended() and run.ended()["status"] != found.info.status else []
+        case _:
+            return _lacks_files(client, found.info.run_id, publication.files(step), every_byte)
+
+
+def _has_files(client: MlflowClient, model: LoggedModel) -> bool:
+    return model.status == LoggedModelStatus.READY and bool(client.list_logged_model_artifacts(model.model_id))
+
+
+def _differs(run: Journal, model: LoggedModel) -> bool:
+    """Whether the weights of a model, as it is loaded, are not those of the run."""
+    try:
+        net = registry.load(f"models:/{model.model_id}").net
+    except (InputError, MlflowException, OSError):
+        return True
+    expected = {name: array for name, array in (run.load_tensors("model") or {}).items() if name != "example"}
+    weights = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    return weights.keys() != expected.keys() or any(
+        weights[name].tobytes() != array.tobytes() for name, array in expected.items()
+    )
+
+
+def _lacks_metrics(client: MlflowClient, run: Journal, found: Run, every_value: bool) -> list[str]:
+    """Of the metrics the names; by the last value of each, or by all of them."""
+    expected: dict[str, list] = {}
+    for record in sorted(run.metrics(), key=lambda record: record["step"]):
+        for metric in as_metrics(record):
+            expected.setdefault(metric.key, []).append((metric.step, metric.timestamp, metric.value))
+    wrong = [name for name, values in expected.items() if found.data.metrics.get(name) != values[-1][2]]
+    for name in expected if every_value else ():
+        history = client.get_metric_history(found.info.run_id, name)
+        if {(metric.step, metric.timestamp, metric.value) for metric in history} != set(expected[name]):
+            wrong.append(name)
+    return [f"metric {name}" for name in dict.fromkeys(wrong)]
+
+
+def _lacks_files(
+    client: MlflowClient, run_id: str, paths: list[tuple[Path, str | None]], every_byte: bool
+) -> list[str]:
+    """Of the files the names; by their sizes, or by what they hold."""
+    listed = {file.path: file.file_size for _, folder in paths[:1] for file in client.list_artifacts(run_id, folder)}
+    missing = []
+    for path, folder in paths:
+        name = f"{folder}/{path.name}" if folder else path.name
+        same = name in listed and listed[name] in (None, path.stat().st_size)
+        if not same or (every_byte and not _same(client, run_id, name, path)):
+            missing.append(f"artifact {path.name}")
+    return missing
+
+
+def _same(client: MlflowClient, run_id: str, name: str, path: Path) -> bool:
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            return filecmp.cmp(path, client.download_artifacts(run_id, name, scratch), shallow=False)
+        except (MlflowException, OSError):
+            return False

@@ -1,0 +1,148 @@
+"""Runs as a tracking server has them: what was set, on which data, how it ended, and what came of it."""
+
+import contextlib
+import dataclasses
+import shlex
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.client import MlflowClient
+
+from poolnet.errors import InputError
+from poolnet.text import warn
+from poolnet.training.config import TrainConfig
+
+# With data and device, all that the figures depend on; the seed is last.
+SAME_RUN = ("pool", "epochs", "batch_size", "lr", "seed")
+SCORES = ("val_acc", "val_loss", "test_acc", "test_loss")  # with the final weights
+# What `mlflow run` may record of a training, the last of which are no settings of it.
+OPTIONS = {field.name for field in dataclasses.fields(TrainConfig)}
+OPTIONS |= {"resume", "optimum", "no_cache", "timeout", "drain_timeout"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """A run of `poolnet train`. `metrics` are the last values."""
+
+    run_id: str
+    experiment_id: str
+    name: str  # of its journal
+    status: str
+    started: int  # ms since 1970
+    config: TrainConfig
+    device: str
+    data_name: str
+    data_sha256: str
+    commit: str  # empty where it is unknown
+    metrics: dict[str, float]
+
+    @property
+    def key(self) -> tuple:
+        return key(self.config, self.device, self.data_sha256)
+
+
+def key(config: TrainConfig, device: str, data_sha256: str) -> tuple:
+    """What two runs share if they must give the same figures."""
+    return (*(getattr(config, name) for name in SAME_RUN), device, data_sha256)
+
+
+def finished(
+    client: MlflowClient, experiment_ids: list[str], data_sha256: str, warn: Callable[[str], object] = warn
+) -> dict[tuple, Recorded]:
+    """The newest finished run of each key, on this data: what a sweep need not train, and a comparison compares."""
+    query = f"attributes.status = 'FINISHED' AND tags.`poolnet.data_sha256` = '{data_sha256}'"
+    runs = [run for run in search(client, experiment_ids, query, warn) if set(SCORES) <= set(run.metrics)]
+    return {run.key: run for run in reversed(runs)}
+
+
+def search(
+    client: MlflowClient, experiment_ids: list[str], query: str = "", warn: Callable[[str], object] = warn
+) -> Iterator[Recorded]:
+    """The runs of poolnet in these experiments that fit an MLflow filter, the newest first; not those that only
+    reproduce another, which would count twice, nor those with settings of another version."""
+    token, unknown = None, {}
+    while token is None or token:
+        page = client.search_runs(experiment_ids, query, max_results=1000, page_token=token)
+        for run in page:
+            if is_training_run(run) and "poolnet.reproduces" not in run.data.tags:
+                try:
+                    yield of(run)
+                except InputError as error:
+                    unknown[run.data.tags["poolnet.run"]] = error
+        token = page.token or ""
+    warn_of_unknown(unknown, warn)
+
+
+def warn_of_unknown(unknown: dict[str, Exception], warn: Callable[[str], object]) -> None:
+    """Say once which runs, by name, were left out, and why the first was."""
+    if unknown:
+        name, error = next(iter(unknown.items()))
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        warn(f"left out {name}{more}, which this version of poolnet does not know: {error}")
+
+
+def is_training_run(run: Run) -> bool:
+    """Whether `poolnet train` or a sweep made it, and not MLflow or somebody else."""
+    return "poolnet.run" in run.data.tags
+
+
+def of(run: Run) -> Recorded:
+    """Raises `InputError` where the run has settings that this version does not know."""
+    tags = run.data.tags
+    for name in run.data.params:
+        if name.replace("-", "_") not in OPTIONS:
+            raise InputError(f"run {run.info.run_id}: found a setting that is called {name}")
+    datasets = [entry.dataset.name for entry in run.inputs.dataset_inputs]
+    return Recorded(
+        run.info.run_id,
+        run.info.experiment_id,
+        tags["poolnet.run"],
+        run.info.status,
+        run.info.start_time,
+        config(run),
+        tags.get("poolnet.device", ""),
+        datasets[0] if datasets else "",
+        tags.get("poolnet.data_sha256", ""),
+        tags.get("mlflow.source.git.commit", ""),
+        run.data.metrics,
+    )
+
+
+def config(run: Run) -> TrainConfig:
+    """The settings in a run's params, which `mlflow run` records as they were typed. Raises `InputError`."""
+    params = run.data.params
+    fields = [field for field in dataclasses.fields(TrainConfig) if field.name in params]
+    try:
+        return TrainConfig(**{field.name: _parsed(params[field.name], field.type) for field in fields})
+    except (InputError, click.BadParameter) as error:
+        raise InputError(f"run {run.info.run_id}: found params that no training has: {error}") from None
+
+
+def predictions(client: MlflowClient, run_id: str, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The logits (N, 10) and labels (N,) that a run logged of `split`, val or test; `name` is for the refusal."""
+    from poolnet.stats import paired  # and with it scipy.stats, for which a sweep need not wait
+
+    file = f"predictions/{split}.npz"
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            path = Path(client.download_artifacts(run_id, file, scratch))
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as saved:  # closed even if no archive
+                logits, y = saved["logits"], saved["y"]
+            paired.per_example(logits, y)  # which refuses what does not fit
+            return logits, y
+        except (MlflowException, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            text = " ".join(str(error).split())[:200]
+            raise InputError(f"{name}: found no readable {file} on the server ({text})") from None
+
+
+def _parsed(raw: str, kind: type) -> object:
+    with contextlib.suppress(ValueError):
+        if raw[:1] in ("'", '"'):  # quoted for a shell
+            raw = shlex.split(raw)[0]
+    return click.types.convert_type(kind)(raw)

@@ -1,0 +1,126 @@
+"""The other end of `publisher.py`: the process that carries journals to MLflow while they are written."""
+
+import copy
+import dataclasses
+import importlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from mlflow.exceptions import MlflowException
+
+from poolnet import files
+from poolnet.tracking import addresses, servers, sync
+from poolnet.tracking.publication import Publication, Refused
+from poolnet.tracking.publisher import ASK
+
+POLL_SECONDS = 1  # between two looks at the journals
+
+Say = Callable[[str], object]
+
+
+@dataclasses.dataclass
+class Followed:
+    """A run, and where its publication stands."""
+
+    name: str
+    carrier: str
+    publication: Publication | None = None
+    trouble: Exception | None = None  # what stood in the way last
+    over: bool = False  # the server has all of it, or never will
+
+
+def follow(lines: Iterable[str], drain_timeout: float, say: Say, answer: Callable[[], object]) -> int:
+    """Publish the runs that the lines name, `NAME CARRIER`, until the lines end and all is published.
+
+    Each run by itself: what stands in the way of one does not concern the others. After the last line it gives up
+    `drain_timeout` seconds after the last progress. Returns the exit code: 3 if something is left, 2 if the only run
+    was refused. `answer` is called when the line `ASK` has come, and when nothing speaks against a new run.
+    """
+    inbox, runs = _read(lines), {}
+    closed, progress = False, time.monotonic()
+    while not (closed and all(run.over for run in runs.values())):
+        line = _next(inbox)
+        if line is None:
+            closed, progress = True, time.monotonic()
+        elif line == ASK:
+            if not addresses.own().startswith("http"):
+                importlib.import_module("mlflow.store.tracking.sqlalchemy_store")  # a second or two
+            answer()
+            if refusal := _refusal(os.environ["MLFLOW_RUN_ID"]):
+                say(refusal)
+                return 2
+            answer()
+        elif line:
+            name, _, carrier = line.partition(" ")
+            runs[name] = Followed(name, carrier)
+        for run in runs.values():
+            if not run.over and _step(run, closed, say):
+                progress = time.monotonic()
+            if isinstance(run.trouble, Refused) and run.publication.run.is_training():
+                return 2
+        if closed and time.monotonic() - progress > drain_timeout:
+            break
+    left = [run.trouble for run in runs.values() if run.trouble or not run.over]
+    return 0 if not left else 2 if len(runs) == 1 and isinstance(left[0], Refused) else 3
+
+
+def _read(lines: Iterable[str]) -> queue.SimpleQueue:
+    """The lines, and None behind the last."""
+    inbox: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def feed() -> None:
+        for line in lines:
+            inbox.put(line.strip())
+        inbox.put(None)
+
+    threading.Thread(target=feed, daemon=True).start()
+    return inbox
+
+
+def _next(inbox: queue.SimpleQueue) -> str | None:
+    try:
+        return inbox.get(timeout=POLL_SECONDS)
+    except queue.Empty:
+        return ""
+
+
+def _step(run: Followed, closed: bool, say: Say) -> bool:
+    """Publish what the journal has by now. Returns whether that came any further."""
+    before, known = run.publication and copy.deepcopy(run.publication.held), str(run.trouble)
+    try:
+        _advance(run, closed)
+        run.trouble = None
+    except Exception as error:  # of a damaged record, a server, or the way to it: it is said, and tried again
+        run.trouble = error
+        run.over = isinstance(error, Refused) or (closed and sync.is_final(error))
+        if str(error) != known:
+            say(sync.said(error, run.publication.key if run.publication else ""))
+    return bool(run.publication) and run.publication.held != before
+
+
+def _advance(run: Followed, closed: bool) -> None:
+    if not run.publication:
+        found = sync.find(run.name)
+        run.publication = Publication(found, servers.home_of(found), run.carrier)
+    followed = run.publication.run
+    if not (followed.folder / "record.json").exists():  # `sync --prune` was faster
+        run.over = True
+        return
+    with files.locked(followed.folder / "publish.lock", wait=0):
+        if closed:
+            followed.mark_if_dead()
+        run.publication.advance()
+    # once all lines are in, a run that is still trained is another process's, which publishes it
+    run.over = run.publication.complete or (closed and followed.is_training())
+
+
+def _refusal(run_id: str) -> str:
+    """Why a new run cannot be recorded in this one, as far as its server says so."""
+    try:
+        name = servers.own_client().get_run(run_id).data.tags.get("poolnet.run")
+    except MlflowException:  # found out when there is something to publish
+        return ""
+    return f"MLFLOW_RUN_ID={run_id}: found the record of {name} in that run; unset MLFLOW_RUN_ID" if name else ""

@@ -1,0 +1,233 @@
+"""The fast step: softmax regression on pooled features, with the gradient written out and nothing allocated.
+
+It takes the same initial weights, the same batches and the same updates as `train.fit` does for a pooled model, and
+must give the same figures; `train.py` is the readable reference. On the CPU the step is 19 NumPy calls into buffers,
+each about a microsecond, where autograd and an optimiser object take ten times as long for the same arithmetic.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from poolnet.data.dataset import LETTERS, Split, Splits
+from poolnet.training.config import TrainConfig
+from poolnet.training.evaluation import Evaluation, Fetch, score_logits, threads
+from poolnet.training.features import WIDTH
+from poolnet.training.model import build_model
+from poolnet.training.train_loop import (
+    Autograd,
+    FitResult,
+    GoOn,
+    OnEpoch,
+    OnState,
+    Part,
+    State,
+    resolve_device,
+    run_epochs,
+)
+
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch.optim.Adam's defaults
+BLOCK = 16_384  # images gathered together: enough to make the hand-over cheap, few enough for the processor's cache
+
+
+def fit(
+    config: TrainConfig,
+    splits: Splits,
+    features: dict[str, np.ndarray],
+    on_epoch: OnEpoch = lambda record: None,
+    on_state: OnState = lambda state: None,
+    go_on: GoOn = lambda state: None,
+) -> FitResult:
+    """As `train.fit`, from the feature array (N, 50) of each split. For `max` and `avg` only."""
+    device = resolve_device(config.device)
+    model = build_model(config.pool, config.seed).to(device)
+    if device.type == "cpu":
+        learner = SoftmaxRegression(model, config.lr, features, splits.train.y)
+    else:  # where the features stay, and nothing waits within an epoch
+        fetch = {split.name: fetcher_of_features(features[split.name], split.y, device) for split in splits}
+        learner = Autograd(model.classifier, config.lr, fetch)
+    with threads():
+        history = run_epochs(config, splits, learner, on_epoch, on_state, go_on)
+        return FitResult(model, history, learner.evaluate(splits.val), learner.evaluate(splits.test))
+
+
+def fetcher_of_features(features: np.ndarray, y: np.ndarray, device: torch.device) -> Fetch:
+    """As `evaluate.fetcher`, for the classifier: the 49 features (n, 49) of those images, and their labels."""
+    x, labels = torch.tensor(features[:, :-1], device=device), torch.tensor(y, device=device)
+    return lambda rows: (x[rows], labels[rows])
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The lowest train loss that any weights reach, in nats, and how far above it the trained ones are."""
+
+    train_loss: float
+    gap: float
+    converged: bool  # otherwise the minimum is lower still
+
+
+def optimum(result: FitResult, train: Split, features: np.ndarray) -> Optimum:
+    """The global minimum of the train loss on these features, which is convex, by L-BFGS from the trained weights.
+
+    Features are scaled to unit variance meanwhile, which changes the path and not the minimum, and sums are double.
+    """
+    from scipy.optimize import minimize  # half a second, for those who ask for it; and a BLAS of its own, to be limited
+
+    scale = np.ones(WIDTH)
+    scale[:-1] = 1 / np.maximum(features[:, :-1].std(0, dtype=np.float64), 1e-6)
+    start = _weights(result.model).numpy() / scale[:, None]
+    with threads():
+        found = minimize(
+            _loss_and_gradient,
+            start.ravel(),
+            (features, train.y, scale),
+            method="L-BFGS-B",
+            jac=True,
+            options={"maxiter": 5000, "maxfun": 10_000, "maxcor": 30, "ftol": 1e-12, "gtol": 1e-7},
+        )
+        at_start, _ = _loss_and_gradient(start.ravel(), features, train.y, scale)
+    return Optimum(float(found.fun), float(at_start - found.fun), bool(found.success))
+
+
+def _loss_and_gradient(
+    weights: np.ndarray, features: np.ndarray, y: np.ndarray, scale: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Mean cross-entropy over all images, and its gradient, (500,) float64, summed block by block."""
+    W = weights.reshape(WIDTH, -1) * scale[:, None]
+    loss, gradient = 0.0, np.zeros_like(W)
+    for start in range(0, len(y), BLOCK):
+        x, labels = features[start : start + BLOCK].astype(np.float64), y[start : start + BLOCK]
+        log_p = x @ W
+        log_p -= log_p.max(1, keepdims=True)
+        log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+        loss -= log_p[np.arange(len(labels)), labels].sum()
+        p = np.exp(log_p)
+        p[np.arange(len(labels)), labels] -= 1
+        gradient += x.T @ p
+    return loss / len(y), (gradient * scale[:, None] / len(y)).ravel()
+
+
+def _weights(model: nn.Module) -> torch.Tensor:
+    """Weight and bias of the classifier as one array, (50, 10), the bias last."""
+    fc = model.classifier
+    return torch.cat([fc.weight.detach().T, fc.bias.detach()[None]]).cpu()
+
+
+class SoftmaxRegression:
+    """The classifier of `model` as one array `W` (50, 10), its last row the bias, trained by Adam on the CPU.
+
+    Adam (Kingma & Ba, 2015) divides m / (1 - b1^t) by sqrt(v / (1 - b2^t)) + eps, where m and v are running means of
+    the gradient g and of its square. Kept here are M = m / (1 - b1) and V = v / (1 - b2), which grow by plain addition:
+    M <- b1 M + g and V <- b2 V + g^2. With q_t = sqrt((1 - b2) / (1 - b2^t)) the same step reads
+
+        W <- W - rate_t M / (sqrt(V) + eps_t),   rate_t = lr (1 - b1) / ((1 - b1^t) q_t),   eps_t = eps / q_t
+    """
+
+    def __init__(self, model: nn.Module, lr: float, features: dict[str, np.ndarray], y: np.ndarray):
+        self.model, self.lr, self.features, self.y = model, lr, features, y.astype(np.uint8)
+        self.W = _weights(model).numpy()
+        self.M, self.V, self.t = np.zeros_like(self.W), np.zeros_like(self.W), 0
+
+    def train_epoch(self, order: torch.Tensor, batch_size: int) -> Iterator[Part]:
+        """One step a batch, in this order. Yields for each block of batches its size, its mean loss and how many were
+        right, each batch before its step."""
+        for x, y in self._gathered(order.numpy(), batch_size):
+            with np.errstate(all="ignore"):  # a loss that is not finite is reported for the whole epoch
+                loss, right = self._steps(x, y)
+            yield y.size, loss, right
+        self._to_model()
+
+    def _gathered(self, order: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Some batches at a time, x (k, n, 50), y (k, n); the last, short one by itself.
+
+        While one block is in use, another thread gathers the next: that is waiting for memory, not arithmetic.
+        """
+        whole = len(order) - len(order) % batch_size
+        size = max(1, BLOCK // batch_size) * batch_size
+        blocks = [order[start : min(start + size, whole)] for start in range(0, whole, size)]
+        blocks += [order[whole:]] if whole < len(order) else []
+        buffers = np.empty((2, min(size, len(order)), WIDTH), np.float32)
+
+        def gather(index: int) -> tuple[np.ndarray, np.ndarray]:
+            rows = blocks[index]
+            n = min(batch_size, len(rows))
+            x = buffers[index % 2, : len(rows)]
+            np.take(self.features["train"], rows, axis=0, out=x, mode="clip")  # "raise" copies through a buffer
+            return x.reshape(-1, n, WIDTH), self.y.take(rows).reshape(-1, n)
+
+        with ThreadPoolExecutor(1) as other:
+            coming = other.submit(gather, 0)
+            for index in range(1, len(blocks) + 1):
+                block = coming.result()
+                if index < len(blocks):
+                    coming = other.submit(gather, index)
+                yield block
+
+    def _steps(self, x: np.ndarray, y: np.ndarray) -> tuple[float, int]:
+        """A step for each batch of x (k, n, 50), y (k, n); their mean loss, and how many were right.
+
+        Logits and what follows from them stand letters first, (10, n), so that sums over letters run along memory. The
+        logits of all k batches are kept, and turned into loss and accuracy at the end.
+        """
+        k, n, _ = x.shape
+        W, M, V = self.W, self.M, self.V
+        share = np.float32(1 / n)
+        target = np.multiply(y[:, None] == np.arange(len(LETTERS), dtype=np.uint8)[:, None], share)
+        logits = np.empty((k, len(LETTERS), n), np.float32)
+        top, total = np.empty((k, n), np.float32), np.empty((k, n), np.float32)
+        p, scale = np.empty((len(LETTERS), n), np.float32), np.empty(n, np.float32)
+        gradient, step = np.empty_like(W), np.empty_like(W)
+        for x_i, z, z_top, z_total, target_i, rate, eps in zip(
+            x, logits, top, total, target, *self._schedule(k), strict=True
+        ):
+            # softmax cross-entropy: its gradient with respect to the logits is (softmax - one-hot) / n
+            np.matmul(x_i, W, out=z.T)
+            np.maximum.reduce(z, axis=0, out=z_top)
+            np.subtract(z, z_top, out=p)
+            np.exp(p, out=p)
+            np.add.reduce(p, axis=0, out=z_total)
+            np.divide(share, z_total, out=scale)
+            np.multiply(p, scale, out=p)
+            np.subtract(p, target_i, out=p)
+            np.dot(x_i.T, p.T, out=gradient)
+            # Adam
+            M *= BETA1
+            M += gradient
+            np.multiply(gradient, gradient, out=gradient)
+            V *= BETA2
+            V += gradient
+            np.sqrt(V, out=step)
+            step += eps
+            np.divide(M, step, out=step)
+            step *= rate
+            W -= step
+        right = np.take_along_axis(logits, y[:, None], 1)[:, 0]
+        losses = np.log(total) + top - right
+        return float(losses.mean(dtype=np.float64)), int((right >= top).sum())
+
+    def _schedule(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """rate_t and eps_t of the next k steps."""
+        t = np.arange(self.t + 1, self.t + k + 1, dtype=np.float64)
+        self.t += k
+        q = np.sqrt((1 - BETA2) / (1 - BETA2**t))
+        rates = self.lr * (1 - BETA1) / ((1 - BETA1**t) * q)
+        return rates.astype(np.float32), (EPS / q).astype(np.float32)
+
+    def evaluate(self, split: Split) -> Evaluation:
+        return score_logits(self.features[split.name] @ self.W, split.y)
+
+    def state(self) -> State:
+        return {"W": self.W.copy(), "M": self.M.copy(), "V": self.V.copy(), "t": np.array(self.t)}
+
+    def load(self, state: State) -> None:
+        self.W[:], self.M[:], self.V[:], self.t = state["W"], state["M"], state["V"], int(state["t"])
+        self._to_model()
+
+    def _to_model(self) -> None:
+        with torch.no_grad():
+            self.model.classifier.weight.copy_(torch.from_numpy(self.W[:-1].T))
+            self.model.classifier.bias.copy_(torch.from_numpy(self.W[-1]))

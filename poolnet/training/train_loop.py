@@ -1,0 +1,208 @@
+"""The training loop: Adam on cross-entropy, one pass over shuffled batches an epoch. No files, no MLflow.
+
+`fit` is the whole of it. Batch order and initial weights depend on the seed alone, never on the device, nor on whether
+the training was interrupted.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from poolnet.data.dataset import Split, Splits
+from poolnet.errors import InputError, RunError
+from poolnet.training.config import PLATEAU_MARGIN, TrainConfig
+from poolnet.training.evaluation import Evaluation, Fetch, evaluate, fetcher, threads
+from poolnet.training.model import build_model
+
+CONV_THREADS = 2  # on any machine, since the digits of a convolution's gradient depend on the number
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch. Train figures are means over the batches, each before its own step, weighted by batch size."""
+
+    epoch: int  # from 1
+    train_loss: float  # nats an image
+    train_acc: float
+    val_loss: float  # with the weights at the end of the epoch
+    val_acc: float
+    epoch_seconds: float  # the pass over train, without validation
+    examples_per_second: float  # of that pass
+
+    def __str__(self) -> str:
+        return (
+            f"Epoch {self.epoch:02d}: train loss={self.train_loss:.4f}, acc={self.train_acc:.4f} | "
+            f"val loss={self.val_loss:.4f}, acc={self.val_acc:.4f}"
+        )
+
+
+@dataclass(frozen=True)
+class FitResult:
+    model: nn.Module
+    history: tuple[EpochRecord, ...]
+    val: Evaluation  # with the final weights
+    test: Evaluation
+
+
+OnEpoch = Callable[[EpochRecord], object]
+State = dict[str, np.ndarray]  # everything that the rest of a training depends on
+OnState = Callable[[State], object]
+# some batches of an epoch: how many images, their mean loss, how many were right
+Part = tuple[int, torch.Tensor | float, torch.Tensor | int]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training goes on: the epochs it has behind it, and its state."""
+
+    history: tuple[EpochRecord, ...]
+    state: State
+
+
+GoOn = Callable[[State], Start | None]  # told the state of a new training, gives one of that form to go on from
+
+
+class Learner(Protocol):
+    """What `run_epochs` trains."""
+
+    def train_epoch(self, order: torch.Tensor, batch_size: int) -> Iterator[Part]:
+        """Steps through the images in this order, part by part."""
+
+    def evaluate(self, split: Split) -> Evaluation: ...
+
+    def state(self) -> State: ...
+
+    def load(self, state: State) -> None: ...
+
+
+def fit(
+    config: TrainConfig,
+    splits: Splits,
+    on_epoch: OnEpoch = lambda record: None,
+    on_state: OnState = lambda state: None,
+    go_on: GoOn = lambda state: None,
+    conv_threads: int = CONV_THREADS,
+) -> FitResult:
+    """Train for `config.epochs`, report each epoch to `on_epoch` and the state after it to `on_state`, evaluate val and
+    test with the final weights. With `go_on`, from a state reported before, the rest is trained, to the same result."""
+    device = resolve_device(config.device)
+    model = build_model(config.pool, config.seed).to(device)
+    learner = Autograd(model, config.lr, {split.name: fetcher(split, device) for split in splits})
+    with threads(conv_threads if config.pool == "conv" else 1):
+        history = run_epochs(config, splits, learner, on_epoch, on_state, go_on)
+        return FitResult(model, history, learner.evaluate(splits.val), learner.evaluate(splits.test))
+
+
+def run_epochs(
+    config: TrainConfig, splits: Splits, learner: Learner, on_epoch: OnEpoch, on_state: OnState, go_on: GoOn
+) -> tuple[EpochRecord, ...]:
+    """The history of `config.epochs` passes over train, each followed by validation; a loss must be finite."""
+    n = len(splits.train)
+    generator = torch.Generator().manual_seed(config.seed)
+    history: list[EpochRecord] = []
+    if start := go_on(_state(0, generator, learner)):
+        history = list(start.history)
+        learner.load(start.state)
+        generator.set_state(torch.from_numpy(start.state["order"]))
+    for epoch in range(len(history) + 1, config.epochs + 1):
+        began = time.perf_counter()
+        order = torch.randperm(n, generator=generator)
+        train_loss, train_acc = _totals(list(learner.train_epoch(order, config.batch_size)))
+        spent = time.perf_counter() - began
+        val = learner.evaluate(splits.val)
+        if not np.isfinite([train_loss, val.loss]).all():
+            losses = f"train loss={train_loss:g}, val loss={val.loss:g}"
+            raise RunError(f"epoch {epoch}: {losses}, expected finite ones; lr={config.lr:g} may be too high")
+        history.append(EpochRecord(epoch, train_loss, train_acc, val.loss, val.acc, spent, n / spent))
+        on_epoch(history[-1])
+        on_state(_state(epoch, generator, learner))
+    return tuple(history)
+
+
+def _totals(parts: list[Part]) -> tuple[float, float]:
+    """Mean loss and accuracy of an epoch, from those of its parts."""
+    images, losses, rights = zip(*parts, strict=True)
+    if isinstance(losses[0], torch.Tensor):  # which may be on a device, where no batch had to wait for them
+        losses, rights = torch.stack(losses).tolist(), torch.stack(rights).tolist()
+    shares = np.array(images) / sum(images)
+    return float(shares @ np.array(losses)), sum(rights) / sum(images)
+
+
+def _state(epochs: int, generator: torch.Generator, learner: Learner) -> State:
+    """Where a training stands after so many epochs."""
+    return {**learner.state(), "epochs": np.array(epochs), "order": generator.get_state().numpy()}
+
+
+def train_one_epoch(
+    model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], optimizer: torch.optim.Optimizer
+) -> Iterator[Part]:
+    """One optimiser step a batch. Yields each batch's size, mean loss and number of right answers before its step."""
+    model.train()
+    for x, y in batches:
+        optimizer.zero_grad()
+        logits = model(x)
+        loss = F.cross_entropy(logits, y)
+        loss.backward()
+        optimizer.step()
+        yield len(y), loss.detach(), (logits.argmax(1) == y).sum()  # these stay on the device: no waiting for each
+
+
+class Autograd:
+    """A module trained by torch, on its device; `fetch` gives inputs and labels of each split by their rows."""
+
+    def __init__(self, module: nn.Module, lr: float, fetch: dict[str, Fetch]):
+        self.module, self.fetch = module, fetch
+        self.device = next(module.parameters()).device
+        self.optimizer = torch.optim.Adam(module.parameters(), lr=lr)
+        for weight in module.parameters():  # what Adam makes at its first step, so that every state has one form
+            zeros = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[weight] = {"step": torch.tensor(0.0), **zeros}
+
+    def train_epoch(self, order: torch.Tensor, batch_size: int) -> Iterator[Part]:
+        batches = map(self.fetch["train"], order.to(self.device).split(batch_size))
+        return train_one_epoch(self.module, batches, self.optimizer)
+
+    def evaluate(self, split: Split) -> Evaluation:
+        return evaluate(self.module.eval(), split, self.fetch[split.name])
+
+    def state(self) -> State:
+        """Weights, and Adam's running means and step count of each."""
+        state = {f"model.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            state |= {f"adam.{index}.{name}": tensor for name, tensor in moments.items()}
+        return {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items()}
+
+    def load(self, state: State) -> None:
+        tensors = {name: torch.from_numpy(array) for name, array in state.items()}
+        self.module.load_state_dict({name: tensors[f"model.{name}"] for name in self.module.state_dict()})
+        adam = self.optimizer.state_dict()
+        moments = {i: {name: tensors[f"adam.{i}.{name}"] for name in known} for i, known in adam["state"].items()}
+        self.optimizer.load_state_dict({**adam, "state": moments})
+
+
+def score(history: tuple[EpochRecord, ...]) -> dict[str, float]:
+    """What a history says once: the best validation accuracy, its epoch, and where the plateau begins.
+
+    The plateau begins with the first epoch whose validation accuracy is within 0.002 of the best of all epochs.
+    """
+    accs = [record.val_acc for record in history]
+    plateau = next(record.epoch for record in history if record.val_acc >= max(accs) - PLATEAU_MARGIN)
+    return {"best_val_acc": max(accs), "best_val_epoch": accs.index(max(accs)) + 1, "plateau_epoch": plateau}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is cuda, else mps, else cpu. A device that is unknown or not there raises `InputError`."""
+    present = ["cpu"]
+    if torch.backends.mps.is_available():
+        present.insert(0, "mps")
+    if torch.cuda.is_available():
+        present = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *present]
+    if name != "auto" and name not in present:
+        raise InputError(f"device: found {name!r}, expected one that is here: auto, {', '.join(present)}")
+    return torch.device(present[0] if name == "auto" else name)
