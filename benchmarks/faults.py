@@ -44,7 +44,7 @@ from PIL import Image
 
 from poolnet.data import npz
 from poolnet.files import read_json
-from poolnet.runs.run_record import Journal
+from poolnet.runs.run_record import RunRecord
 
 FIGURES = ("train_loss", "train_acc", "val_loss", "val_acc")  # the same in each run; the times are not
 TIMINGS = ("epoch_seconds", "examples_per_second")
@@ -92,11 +92,11 @@ class World:
             raise click.ClickException(f"{' '.join(command)} ended with {process.returncode}: {err}")
         return out
 
-    def journals(self) -> list[Journal]:
-        return [Journal(path.parent) for path in sorted((self.folder / "home" / "runs").glob("*/record.json"))]
+    def journals(self) -> list[RunRecord]:
+        return [RunRecord(path.parent) for path in sorted((self.folder / "home" / "runs").glob("*/record.json"))]
 
 
-def outcome(run: Journal) -> dict[str, np.ndarray]:
+def outcome(run: RunRecord) -> dict[str, np.ndarray]:
     """What a run has come to, as its folder has it: histories, predictions, weights."""
     steps = [record["step"] for record in run.metrics()]
     records = {record["step"]: record["metrics"] for record in run.metrics()}
@@ -114,7 +114,7 @@ def differences(found: dict, expected: dict) -> list[str]:
     return sorted(n for n in names if n not in found or n not in expected or not np.array_equal(found[n], expected[n]))
 
 
-def on_server(uri: str, run: Journal) -> dict[str, object]:
+def on_server(uri: str, run: RunRecord) -> dict[str, object]:
     """All that the server has of a run, apart from what no two runs share: names, times, and how long things took."""
     client = mlflow.MlflowClient(uri)
     found = client.search_runs(["0"], f"tags.`poolnet.run` = '{run.name}'")

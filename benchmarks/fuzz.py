@@ -35,7 +35,7 @@ from poolnet import files
 from poolnet.cli.commands import main as run_command
 from poolnet.data import dataset
 from poolnet.errors import InputError, RunError
-from poolnet.runs.run_record import Journal
+from poolnet.runs.run_record import RunRecord
 from poolnet.studies import study
 
 SECONDS = 120  # that a command may take
@@ -290,7 +290,7 @@ def cache_case(letters_file: Path, expected: list) -> Wrong:
 def figures_of(home: Path) -> list:
     """Those of the only run in that home, without the times."""
     (path,) = home.glob("runs/*/record.json")
-    records = Journal(path.parent).metrics()
+    records = RunRecord(path.parent).metrics()
     return [[(n, v) for n, v in r["metrics"].items() if n in FIGURES or n.startswith("test_")] for r in records]
 
 

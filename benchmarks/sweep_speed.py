@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 from train_speed import EPOCHS, notebook_command, process, random_letters, show
 
-from poolnet.runs.run_record import Journal
+from poolnet.runs.run_record import RunRecord
 
 STUDY = """question = "How long does it take?"
 seeds = {seeds}
@@ -45,7 +45,7 @@ def measure(seeds: int, workers: int, scale: float) -> tuple[float, float, float
 def check(folder: Path, seeds: int) -> None:
     """What was timed are so many whole runs, each trained once."""
     losses = {}
-    for run in map(Journal, (folder / "home" / "runs").iterdir()):
+    for run in map(RunRecord, (folder / "home" / "runs").iterdir()):
         records = run.by_step()
         assert sorted(records) == list(range(EPOCHS + 1)), run.name
         losses[run.stem] = records[EPOCHS]["train_loss"]

@@ -28,7 +28,7 @@ from poolnet.data import dataset, npz
 from poolnet.training import features, train_loop
 from poolnet.training.config import TrainConfig
 from poolnet.training.evaluation import threads
-from poolnet.training.fast_step import SoftmaxRegression
+from poolnet.training.fast_step import FastSoftmaxRegression
 from poolnet.training.model import SimplePoolNet, build_model
 
 FULL = {"train": 415_752, "val": 46_194, "test": 13_649}  # images of the reference experiment
@@ -103,7 +103,7 @@ class Ours:
 
     def __init__(self, path: Path):
         splits, arrays = features.open_pooled(path, "max")
-        self.learner = SoftmaxRegression(build_model("max", 42), LR, arrays, splits.train.y)
+        self.learner = FastSoftmaxRegression(build_model("max", 42), LR, arrays, splits.train.y)
         self.n, self.order = len(splits.train), torch.Generator().manual_seed(42)
         self.losses: list[float] = []
 

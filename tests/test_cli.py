@@ -379,7 +379,7 @@ def test_users_without_a_folder_of_their_own_have_one(monkeypatch, tmp_path, fou
 
 def test_help_imports_nothing_heavy():
     heavy = {"torch", "mlflow", "numpy", "matplotlib", "scipy", "PIL"}
-    script = "import sys; from poolnet.cli import cli; cli.main(['--help'], standalone_mode=False); print(*sys.modules)"
+    script = "import sys\nfrom poolnet.cli import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "Usage:" in finished.stdout
     assert not heavy & set(finished.stdout.split())

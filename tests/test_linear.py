@@ -16,7 +16,7 @@ from poolnet.data.dataset import open_splits
 from poolnet.errors import RunError
 from poolnet.training import fast_step
 from poolnet.training.config import TrainConfig
-from poolnet.training.fast_step import SoftmaxRegression, optimum
+from poolnet.training.fast_step import FastSoftmaxRegression, lowest_train_loss
 from poolnet.training.features import open_pooled
 from poolnet.training.model import build_model
 from poolnet.training.train_loop import Autograd, _totals, fit
@@ -76,7 +76,7 @@ def test_the_step_is_adams(letters):
     """Weights after each of many steps, against torch.optim.Adam on autograd's gradient, in double precision."""
     splits, arrays = open_pooled(letters, "max")
     model = build_model("max", seed=3)
-    learner = SoftmaxRegression(model, 0.05, arrays, splits.train.y)
+    learner = FastSoftmaxRegression(model, 0.05, arrays, splits.train.y)
     W = torch.tensor(learner.W, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([W], lr=0.05)
     x, y = torch.tensor(arrays["train"]).double(), torch.tensor(splits.train.y)
@@ -92,7 +92,7 @@ def test_the_step_is_adams(letters):
 def test_the_path_for_other_devices_equals_torchs_own_loop(letters):
     splits, arrays = open_pooled(letters, "avg")
     order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(0))
-    fast = SoftmaxRegression(build_model("avg", 1), 0.01, arrays, splits.train.y)
+    fast = FastSoftmaxRegression(build_model("avg", 1), 0.01, arrays, splits.train.y)
     net = build_model("avg", 1).classifier
     cpu = torch.device("cpu")
     other = Autograd(
@@ -128,7 +128,9 @@ def test_the_optimum_is_where_scikit_learn_finds_it_and_training_goes_there(skle
     np.savez(tmp_path / "noisy.npz", **noisy)
     splits, arrays = open_pooled(tmp_path / "noisy.npz", "avg")
     short, long = (
-        optimum(fast_step.fit(TrainConfig("", "avg", epochs, lr=0.01), splits, arrays), splits.train, arrays["train"])
+        lowest_train_loss(
+            fast_step.fit(TrainConfig("", "avg", epochs, lr=0.01), splits, arrays), splits.train, arrays["train"]
+        )
         for epochs in (2, 200)
     )
     x = arrays["train"][:, :49].astype(np.float64)
@@ -145,20 +147,20 @@ def test_the_optimum_is_where_scikit_learn_finds_it_and_training_goes_there(skle
 def test_the_gap_is_what_training_is_above_the_optimum(letters):
     splits, arrays = open_pooled(letters, "avg")
     result = fast_step.fit(TrainConfig(pool="avg", epochs=3, lr=0.01), splits, arrays)
-    found = optimum(result, splits.train, arrays["train"])
+    found = lowest_train_loss(result, splits.train, arrays["train"])
     logits = torch.from_numpy(arrays["train"]) @ fast_step._weights(result.model)
     loss = F.cross_entropy(logits, torch.from_numpy(splits.train.y)).item()
     assert loss - found.train_loss == pytest.approx(found.gap, abs=1e-5)
 
 
 OPTIMUM = """
-from poolnet import linear
-from poolnet.config import TrainConfig
-from poolnet.features import open_pooled
+from poolnet.training import fast_step
+from poolnet.training.config import TrainConfig
+from poolnet.training.features import open_pooled
 splits, arrays = open_pooled("more.npz", "avg")
-result = linear.fit(TrainConfig(pool="avg", epochs=1, batch_size=3000), splits, arrays)
+result = fast_step.fit(TrainConfig(pool="avg", epochs=1, batch_size=3000), splits, arrays)
 for _ in range(2):
-    print(result.test.loss, linear.optimum(result, splits.train, arrays["train"]))
+    print(result.test.loss, linear.lowest_train_loss(result, splits.train, arrays["train"]))
 """
 
 

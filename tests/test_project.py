@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import subprocess
 import sys
 import tomllib
 from itertools import pairwise
@@ -15,6 +16,7 @@ from mlflow.utils.environment import _PythonEnv
 from packaging.requirements import Requirement
 from test_tracking import journaled, publish
 
+import poolnet
 from poolnet.cli.commands import cli
 from poolnet.tracking import training_runs
 from poolnet.training.config import TrainConfig
@@ -178,6 +180,15 @@ def test_the_readmes_lines_for_a_notebook_work(letters, capsys):
     *epochs, ours, champions = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in epochs] == [f"Epoch {number:02d}" for number in range(1, 11)]
     assert float(ours) == float(champions) == pytest.approx(trained.data.metrics["test_acc"], abs=1e-6)
+
+
+def test_importing_poolnet_imports_nothing_heavy_and_all_ten_names_are_there():
+    script = "import sys, poolnet as p; print({'torch', 'mlflow', 'numpy'} & {*sys.modules})\n"
+    script += "print(len(p.__all__), all(getattr(p, name).__name__ == name for name in p.__all__ if name in dir(p)))"
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert finished.stdout == "set()\n10 True\n"
+    with pytest.raises(AttributeError, match="no attribute 'pooling'"):
+        _ = poolnet.pooling
 
 
 def test_the_project_keeps_no_lock_that_breaks_the_uv_environment():

@@ -12,7 +12,7 @@ from poolnet.stats import paired
 from poolnet.studies import compare, comparison_figures, report
 from poolnet.studies.compare import Arm, Comparison
 from poolnet.text import to_json
-from poolnet.tracking.training_runs import Recorded
+from poolnet.tracking.training_runs import TrainingRun
 from poolnet.training.config import TrainConfig
 
 N = 300
@@ -20,7 +20,7 @@ N = 300
 
 def arm(name, seeds, accuracy, rng, y):
     runs = tuple(
-        Recorded(f"{name}-{seed:02d}", "7", f"max-seed{seed}-0000000{seed % 10}", "FINISHED", seed,
+        TrainingRun(f"{name}-{seed:02d}", "7", f"max-seed{seed}-0000000{seed % 10}", "FINISHED", seed,
                  TrainConfig(data="nowhere.npz", epochs=2, seed=seed), "cpu", "letters", "5" * 64, "c0ffee", {})
         for seed in range(1, seeds + 1)
     )  # fmt: skip

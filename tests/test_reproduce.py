@@ -15,7 +15,7 @@ from test_tracking import journaled, publish
 
 from poolnet.models import reproduce
 from poolnet.runs import provenance, run_record, train_run
-from poolnet.tracking import training_runs
+from poolnet.tracking import addresses, training_runs
 from poolnet.training.config import TrainConfig
 
 CONFIG = TrainConfig(data="letters.npz", pool="avg", epochs=3, batch_size=32, lr=0.01)
@@ -79,7 +79,7 @@ def test_a_conv_run_is_trained_again_with_its_own_number_of_threads(tmp_path):
     np.savez("letters.npz", **make_arrays())
     config = dataclasses.replace(CONFIG, pool="conv", epochs=1)
     splits, pooled = train_run.open_data(config, False, print)
-    old = train_run.create(config, False, splits, threads=3)
+    old = train_run.create(config, False, splits, addresses.environment(), threads=3)
     with old.training():
         train_run.carry_out(old, splits, pooled, say=lambda line: None)
     found, _ = reproduced(publish(old).info.run_id)

@@ -20,7 +20,7 @@ from test_tracking import journaled, publish
 from poolnet import files
 from poolnet.data.dataset import open_splits
 from poolnet.runs import run_record
-from poolnet.runs.run_record import Journal
+from poolnet.runs.run_record import RunRecord
 from poolnet.studies import sweep as sweeps
 from poolnet.studies.study import read
 from poolnet.tracking import sweep_run
@@ -133,7 +133,7 @@ def test_ctrl_c_ends_a_sweep_and_its_workers_and_says_how_to_go_on(study):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == f"poolnet: error: stopped; go on with: poolnet sweep {path}\n"
-    ended = [Journal(run_record.folder() / name).ended()["status"] for name in run_record.names()]
+    ended = [RunRecord(run_record.folder() / name).ended()["status"] for name in run_record.names()]
     assert ended == ["KILLED", "KILLED"]
     _, (parent,) = runs()
     assert parent.info.status == "KILLED"
@@ -155,7 +155,7 @@ def test_runs_begin_seed_by_seed_and_one_whose_process_dies_is_left_for_the_next
     ((config, why),) = died
     assert config == begun[1]
     assert why.startswith("its process died, exit code")
-    ended = {name: Journal(run_record.folder() / name).finished for name in run_record.names()}
+    ended = {name: RunRecord(run_record.folder() / name).finished for name in run_record.names()}
     assert list(ended.values()).count(True) == 3
 
 

@@ -22,7 +22,7 @@ from test_tracking import CONFIG, journaled, publish
 
 from poolnet import files, process
 from poolnet.runs import run_record, train_run
-from poolnet.tracking import servers, sync
+from poolnet.tracking import addresses, servers, sync
 from poolnet.tracking.publication import Publication
 from poolnet.tracking.publisher import published
 from poolnet.training import fast_step
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("letters")
 def interrupted(config=CONFIG, after=1):
     """A run of this process that was stopped after an epoch, as a run that was killed leaves it."""
     splits, pooled = train_run.open_data(config, cache=False, say=lambda line: None)
-    left = train_run.create(config, False, splits)
+    left = train_run.create(config, False, splits, addresses.environment())
 
     def stop_after(record):
         if int(str(record).split()[1].rstrip(":")) == after:
@@ -212,7 +212,7 @@ def test_resume_goes_on_in_the_same_run_and_ends_as_if_nothing_had_happened(caps
 
 def test_a_stop_before_the_first_batch_is_recorded(monkeypatch):
     splits, pooled = train_run.open_data(CONFIG, cache=False, say=lambda line: None)
-    left = train_run.create(CONFIG, False, splits)
+    left = train_run.create(CONFIG, False, splits, addresses.environment())
 
     def stopped(*args, **hooks):
         raise process.Stop(signal.SIGINT)

@@ -26,7 +26,7 @@ from poolnet.data.dataset import open_splits
 from poolnet.errors import InputError
 from poolnet.runs import provenance, run_record, train_run
 from poolnet.runs.figures import of_run, save_all
-from poolnet.tracking import publisher, servers, sync, upload_process
+from poolnet.tracking import addresses, publisher, servers, sync, upload_process
 from poolnet.tracking.publication import Publication
 from poolnet.training import fast_step, features
 from poolnet.training.config import TrainConfig
@@ -220,7 +220,7 @@ pytestmark = pytest.mark.usefixtures("letters")
 def journaled(config=CONFIG, optimum=False):
     """A run of this process, finished and not published."""
     splits, pooled = train_run.open_data(config, cache=False, say=lambda line: None)
-    run = train_run.create(config, optimum, splits)
+    run = train_run.create(config, optimum, splits, addresses.environment())
     with run.training():
         train_run.carry_out(run, splits, pooled, say=lambda line: None)
     return run

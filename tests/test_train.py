@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from poolnet.data.dataset import Split, Splits, open_splits
+from poolnet.data.dataset import Dataset, Split, open_splits
 from poolnet.errors import InputError, RunError
 from poolnet.training.config import TrainConfig
 from poolnet.training.evaluation import evaluate, threads
@@ -120,7 +120,7 @@ def test_evaluate_covers_every_image_once(monkeypatch, letters):
     split = open_splits(letters).test
     model = SimplePoolNet("avg")
     whole = evaluate(model, split)
-    monkeypatch.setattr("poolnet.evaluate.EVAL_BATCH", 7)
+    monkeypatch.setattr("poolnet.training.evaluation.EVAL_BATCH", 7)
     parts = evaluate(model, split)
     assert whole.logits.shape == (110, 10)
     assert whole.logits.dtype == np.float32
@@ -137,7 +137,7 @@ def test_it_learns(letters):
 def test_a_data_set_in_memory_trains_as_well():
     arrays = make_arrays((40, 10, 10))
     splits = [Split(name, arrays[f"X_{name}"], arrays[f"y_{name}"], sha256="") for name in ("train", "val", "test")]
-    assert len(fit(TrainConfig(epochs=2), Splits("memory", *splits, overlap=0)).history) == 2
+    assert len(fit(TrainConfig(epochs=2), Dataset("memory", *splits, overlap=0)).history) == 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(letters):

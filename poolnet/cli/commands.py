@@ -4,7 +4,6 @@ Modules that import torch or mlflow are imported inside the commands, so that `p
 """
 
 import dataclasses
-import functools
 import os
 import sys
 from collections.abc import Callable
@@ -62,19 +61,6 @@ def train_options(command: Callable) -> Callable:
     return command
 
 
-def _look_ahead() -> None:
-    """Refuse a tracking address that can never work, and warn of a server that is down: before anything is trained."""
-    from poolnet.tracking import addresses
-
-    uri = addresses.own()
-    addresses.check(uri)
-    if problem := addresses.unreachable(uri):
-        warn(
-            f"{addresses.shown(uri)} cannot be reached ({problem}); what is trained is kept, and published later with: "
-            "poolnet sync"
-        )
-
-
 @cli.command()
 @train_options
 @click.option("--resume", metavar="RUN", default="", help="Go on with a run that was interrupted, with its settings.")
@@ -86,44 +72,24 @@ def train(
     context: click.Context, resume: str, no_cache: bool, optimum: bool, timeout: float, **options: object
 ) -> None:
     """Train one network and record it in MLflow."""
-    config = TrainConfig(**options)
-    if optimum and config.pool == "conv":
-        raise InputError("--optimum: found pool conv, expected max or avg, whose loss has a single minimum")
+    from poolnet.tracking.train import train
 
-    home()  # first of all, since nothing goes without it
-    if not resume:
-        _look_ahead()
-
-    from poolnet.tracking.publisher import Publisher
-
-    with Publisher(timeout) as publisher:  # its imports take seconds, beside ours
-        from poolnet.runs import train_run
-        from poolnet.tracking import addresses
-
-        if resume:
-            given = {
-                name: value
-                for name, value in {**options, "optimum": optimum}.items()
-                if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
-            }
-            carrier = os.environ.get("MLFLOW_RUN_ID", "")  # a run that `mlflow run` made only for this
-            begun = functools.partial(publisher.add, carrier=carrier)
-            run = train_run.resume(resume, given, not no_cache, begun, publisher.check, say, warn)
-        else:
-            publisher.refuse_stale()
-            server = addresses.environment()
-            run = train_run.run(config, optimum, not no_cache, server, publisher.add, publisher.check, say, warn)
-        trouble = publisher.close()
-        held = publisher.held
-    if held.version:
-        say(f"Model: models:/poolnet/{held.version}")
-    elif held.model_id:
-        say(f"Model: models:/{held.model_id}")
-    if held.look:
-        say(f"Look at it: {held.look}")
-    if trouble:
+    given = {
+        name: value
+        for name, value in {**options, "optimum": optimum}.items()
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+    }
+    trained = train(TrainConfig(**options), optimum, not no_cache, resume, given, timeout, say, warn)
+    server, run = trained.server, trained.run
+    if server.version:
+        say(f"Model: models:/poolnet/{server.version}")
+    elif server.model_id:
+        say(f"Model: models:/{server.model_id}")
+    if server.look:
+        say(f"Look at it: {server.look}")
+    if trained.trouble:
         where = run.folder
-        failed(f"{trouble}; all is safe in {where}, and published by: poolnet sync {run.name}", 3)
+        failed(f"{trained.trouble}; all is safe in {where}, and published by: poolnet sync {run.name}", 3)
         context.exit(3)
 
 
@@ -194,8 +160,10 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, timeout:
     found = read(study, data)
     if workers and not (workers.isdecimal() and 0 < int(workers[:5]) < 1000):
         raise InputError(f"--workers: found {workers!r}, expected a whole number from 1 to 999")
+    from poolnet.tracking.train import look_ahead
+
     home()
-    _look_ahead()
+    look_ahead(warn)
     options = [study, *(["--data", data] if data else [])]
     again = pasted("poolnet", "sweep", *options)
     process.last_words = f"stopped; go on with: {again}"
@@ -284,7 +252,7 @@ def compare(
             selected = select.of_experiment(client, [where], by, arms or (), data)
         else:
             selected = select.of_runs(client, names)
-        comparison = compare.compare(client, found.question if found else "", selected, within, seed)
+        comparison = compare.of_selected(client, selected, found.question if found else "", within, seed)
         run_id = report.publish(client, uri, where, comparison)
         look = servers.page_of(uri, where, run_id)
     if as_json:

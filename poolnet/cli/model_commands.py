@@ -1,4 +1,4 @@
-"""The commands that use registered models, or make and check them: parse, call, print, as in `cli.py`."""
+"""The commands that use registered models, or make and check them: parse, call, print, as in `commands.py`."""
 
 import contextlib
 import os

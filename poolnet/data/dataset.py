@@ -45,7 +45,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Splits:
+class Dataset:
     """A data set: its file, its three splits, and how many test images also occur in train."""
 
     path: Path
@@ -96,12 +96,17 @@ def locate(data: str, say: Callable[[str], None] = lambda line: None) -> Path:
     return prepared(data) if data == "notmnist" else expanded(Path(data))
 
 
+def open_data(data: str | Path = "glyphs") -> Dataset:
+    """Open what `--data` means: `glyphs`, `notmnist`, or the path of an `.npz`. Raises `InputError`."""
+    return open_splits(locate(str(data)))
+
+
 Watch = Callable[[str, int, int, np.ndarray], None]  # told of each window: split, its size, first row, pixels
 
 
 def open_splits(
     path: Path, keep: Collection[str] = SPLITS, watch: Watch = lambda name, size, start, window: None
-) -> Splits:
+) -> Dataset:
     """Read once from end to end: validated, digested, and the images of the splits in `keep` kept.
 
     `watch` sees all pixels on the way, so that what it makes of them belongs to the digest. Raises `InputError` with
@@ -125,7 +130,7 @@ def open_splits(
         for name in reversed(SPLITS):  # test first: its images are to be known when train passes by
             splits[name] = _read_split(name, members[name], labels[name], name in keep, [scale.see, watch, overlap.see])
     scale.check()
-    return Splits(path, **splits, overlap=overlap.count())
+    return Dataset(path, **splits, overlap=overlap.count())
 
 
 def _rendered_glyphs(say: Callable[[str], None]) -> Path:

@@ -12,7 +12,7 @@ from mlflow.entities import LoggedModelInput, Run
 from mlflow.tracking.client import MlflowClient
 
 from poolnet.data import dataset
-from poolnet.data.dataset import LETTERS, Split, Splits
+from poolnet.data.dataset import LETTERS, Dataset, Split
 from poolnet.errors import InputError
 from poolnet.runs import figures
 from poolnet.stats import scores
@@ -30,12 +30,12 @@ TOLERANCE_ELSEWHERE = {"loss": 1e-4, "acc": 1e-3}  # and one letter: sums in ano
 
 
 @dataclasses.dataclass(frozen=True)
-class Scorecard:
+class EvaluationReport:
     """`recorded` are loss and accuracy as the training run logged them; None where that was on other data, or not."""
 
     model: Loaded
     trained: Run | None  # the run that the model is from, if the server has it
-    splits: Splits
+    splits: Dataset
     split: Split
     evaluation: Evaluation
     scores: Scores
@@ -84,7 +84,7 @@ class Scorecard:
         return f"Differs from its run {run}: found {'; '.join(pairs)}."
 
 
-def score(client: MlflowClient, model: Loaded, path: str, split: str, seed: int) -> Scorecard:
+def score(client: MlflowClient, model: Loaded, path: str, split: str, seed: int) -> EvaluationReport:
     """The model's scores on a split of the data set at `path`, or of that it was trained on."""
     trained = servers.look_up(client, model.run_id) if model.run_id else None
     splits = _open(model, trained, path)
@@ -96,10 +96,10 @@ def score(client: MlflowClient, model: Loaded, path: str, split: str, seed: int)
         counted = scores.of(found.logits, found.y, seed)
     except ValueError as error:  # weights that are not finite
         raise InputError(f"{model.uri} on {splits.path}: {error}") from None
-    return Scorecard(model, trained, splits, part, found, counted, _recorded(trained, splits, split))
+    return EvaluationReport(model, trained, splits, part, found, counted, _recorded(trained, splits, split))
 
 
-def _open(model: Loaded, trained: Run | None, path: str) -> Splits:
+def _open(model: Loaded, trained: Run | None, path: str) -> Dataset:
     """The data set named, or that which the model was trained on, which must still be the same then."""
     if path:
         return dataset.open_splits(dataset.locate(path))
@@ -128,7 +128,7 @@ def _place(trained: Run) -> Path:
     return dataset.locate(training_runs.config(trained).data)
 
 
-def _recorded(trained: Run | None, splits: Splits, split: str) -> dict[str, float] | None:
+def _recorded(trained: Run | None, splits: Dataset, split: str) -> dict[str, float] | None:
     """What the training logged of val or test with the final weights, if it was on this data."""
     if not trained or trained.data.tags.get("poolnet.data_sha256") != splits.sha256 or split == "train":
         return None
@@ -143,7 +143,7 @@ def _run_name(run: Run) -> str:
 # --- forms ------------------------------------------------------------------------------------------------------------
 
 
-def _summary(card: Scorecard) -> list[list[str]]:
+def _summary(card: EvaluationReport) -> list[list[str]]:
     s, ece = card.scores, card.scores.calibration.ece
     beyond = "above" if ece > s.ece_if_calibrated else "within"
     return [
@@ -154,7 +154,7 @@ def _summary(card: Scorecard) -> list[list[str]]:
     ]
 
 
-def _classes(card: Scorecard) -> list[list[str]]:
+def _classes(card: EvaluationReport) -> list[list[str]]:
     rows = [["letter", "n", "precision", "recall", "F1"]]
     for found in card.scores.per_class:
         shares = (_share(share) for share in (found.precision, found.recall, found.f1))
@@ -166,22 +166,22 @@ def _share(share: Share) -> str:
     return "-" if math.isnan(share.estimate) else f"{share.estimate:.3f} ({share.low:.3f} to {share.high:.3f})"
 
 
-def _confusion(card: Scorecard) -> list[list[str]]:
+def _confusion(card: EvaluationReport) -> list[list[str]]:
     rows = card.scores.confusion.tolist()
     return [["true, said", *LETTERS], *([letter, *map(str, row)] for letter, row in zip(LETTERS, rows, strict=True))]
 
 
-def _title(card: Scorecard) -> str:
+def _title(card: EvaluationReport) -> str:
     return f"{card.name} on {card.splits.name}, {card.split.name}: {card.scores.n:,} letters"
 
 
-def table(card: Scorecard) -> str:
+def table(card: EvaluationReport) -> str:
     """For a terminal."""
     parts = (aligned(rows(card)) for rows in (_summary, _classes, _confusion))
     return "\n".join([_title(card), "", *(line for part in parts for line in (*part, "")), card.agreement])
 
 
-def markdown(card: Scorecard) -> str:
+def markdown(card: EvaluationReport) -> str:
     """The description of the run in MLflow."""
     lines = [f"**{marked(_title(card))}**", "", marked(card.agreement), ""]
     lines += [*piped(_summary(card)), "", *piped(_classes(card)), ""]
@@ -194,7 +194,7 @@ def markdown(card: Scorecard) -> str:
     return "\n".join(lines)
 
 
-def contents(card: Scorecard) -> dict:
+def contents(card: EvaluationReport) -> dict:
     """All that the scorecard says, under the names of its JSON."""
     s, model = card.scores, card.model
     return {
@@ -224,7 +224,7 @@ def contents(card: Scorecard) -> dict:
 # --- the run in MLflow ------------------------------------------------------------------------------------------------
 
 
-def publish(client: MlflowClient, card: Scorecard) -> str:
+def publish(client: MlflowClient, card: EvaluationReport) -> str:
     """A run that holds the scores, linked to model and data set. Returns its id."""
     split, s = card.split.name, card.scores
     metrics = {f"{split}_loss": card.evaluation.loss, f"{split}_acc": card.evaluation.acc, "ece": s.calibration.ece}
@@ -249,7 +249,7 @@ def publish(client: MlflowClient, card: Scorecard) -> str:
     return run_id
 
 
-def _write(card: Scorecard, folder: Path) -> None:
+def _write(card: EvaluationReport, folder: Path) -> None:
     """The artifacts: numbers, predictions, figures."""
     (folder / "evaluation.json").write_text(to_json(contents(card), indent=1), encoding="utf-8")
     (folder / "predictions").mkdir()

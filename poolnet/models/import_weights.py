@@ -16,7 +16,7 @@ from mlflow.entities import Run
 from mlflow.tracking.client import MlflowClient
 
 from poolnet.data import dataset
-from poolnet.data.dataset import Splits
+from poolnet.data.dataset import Dataset
 from poolnet.errors import InputError
 from poolnet.files import home, locked, regular
 from poolnet.text import coded, printable
@@ -137,7 +137,7 @@ def _log(
     run_id: str,
     model_id: str,
     params: dict[str, str],
-    splits: Splits | None,
+    splits: Dataset | None,
     scores: dict[str, Evaluation],
 ) -> None:
     """What the run says of the weights, in the names that a training run uses."""

@@ -104,7 +104,7 @@ def predict(
 def _readable(
     paths: Iterable[Path], invert: bool | None, on_unreadable: Callable[[InputError], object]
 ) -> Iterator[tuple[Path, np.ndarray, bool]]:
-    for path in paths:
+    for path in map(Path, paths):
         try:
             image, dark = read(path, invert)
         except InputError as error:

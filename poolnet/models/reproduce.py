@@ -13,10 +13,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import process
-from poolnet.data.dataset import SPLITS, Splits
+from poolnet.data.dataset import SPLITS, Dataset
 from poolnet.errors import InputError
 from poolnet.runs import provenance, run_record, train_run
-from poolnet.runs.run_record import Journal
+from poolnet.runs.run_record import RunRecord
 from poolnet.runs.train_run import Pooled, Say
 from poolnet.tracking import addresses, registry, servers, training_runs
 from poolnet.tracking.publisher import Publisher
@@ -49,7 +49,7 @@ class Reproduction:
     """`circumstances` are what differs here from when the run was trained, `first` the first figure that differs."""
 
     original: Original
-    again: Journal
+    again: RunRecord
     circumstances: tuple[str, ...]
     verdict: str  # bit-identical, within tolerance, different
     first: str
@@ -155,7 +155,7 @@ def _settings(record: dict, data: str) -> tuple[TrainConfig, list[str]]:
     return config, []
 
 
-def _open(original: Original, config: TrainConfig, data: str, say: Say) -> tuple[Splits, Pooled]:
+def _open(original: Original, config: TrainConfig, data: str, say: Say) -> tuple[Dataset, Pooled]:
     recorded_data = original.record["data"]
     path = Path(recorded_data["path"])
     splits, pooled = train_run.open_data(config, True, say, path if path.exists() and not data else None)
@@ -182,7 +182,7 @@ def _code_differences(original: Original) -> list[str]:
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def _differences(original: Original, again: Journal) -> Iterable[tuple[bool, str]]:
+def _differences(original: Original, again: RunRecord) -> Iterable[tuple[bool, str]]:
     """Each figure that differs: whether it is within tolerance, and what it is. Epochs come first, in their order."""
     steps = again.by_step()
     for step in sorted(steps, key=lambda step: step or np.inf):

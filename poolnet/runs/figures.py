@@ -15,18 +15,18 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-from poolnet.data.dataset import LETTERS, Split, Splits
+from poolnet.data.dataset import LETTERS, Dataset, Split
 from poolnet.stats import scores
 from poolnet.training.config import TrainConfig
 from poolnet.training.evaluation import Evaluation
-from poolnet.training.fast_step import Optimum
+from poolnet.training.fast_step import LowestLoss
 from poolnet.training.train_loop import EpochRecord, FitResult
 
 _GLYPHS = FT2Font(findfont("DejaVu Sans")).get_charmap()  # of matplotlib's own font: code point -> glyph
 TRAIN, VAL, TEST = "#0072b2", "#d55e00", "#333333"  # told apart by the colour-blind too (Okabe & Ito)
 
 
-def of_run(config: TrainConfig, splits: Splits, result: FitResult, optimum: Optimum | None) -> dict[str, Figure]:
+def of_run(config: TrainConfig, splits: Dataset, result: FitResult, optimum: LowestLoss | None) -> dict[str, Figure]:
     """The figures of a finished run, by file name."""
     title = drawable(f"{config.pool} on {splits.name}, seed {config.seed}")
     weight = result.model.classifier.weight.detach().cpu().numpy()
@@ -50,7 +50,7 @@ def drawable(text: str) -> str:
     return "".join(char if ord(char) in _GLYPHS else ascii(char)[1:-1] for char in text).replace("$", r"\$")
 
 
-def learning_curves(history: Iterable[EpochRecord], test: Evaluation, optimum: Optimum | None, title: str) -> Figure:
+def learning_curves(history: Iterable[EpochRecord], test: Evaluation, optimum: LowestLoss | None, title: str) -> Figure:
     """Loss and accuracy over the epochs, train and val, with the test score and the lowest train loss as levels."""
     figure = Figure(figsize=(10, 4))
     figure.subplots_adjust(left=0.07, right=0.98, bottom=0.13, top=0.88, wspace=0.2)

@@ -9,7 +9,7 @@
     model.safetensors    the final weights, and two images as an example
     predictions/ figures/
     end.json             how the run ended; absent while it is trained, or when its process died
-    published.json       what tracking servers already hold (see tracking.py)
+    published.json       what tracking servers already hold (see publication.py)
 
 Whatever is cut off at any moment leaves each file whole, the old or the new one, or a last line that is recognised as
 torn and dropped. Each file carries a checksum: what is damaged is named, with the command that makes it again to the
@@ -65,7 +65,7 @@ FORM = {
 STATUSES = ("FINISHED", "KILLED", "FAILED")
 
 
-class Journal:
+class RunRecord:
     """One run's folder. Opening it reads and checks `record`; one that is damaged or newer is an `InputError`."""
 
     def __init__(self, folder: Path):
@@ -269,7 +269,7 @@ class Journal:
 
     def _write(self, path: Path, mode: str, data: bytes) -> None:
         """In one piece, and only into the operating system's buffers: what a power cut takes away is trained again,
-        to the same figures. Metrics that are published are flushed before (see tracking.py)."""
+        to the same figures. Metrics that are published are flushed before (see publication.py)."""
         with path.open(mode, buffering=0) as file:
             if file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, "the last bytes found no room")
@@ -348,7 +348,7 @@ def _problem(found: object, form: object, where: str = "") -> str:
     return f"{where.rstrip('.')}: found {str(found)[:40]!r}"
 
 
-def create(stem: str, record: dict, diff: bytes = b"") -> Journal:
+def create(stem: str, record: dict, diff: bytes = b"") -> RunRecord:
     """A new run, named `STEM-` and eight random digits. `record` is completed with format and start."""
     path = folder() / f"{stem}-{uuid.uuid4().hex[:8]}"
     try:
@@ -359,7 +359,7 @@ def create(stem: str, record: dict, diff: bytes = b"") -> Journal:
     except OSError as error:
         shutil.rmtree(path, ignore_errors=True)
         raise InputError(f"{path}: the journal cannot be written ({error}); set POOLNET_HOME elsewhere") from None
-    return Journal(path)
+    return RunRecord(path)
 
 
 def names() -> list[str]:
@@ -371,15 +371,15 @@ def names() -> list[str]:
     return sorted(times, key=times.get)
 
 
-def find(run: str) -> Journal | None:
+def find(run: str) -> RunRecord | None:
     """The run of that name, or of that MLflow run id."""
     if is_name(run) and (folder() / run / "record.json").exists():
-        return Journal(folder() / run)
+        return RunRecord(folder() / run)
     for name in names():
         servers = read_json(folder() / name / "published.json").get("servers")
         held = servers.values() if isinstance(servers, dict) else ()
         if any(isinstance(server, dict) and server.get("run_id") == run for server in held):
-            return Journal(folder() / name)
+            return RunRecord(folder() / name)
     return None
 
 

@@ -12,16 +12,16 @@ import numpy as np
 
 from poolnet import process
 from poolnet.data import dataset
-from poolnet.data.dataset import Splits
+from poolnet.data.dataset import Dataset
 from poolnet.errors import InputError, RunError
 from poolnet.runs import provenance, run_record
-from poolnet.runs.run_record import Journal
+from poolnet.runs.run_record import RunRecord
 from poolnet.training import fast_step, features, train_loop
 from poolnet.training.config import TrainConfig
 from poolnet.training.train_loop import EpochRecord, FitResult, Start, State
 
 Say = Callable[[object], object]
-Begun = Callable[[Journal], object]  # is told of a run as soon as it can be published
+Begun = Callable[[RunRecord], object]  # is told of a run as soon as it can be published
 Check = Callable[[], object]  # after each epoch; may raise `InputError`, which ends the run
 Pooled = dict[str, np.ndarray] | None  # the features of each split; None for a network that learns its own
 
@@ -35,7 +35,7 @@ def run(
     check: Check = lambda: None,
     say: Say = print,
     warn: Say = print,
-) -> Journal:
+) -> RunRecord:
     """A new run, from its data to its last file. `server` as in its record."""
     train_loop.resolve_device(config.device)
     splits, pooled = open_data(config, cache, say)
@@ -57,7 +57,7 @@ def resume(
     check: Check = lambda: None,
     say: Say = print,
     warn: Say = print,
-) -> Journal:
+) -> RunRecord:
     """Go on with a run, by its name or MLflow run id, and end as if nothing had happened."""
     old = run_record.find(name)
     if not old:
@@ -84,7 +84,7 @@ def resume(
     return old
 
 
-def open_data(config: TrainConfig, cache: bool, say: Say, path: Path | None = None) -> tuple[Splits, Pooled]:
+def open_data(config: TrainConfig, cache: bool, say: Say, path: Path | None = None) -> tuple[Dataset, Pooled]:
     """The data set of the settings, or that at `path`."""
     path = path or dataset.locate(config.data, say=say)
     if config.pool == "conv":
@@ -95,12 +95,12 @@ def open_data(config: TrainConfig, cache: bool, say: Say, path: Path | None = No
 def create(
     config: TrainConfig,
     optimum: bool,
-    splits: Splits,
+    splits: Dataset,
     server: Mapping[str, str],
     sweep: str = "",
     reproduces: str = "",
     threads: int = train_loop.CONV_THREADS,
-) -> Journal:
+) -> RunRecord:
     """The record of a new run, which may belong to a sweep, or reproduce the run of an id with its threads.
 
     `server` says where it is to be tracked: `uri` and the others of `run_record.FORM`.
@@ -120,7 +120,7 @@ def create(
     return run_record.create(f"{config.pool}-seed{config.seed}", record, diff)
 
 
-def settings(run: Journal) -> TrainConfig:
+def settings(run: RunRecord) -> TrainConfig:
     """The settings of a run that is to be trained; `InputError` if they are not this version's."""
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := run.record["config"].keys() - known:
@@ -128,7 +128,7 @@ def settings(run: Journal) -> TrainConfig:
     return TrainConfig(**run.record["config"])
 
 
-def check_options(run: Journal, given: dict[str, object]) -> None:
+def check_options(run: RunRecord, given: dict[str, object]) -> None:
     """Refuse options that contradict the record of a run that is to go on."""
     recorded = run.record["config"] | {"optimum": run.record["optimum"]}
     for name, value in given.items():
@@ -138,7 +138,7 @@ def check_options(run: Journal, given: dict[str, object]) -> None:
             )
 
 
-def open_recorded_data(run: Journal, cache: bool, say: Say) -> tuple[Splits, Pooled]:
+def open_recorded_data(run: RunRecord, cache: bool, say: Say) -> tuple[Dataset, Pooled]:
     """The data set that a run was begun with, which must still be what it was."""
     recorded = run.record["data"]
     path = Path(recorded["path"])
@@ -153,8 +153,8 @@ def open_recorded_data(run: Journal, cache: bool, say: Say) -> tuple[Splits, Poo
 
 
 def carry_out(
-    run: Journal,
-    splits: Splits,
+    run: RunRecord,
+    splits: Dataset,
     pooled: Pooled,
     check: Check = lambda: None,
     say: Say = print,
@@ -170,8 +170,8 @@ def carry_out(
 
 
 def _train(
-    run: Journal, splits: Splits, pooled: Pooled, check: Check, say: Say, warn: Say
-) -> tuple[FitResult, fast_step.Optimum | None]:
+    run: RunRecord, splits: Dataset, pooled: Pooled, check: Check, say: Say, warn: Say
+) -> tuple[FitResult, fast_step.LowestLoss | None]:
     config = dataclasses.replace(settings(run), device=run.record["device"])  # what `auto` meant then
     records = run.by_step()
     if records and (differences := _differences(run)):
@@ -204,7 +204,7 @@ def _train(
     if pooled is None:
         return train_loop.fit(config, splits, **hooks, conv_threads=run.record["environment"]["threads"]), None
     result = fast_step.fit(config, splits, pooled, **hooks)
-    best = fast_step.optimum(result, splits.train, pooled["train"]) if run.record["optimum"] else None
+    best = fast_step.lowest_train_loss(result, splits.train, pooled["train"]) if run.record["optimum"] else None
     if best and not best.converged:
         warn("the search for the optimum stopped early: the lowest train loss is lower still")
     return result, best
@@ -217,14 +217,14 @@ def _form(state: State) -> dict[str, tuple]:
     return {name: (array.dtype, array.shape) for name, array in state.items() if name not in old}
 
 
-def _differences(run: Journal) -> str:
+def _differences(run: RunRecord) -> str:
     """In what the environment and the code differ from those that a run was begun with."""
     begun, here = run.record["code"]["commit"], provenance.code_state()[0]
     commit = [f"commit {begun} (here {here})"] if begun != here else []
     return ", ".join([*commit, *provenance.differences(run.record)])
 
 
-def _write_result(run: Journal, splits: Splits, result: FitResult, best: fast_step.Optimum | None) -> None:
+def _write_result(run: RunRecord, splits: Dataset, result: FitResult, best: fast_step.LowestLoss | None) -> None:
     """Weights, predictions and scores first: the publisher takes them up while the figures are drawn."""
     from poolnet.runs import figures  # matplotlib takes a second
 

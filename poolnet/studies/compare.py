@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from mlflow.tracking.client import MlflowClient
@@ -11,8 +12,9 @@ from poolnet.stats import paired
 from poolnet.stats.paired import Calibration, ClassEffect, Effect, McNemar
 from poolnet.studies import selection
 from poolnet.studies.selection import Selected
-from poolnet.tracking import training_runs
-from poolnet.tracking.training_runs import Recorded
+from poolnet.studies.study import MARGIN, read
+from poolnet.tracking import addresses, servers, training_runs
+from poolnet.tracking.training_runs import TrainingRun
 
 HISTORIES = ("train_loss", "train_acc", "val_loss", "val_acc")
 
@@ -23,7 +25,7 @@ class Arm:
     and histories (S, epochs) by metric."""
 
     name: str
-    runs: tuple[Recorded, ...]
+    runs: tuple[TrainingRun, ...]
     logits: np.ndarray
     right: np.ndarray
     nll: np.ndarray
@@ -104,7 +106,28 @@ def _count(n: int, what: str) -> str:
     return f"{n:,} {what}{'s' * (n != 1)}"
 
 
-def compare(client: MlflowClient, question: str, selected: Selected, margin: float, seed: int) -> Comparison:
+def compare(study_or_runs: str | Path | Sequence[str], margin: float | None = None, seed: int = 0) -> Comparison:
+    """Compare the arms of a study file, or two runs by name or id, from what the tracking server has of them.
+
+    `margin` is in points of accuracy, `seed` that of the bootstraps. Raises `InputError` and `RunError`.
+    """
+    study = read(Path(study_or_runs)) if isinstance(study_or_runs, (str, Path)) else None
+    uri = addresses.own()
+    addresses.check(uri)
+    with servers.asked(uri), servers.as_environment(uri):
+        client = servers.own_client()
+        if study:
+            selected = selection.of_study(client, [servers.experiment_named(client, "")], study)
+        elif len(study_or_runs) == 2:
+            selected = selection.of_runs(client, study_or_runs)
+        else:
+            raise InputError(f"compare: found {len(study_or_runs)} runs, expected a study file or two runs")
+        return of_selected(
+            client, selected, study.question if study else "", margin or (study.margin if study else MARGIN), seed
+        )
+
+
+def of_selected(client: MlflowClient, selected: Selected, question: str, margin: float, seed: int) -> Comparison:
     """The comparison of two arms that may be compared; `seed` is that of the bootstraps."""
     groups, notes = selection.checked(selected)
     (a, y), (b, other_y) = (_arm(client, name, runs) for name, runs in groups.items())
@@ -140,7 +163,7 @@ def compare(client: MlflowClient, question: str, selected: Selected, margin: flo
     return dataclasses.replace(found, caveats=(*notes, *_caveats(found)))
 
 
-def _arm(client: MlflowClient, name: str, runs: Sequence[Recorded]) -> tuple[Arm, np.ndarray]:
+def _arm(client: MlflowClient, name: str, runs: Sequence[TrainingRun]) -> tuple[Arm, np.ndarray]:
     """An arm's results, and the labels that all its runs were tested on."""
     predicted = (training_runs.predictions(client, run.run_id, run.name, "test") for run in runs)
     logits, labels = zip(*predicted, strict=True)
@@ -154,7 +177,7 @@ def _arm(client: MlflowClient, name: str, runs: Sequence[Recorded]) -> tuple[Arm
     return Arm(name, tuple(runs), np.array(logits), right, nll, histories, calibration), labels[0]
 
 
-def _history(client: MlflowClient, run: Recorded, metric: str) -> list[float]:
+def _history(client: MlflowClient, run: TrainingRun, metric: str) -> list[float]:
     values = {m.step: m.value for m in client.get_metric_history(run.run_id, metric) if m.step > 0}
     if len(values) != run.config.epochs or max(values) != len(values):
         raise InputError(f"{run.name}: found {len(values)} epochs of {metric}, expected {run.config.epochs}")

@@ -13,10 +13,10 @@ from poolnet.runs import run_record
 from poolnet.studies.study import Study
 from poolnet.text import pasted
 from poolnet.tracking import servers, training_runs
-from poolnet.tracking.training_runs import SAME_RUN, Recorded
+from poolnet.tracking.training_runs import SAME_RUN, TrainingRun
 from poolnet.training.config import TrainConfig
 
-Arms = dict[str, list[Recorded]]  # the two arms' runs by the arms' names
+Arms = dict[str, list[TrainingRun]]  # the two arms' runs by the arms' names
 Selected = tuple[Arms, set[str]]  # and the options by which the arms may differ
 
 
@@ -48,7 +48,7 @@ def _key(config: TrainConfig, auto: str, data_sha256: str) -> tuple:
     return training_runs.key(config, auto if config.device == "auto" else config.device, data_sha256)
 
 
-def _device(configs: list[TrainConfig], runs: Collection[Recorded]) -> str:
+def _device(configs: list[TrainConfig], runs: Collection[TrainingRun]) -> str:
     """With device `auto` a study's runs are those of this machine's device, as a sweep here would make them; where some
     are missing there, those of another device that has them all."""
     keys = {run.key for run in runs}
@@ -94,7 +94,7 @@ def _say_nothing(warning: str) -> None:
     """What was left out is said by another search."""
 
 
-def _is_on(run: Recorded, name: str) -> bool:
+def _is_on(run: TrainingRun, name: str) -> bool:
     """Whether a run was on a data set of that name, in whatever folder."""
     return Path(run.config.data).stem == Path(name).stem
 
@@ -189,7 +189,7 @@ def _finished(arms: Arms) -> tuple[Arms, list[str]]:
     return kept, [f"Left out, since a finished run has the same settings: {names}."] if left_out else []
 
 
-def _refuse_mixed(what: str, runs: Sequence[Recorded], value: Callable[[Recorded], object]) -> None:
+def _refuse_mixed(what: str, runs: Sequence[TrainingRun], value: Callable[[TrainingRun], object]) -> None:
     for run in runs:
         if value(run) != value(runs[0]):
             raise InputError(

@@ -21,7 +21,7 @@ from poolnet.errors import InputError, NoAnswer
 from poolnet.files import Locked, locked
 from poolnet.process import cores
 from poolnet.runs import run_record
-from poolnet.runs.run_record import Journal
+from poolnet.runs.run_record import RunRecord
 from poolnet.studies.study import Study
 from poolnet.studies.worker import Worker
 from poolnet.text import aligned, coded, marked, pasted, piped, progress, spread
@@ -157,12 +157,12 @@ def _look_at_journals(sweep: Sweep, publisher: Publisher, warn: Say) -> dict[tup
     return begun
 
 
-def _journals(sweep: Sweep, warn: Say) -> Iterator[tuple[tuple, Journal]]:
+def _journals(sweep: Sweep, warn: Say) -> Iterator[tuple[tuple, RunRecord]]:
     """The records on this disk of what is missing, on this sweep's data and for its server and experiment."""
     unknown = {}
     for name in run_record.names():
         try:
-            run = Journal(run_record.folder() / name)
+            run = RunRecord(run_record.folder() / name)
             key = training_runs.key(
                 TrainConfig(**run.record["config"]), run.record["device"], run.record["data"]["sha256"]
             )
@@ -173,7 +173,7 @@ def _journals(sweep: Sweep, warn: Say) -> Iterator[tuple[tuple, Journal]]:
     training_runs.warn_of_unknown(unknown, warn)
 
 
-def _belongs_here(sweep: Sweep, run: Journal) -> bool:
+def _belongs_here(sweep: Sweep, run: RunRecord) -> bool:
     told = run.record["tracking"]
     names = [
         (os.environ.get("MLFLOW_EXPERIMENT_ID", ""), os.environ.get("MLFLOW_EXPERIMENT_NAME", "")),
@@ -183,13 +183,13 @@ def _belongs_here(sweep: Sweep, run: Journal) -> bool:
     return mine == its and servers.home_of(run) == sweep.uri and not run.record.get("reproduces")
 
 
-def _wait_for_orphan(run: Journal) -> None:
+def _wait_for_orphan(run: RunRecord) -> None:
     deadline = time.monotonic() + ORPHAN_SECONDS
     while run.is_training() and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
-def _take(result: Result, run: Journal) -> None:
+def _take(result: Result, run: RunRecord) -> None:
     """The result as the journal has it."""
     records = run.by_step()
     scores = records.get(max(records, default=0), {}) | records.get(0, {})

@@ -1,13 +1,13 @@
 """A run's description in the UI, in Markdown: the result, what it rests on, and how to use and repeat it."""
 
-from poolnet.runs.run_record import Journal
+from poolnet.runs.run_record import RunRecord
 from poolnet.stats import scores
 from poolnet.text import coded, pasted
 from poolnet.tracking import registry
 from poolnet.training.config import PLATEAU_MARGIN
 
 
-def of_run(run: Journal, version: int | None) -> str:
+def of_run(run: RunRecord, version: int | None) -> str:
     """The description of a finished run, and of its model version, if it has one."""
     record, records = run.record, run.by_step()
     once, last = records[0], records[max(records)]

@@ -32,7 +32,7 @@ from mlflow.tracking.client import MlflowClient
 
 from poolnet import files
 from poolnet.errors import InputError, RunError
-from poolnet.runs.run_record import Journal
+from poolnet.runs.run_record import RunRecord
 from poolnet.tracking import addresses, description, registry, servers, sweep_run
 from poolnet.tracking.publisher import Held, published
 
@@ -46,7 +46,7 @@ BATCH = 100  # records in one request, of which MLflow takes 1,000 metrics
 class Publication:
     """A run on a tracking server: what that holds already, and the way to the rest."""
 
-    def __init__(self, run: Journal, uri: str, carrier: str = ""):
+    def __init__(self, run: RunRecord, uri: str, carrier: str = ""):
         self.run, self.record, self.carrier = run, run.record, carrier
         self.uri, self.key = uri, addresses.shown(uri)
         self.confirmed = False  # whether the server was seen to have the run
@@ -339,7 +339,7 @@ class Publication:
 
 
 def datasets(data: dict) -> dict[str, DatasetInput]:
-    """The splits of a data set as MLflow describes them, without their data; `data` as in `Splits.described`."""
+    """The splits of a data set as MLflow describes them, without their data; `data` as in `Dataset.described`."""
     # By its type, since MLflow resolves a bare path to two sources and warns.
     source = get_dataset_source_from_json(json.dumps({"uri": data["path"]}), "local")
     inputs = {}
@@ -357,7 +357,7 @@ class Refused(InputError):
     """What the server says of a run contradicts it: nothing that could be tried again."""
 
 
-def _contradiction(found: mlflow.entities.Run, run: Journal) -> str:
+def _contradiction(found: mlflow.entities.Run, run: RunRecord) -> str:
     """In what a run on a server cannot be this one; empty if it can."""
     other = found.data.tags.get("poolnet.run")
     if other != run.name and (other or found.info.lifecycle_stage == "deleted"):

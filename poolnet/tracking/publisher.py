@@ -15,7 +15,7 @@ import time
 
 from poolnet.errors import InputError
 from poolnet.files import read_json
-from poolnet.runs.run_record import Journal
+from poolnet.runs.run_record import RunRecord
 from poolnet.tracking import addresses
 
 ASK = "MLFLOW_RUN_ID?"  # what is written to it in place of a run's name, see `Publisher.refuse_stale`
@@ -47,7 +47,7 @@ class Published:
     servers: dict = dataclasses.field(default_factory=dict)
 
 
-def published(run: Journal) -> Published:
+def published(run: RunRecord) -> Published:
     """What is remembered of a run's publication. `InputError` if the file is damaged."""
     path = run.folder / "published.json"
     if not path.exists():
@@ -75,7 +75,7 @@ class Publisher:
 
     def __init__(self, drain_timeout: float):
         self.drain_timeout = drain_timeout
-        self.journals: list[Journal] = []
+        self.journals: list[RunRecord] = []
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the process
         detached = (
             {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.BELOW_NORMAL_PRIORITY_CLASS}
@@ -123,7 +123,7 @@ class Publisher:
         listening.join(seconds)
         return said[0] if said else None
 
-    def add(self, journal: Journal, carrier: str = "") -> None:
+    def add(self, journal: RunRecord, carrier: str = "") -> None:
         """From now on this run is published. `carrier` is a run that `mlflow run` made only to get it resumed."""
         self.journals.append(journal)
         self._tell(f"{journal.name} {carrier}\n")

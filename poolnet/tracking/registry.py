@@ -97,6 +97,11 @@ class Loaded:
     version: ModelVersion | None  # of the registered model that it is, if it is one
 
 
+def load_model(uri: str) -> "SimplePoolNet | SimpleConvNet":
+    """The network at any address that MLflow resolves, see `load`."""
+    return load(uri).net
+
+
 def load(uri: str, check_export: bool = False) -> Loaded:
     """The model at any address that MLflow resolves, such as `models:/poolnet@champion`, or in a folder.
 

@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from poolnet import files
 from poolnet.errors import InputError, NoAnswer, RunError
-from poolnet.runs.run_record import Journal
+from poolnet.runs.run_record import RunRecord
 from poolnet.text import pasted
 from poolnet.tracking import addresses
 from poolnet.tracking.publisher import published
@@ -50,7 +50,7 @@ STORE_SECONDS = 20  # that a process waits while others make the same SQLite sto
 # --- addresses ---------------------------------------------------------------------------------------------------
 
 
-def home_of(run: Journal) -> str:
+def home_of(run: RunRecord) -> str:
     """The address of the server that a run belongs to, with the password if the environment has it."""
     home = published(run).home or recorded_home(run.record)
     return addresses.own() if addresses.shown(addresses.own()) == home else home

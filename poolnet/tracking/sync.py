@@ -15,7 +15,7 @@ from poolnet import files
 from poolnet.errors import InputError, NoAnswer, RunError
 from poolnet.files import home
 from poolnet.runs import run_record
-from poolnet.runs.run_record import Journal
+from poolnet.runs.run_record import RunRecord
 from poolnet.text import aligned
 from poolnet.tracking import addresses, registry, servers
 from poolnet.tracking.publication import Publication, agrees, as_metrics
@@ -40,7 +40,7 @@ def said(error: Exception, where: str = "") -> str:
     return f"{where}: {servers.reason(error)}" if where else servers.reason(error)
 
 
-def find(name: str) -> Journal:
+def find(name: str) -> RunRecord:
     """The run of that name or MLflow run id."""
     run = run_record.find(name)
     if not run:
@@ -102,13 +102,13 @@ def table(rows: list[Row]) -> str:
     return "\n".join(aligned(lines))
 
 
-def _open(row: Row, run: Journal, to: str | None) -> Publication:
+def _open(row: Row, run: RunRecord, to: str | None) -> Publication:
     publication = Publication(run, addresses.absolute(to, Path.cwd()) if to else servers.home_of(run))
     row.server = publication.key
     return publication
 
 
-def _look(row: Row, run: Journal, to: str | None, prune: bool) -> None:
+def _look(row: Row, run: RunRecord, to: str | None, prune: bool) -> None:
     publication = _open(row, run, to)
     left = lacking(publication)
     row.found = _listed(left)
@@ -116,7 +116,7 @@ def _look(row: Row, run: Journal, to: str | None, prune: bool) -> None:
     row.did = "would publish it" if left else otherwise
 
 
-def _publish(row: Row, run: Journal, to: str | None, prune: bool) -> None:
+def _publish(row: Row, run: RunRecord, to: str | None, prune: bool) -> None:
     if not (run.folder / "record.json").exists():
         row.state, row.found = "removed", "another process has pruned it"
         return
@@ -139,7 +139,7 @@ def _publish(row: Row, run: Journal, to: str | None, prune: bool) -> None:
         row.did = "published, checked" if row.did == "published" else "checked"
 
 
-def _remove(row: Row, run: Journal) -> None:
+def _remove(row: Row, run: RunRecord) -> None:
     """Out of sight at once, so that a kill leaves no half of a run; then piece by piece, with what a kill has left."""
     gone = home() / "pruned"
     gone.mkdir(exist_ok=True)
@@ -209,7 +209,7 @@ def _has_files(client: MlflowClient, model: LoggedModel) -> bool:
     return model.status == LoggedModelStatus.READY and bool(client.list_logged_model_artifacts(model.model_id))
 
 
-def _differs(run: Journal, model: LoggedModel) -> bool:
+def _differs(run: RunRecord, model: LoggedModel) -> bool:
     """Whether the weights of a model, as it is loaded, are not those of the run."""
     try:
         net = registry.load(f"models:/{model.model_id}").net
@@ -222,7 +222,7 @@ def _differs(run: Journal, model: LoggedModel) -> bool:
     )
 
 
-def _lacks_metrics(client: MlflowClient, run: Journal, found: Run, every_value: bool) -> list[str]:
+def _lacks_metrics(client: MlflowClient, run: RunRecord, found: Run, every_value: bool) -> list[str]:
     """Of the metrics the names; by the last value of each, or by all of them."""
     expected: dict[str, list] = {}
     for record in sorted(run.metrics(), key=lambda record: record["step"]):

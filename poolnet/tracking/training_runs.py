@@ -27,7 +27,7 @@ OPTIONS |= {"resume", "optimum", "no_cache", "timeout", "drain_timeout"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Recorded:
+class TrainingRun:
     """A run of `poolnet train`. `metrics` are the last values."""
 
     run_id: str
@@ -54,7 +54,7 @@ def key(config: TrainConfig, device: str, data_sha256: str) -> tuple:
 
 def finished(
     client: MlflowClient, experiment_ids: list[str], data_sha256: str, warn: Callable[[str], object] = warn
-) -> dict[tuple, Recorded]:
+) -> dict[tuple, TrainingRun]:
     """The newest finished run of each key, on this data: what a sweep need not train, and a comparison compares."""
     query = f"attributes.status = 'FINISHED' AND tags.`poolnet.data_sha256` = '{data_sha256}'"
     runs = [run for run in search(client, experiment_ids, query, warn) if set(SCORES) <= set(run.metrics)]
@@ -63,7 +63,7 @@ def finished(
 
 def search(
     client: MlflowClient, experiment_ids: list[str], query: str = "", warn: Callable[[str], object] = warn
-) -> Iterator[Recorded]:
+) -> Iterator[TrainingRun]:
     """The runs of poolnet in these experiments that fit an MLflow filter, the newest first; not those that only
     reproduce another, which would count twice, nor those with settings of another version."""
     token, unknown = None, {}
@@ -92,14 +92,14 @@ def is_training_run(run: Run) -> bool:
     return "poolnet.run" in run.data.tags
 
 
-def of(run: Run) -> Recorded:
+def of(run: Run) -> TrainingRun:
     """Raises `InputError` where the run has settings that this version does not know."""
     tags = run.data.tags
     for name in run.data.params:
         if name.replace("-", "_") not in OPTIONS:
             raise InputError(f"run {run.info.run_id}: found a setting that is called {name}")
     datasets = [entry.dataset.name for entry in run.inputs.dataset_inputs]
-    return Recorded(
+    return TrainingRun(
         run.info.run_id,
         run.info.experiment_id,
         tags["poolnet.run"],

@@ -1,8 +1,9 @@
 """The fast step: softmax regression on pooled features, with the gradient written out and nothing allocated.
 
 It takes the same initial weights, the same batches and the same updates as `train.fit` does for a pooled model, and
-must give the same figures; `train.py` is the readable reference. On the CPU the step is 19 NumPy calls into buffers,
-each about a microsecond, where autograd and an optimiser object take ten times as long for the same arithmetic.
+must give the same figures; `train_loop.py` is the readable reference. On the CPU the step is 19 NumPy calls into
+buffers, each about a microsecond, where autograd and an optimiser object take ten times as long for the same
+arithmetic.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from poolnet.data.dataset import LETTERS, Split, Splits
+from poolnet.data.dataset import LETTERS, Dataset, Split
 from poolnet.training.config import TrainConfig
 from poolnet.training.evaluation import Evaluation, Fetch, score_logits, threads
 from poolnet.training.features import WIDTH
@@ -36,7 +37,7 @@ BLOCK = 16_384  # images gathered together: enough to make the hand-over cheap, 
 
 def fit(
     config: TrainConfig,
-    splits: Splits,
+    splits: Dataset,
     features: dict[str, np.ndarray],
     on_epoch: OnEpoch = lambda record: None,
     on_state: OnState = lambda state: None,
@@ -46,7 +47,7 @@ def fit(
     device = resolve_device(config.device)
     model = build_model(config.pool, config.seed).to(device)
     if device.type == "cpu":
-        learner = SoftmaxRegression(model, config.lr, features, splits.train.y)
+        learner = FastSoftmaxRegression(model, config.lr, features, splits.train.y)
     else:  # where the features stay, and nothing waits within an epoch
         fetch = {split.name: fetcher_of_features(features[split.name], split.y, device) for split in splits}
         learner = Autograd(model.classifier, config.lr, fetch)
@@ -62,7 +63,7 @@ def fetcher_of_features(features: np.ndarray, y: np.ndarray, device: torch.devic
 
 
 @dataclass(frozen=True)
-class Optimum:
+class LowestLoss:
     """The lowest train loss that any weights reach, in nats, and how far above it the trained ones are."""
 
     train_loss: float
@@ -70,7 +71,7 @@ class Optimum:
     converged: bool  # otherwise the minimum is lower still
 
 
-def optimum(result: FitResult, train: Split, features: np.ndarray) -> Optimum:
+def lowest_train_loss(result: FitResult, train: Split, features: np.ndarray) -> LowestLoss:
     """The global minimum of the train loss on these features, which is convex, by L-BFGS from the trained weights.
 
     Features are scaled to unit variance meanwhile, which changes the path and not the minimum, and sums are double.
@@ -90,7 +91,7 @@ def optimum(result: FitResult, train: Split, features: np.ndarray) -> Optimum:
             options={"maxiter": 5000, "maxfun": 10_000, "maxcor": 30, "ftol": 1e-12, "gtol": 1e-7},
         )
         at_start, _ = _loss_and_gradient(start.ravel(), features, train.y, scale)
-    return Optimum(float(found.fun), float(at_start - found.fun), bool(found.success))
+    return LowestLoss(float(found.fun), float(at_start - found.fun), bool(found.success))
 
 
 def _loss_and_gradient(
@@ -117,7 +118,7 @@ def _weights(model: nn.Module) -> torch.Tensor:
     return torch.cat([fc.weight.detach().T, fc.bias.detach()[None]]).cpu()
 
 
-class SoftmaxRegression:
+class FastSoftmaxRegression:
     """The classifier of `model` as one array `W` (50, 10), its last row the bias, trained by Adam on the CPU.
 
     Adam (Kingma & Ba, 2015) divides m / (1 - b1^t) by sqrt(v / (1 - b2^t)) + eps, where m and v are running means of

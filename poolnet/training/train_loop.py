@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from poolnet.data.dataset import Split, Splits
+from poolnet.data.dataset import Dataset, Split
 from poolnet.errors import InputError, RunError
 from poolnet.training.config import PLATEAU_MARGIN, TrainConfig
 from poolnet.training.evaluation import Evaluation, Fetch, evaluate, fetcher, threads
@@ -83,7 +83,7 @@ class Learner(Protocol):
 
 def fit(
     config: TrainConfig,
-    splits: Splits,
+    splits: Dataset,
     on_epoch: OnEpoch = lambda record: None,
     on_state: OnState = lambda state: None,
     go_on: GoOn = lambda state: None,
@@ -100,7 +100,7 @@ def fit(
 
 
 def run_epochs(
-    config: TrainConfig, splits: Splits, learner: Learner, on_epoch: OnEpoch, on_state: OnState, go_on: GoOn
+    config: TrainConfig, splits: Dataset, learner: Learner, on_epoch: OnEpoch, on_state: OnState, go_on: GoOn
 ) -> tuple[EpochRecord, ...]:
     """The history of `config.epochs` passes over train, each followed by validation; a loss must be finite."""
     n = len(splits.train)
