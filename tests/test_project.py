@@ -117,14 +117,29 @@ def test_mlflow_run_prepares_too(tmp_path):
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def readme_blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language, *pages):
+    texts = (page.read_text(encoding="utf-8") for page in pages)
+    return [each for text in texts for each in re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)]
 
 
-def test_the_readme_begins_with_the_result():
-    assert "test accuracy" in "\n".join(README.splitlines()[:10])
+def test_the_readme_begins_with_the_result_and_is_short():
+    lines = README.splitlines()
+    assert "test accuracy" in "\n".join(lines[:10])
+    assert len(lines) <= 130
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_the_docs_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not link.startswith("http") and not (page.parent / link).exists()] == []
+
+
+def test_the_version_has_its_changes():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def parsed(group, words):
@@ -138,10 +153,10 @@ def parsed(group, words):
     return " ".join(path)
 
 
-def test_the_readmes_commands_are_such_that_can_be_typed():
+def test_the_commands_of_the_docs_are_such_that_can_be_typed():
     from mlflow.cli import cli as mlflow_cli  # three seconds, which other workers need not wait
 
-    typed = [line for block in readme_blocks("sh") for part in block.splitlines() for line in part.split(" && ")]
+    typed = [line for block in blocks("sh", *PAGES) for part in block.splitlines() for line in part.split(" && ")]
     named = set()
     for line in typed:
         match line.split():
@@ -159,7 +174,7 @@ def test_the_readmes_commands_are_such_that_can_be_typed():
                 given = [word.partition("=")[0] for flag, word in pairwise(words) if flag == "-P"]
                 assert given
                 assert set(given) <= set(declared)
-            case ["python", "-m", "pip" | "pytest", *_]:
+            case ["python", "-m", "pip" | "pytest", *_] | ["ruff" | "lint-imports", *_]:
                 pass
             case ["python", script, *_]:
                 assert (ROOT / script).exists()
@@ -174,7 +189,7 @@ def test_the_readmes_lines_for_a_notebook_work(letters, capsys):
     letters.rename("small.npz")
     trained = publish(journaled(TrainConfig(data="small.npz", pool="avg", epochs=10)))
     mlflow.MlflowClient().set_registered_model_alias("poolnet", "champion", "1")
-    (block,) = readme_blocks("python")
+    (block,) = blocks("python", ROOT / "README.md")
     assert len(list(filter(None, block.splitlines()))) <= 10
     exec(block, {})
     *epochs, ours, champions = capsys.readouterr().out.splitlines()

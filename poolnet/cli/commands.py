@@ -47,7 +47,7 @@ class InOrder(click.Group):
 @click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="poolnet", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Which pooling layer loses less? Train, record, compare and use networks of two poolings and one linear layer."""
+    """Is average or max pooling better for letters? Train, record, compare and use small pooling networks."""
 
 
 def train_options(command: Callable) -> Callable:
