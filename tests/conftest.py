@@ -22,7 +22,19 @@ from poolnet.cli.commands import SETTINGS, main
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
 ROOT = Path(__file__).parent.parent
-LONG = ("sweep", "faults", "promote", "sync", "tracking", "stores", "linear", "serving", "stats", "models", "exported")
+LONG = [
+    "sweep",
+    "faults",
+    "promote",
+    "sync",
+    "publication",
+    "servers",
+    "fast_step",
+    "serving",
+    "paired",
+    "models",
+    "programs",
+]
 REAL_LETTERS = ROOT.parent / "shared" / "data" / "notMNIST_small.tar.gz"
 
 
@@ -56,7 +68,7 @@ def pytest_xdist_setupnodes(specs):
 
 def pytest_collection_modifyitems(items):
     """Long files first, so that workers end at the same time."""
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture(scope="session")
@@ -266,3 +278,37 @@ def mlflow_run(*args, project=ROOT, begin=forked.start):
     path = os.environ["PATH"] if begin is subprocess.Popen else forked.path()
     command = [*forked.PYTHON, "mlflow", "run", project, "--env-manager", "local", *args]
     return ran(*command, begin=begin, env=os.environ | {"PATH": path})
+
+
+def run(capsys, *args):
+    """The command in this process: exit code, stdout, stderr."""
+    with pytest.raises(SystemExit) as exit_:
+        main([*map(str, args)])
+    printed = capsys.readouterr()
+    return exit_.value.code or 0, printed.out, printed.err
+
+
+def assert_refused(code, stderr, *words):
+    assert code == 2
+    assert stderr.count("\n") == 1
+    assert stderr.startswith("poolnet: error: ")
+    for word in words:
+        assert word in stderr
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(Exception):  # of a store that is not there yet
+            if condition():
+                return
+        time.sleep(0.05)
+    raise AssertionError("it did not happen")
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.path)!r}, 'w').close()",)

@@ -12,9 +12,9 @@ import mlflow
 import pytest
 import yaml
 from conftest import ROOT, mlflow_run
+from finished_runs import journaled, publish
 from mlflow.utils.environment import _PythonEnv
 from packaging.requirements import Requirement
-from test_tracking import journaled, publish
 
 import poolnet
 from poolnet.cli.commands import cli
@@ -69,11 +69,11 @@ def test_everything_that_is_imported_is_declared():
     names = [Requirement(line).name for line in PYPROJECT["project"]["dependencies"]]
     extra = [Requirement(line).name for line in PYPROJECT["project"]["optional-dependencies"]["test"]]
     for folder, declared in (("poolnet", names), ("benchmarks", names), ("tests", names + extra)):
-        paths = list((ROOT / folder).glob("*.py"))
+        paths = list((ROOT / folder).rglob("*.py"))
         assert paths
+        own = {"poolnet", *(path.stem for path in (ROOT / folder).glob("*.py"))}
         for path in paths:
             modules = re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-            own = {"poolnet", *(other.stem for other in path.parent.glob("*.py"))}
             for module in set(modules) - sys.stdlib_module_names - own:
                 assert projects.get(module, module) in declared, f"{path.name} imports {module}"
 
@@ -122,7 +122,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 
 def blocks(language, *pages):
     texts = (page.read_text(encoding="utf-8") for page in pages)
-    return [each for text in texts for each in re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)]
+    return [
+        each for text in texts for each in re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    ]
 
 
 def test_the_readme_begins_with_the_result_and_is_short():

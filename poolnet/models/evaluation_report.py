@@ -39,7 +39,7 @@ class EvaluationReport:
     split: Split
     evaluation: Evaluation
     scores: Scores
-    training_runs: dict[str, float] | None
+    recorded: dict[str, float] | None
 
     @property
     def name(self) -> str:

@@ -409,7 +409,7 @@ def test_a_checkpoint_that_is_none_of_this_training_is_passed_over(letters, pool
     def trained():
         said = []
         with run.training():
-            result, _ = train_run._train(run, splits, pooled, None, said.append, pytest.fail)
+            result, _ = train_run._train(run, splits, pooled, lambda: None, said.append, pytest.fail)
         return result, str(said[0])
 
     expected, _ = trained()

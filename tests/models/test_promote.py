@@ -10,16 +10,16 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import enter, make_arrays
+from conftest import assert_refused, enter, make_arrays, run
+from finished_runs import journaled, publish
 from mlflow.exceptions import MlflowException
-from test_cli import assert_refused, run
-from test_models import CONFIG
-from test_tracking import journaled, publish
 
 from poolnet.errors import RunError
 from poolnet.models import champions, promote
 from poolnet.tracking import programs, registry
+from poolnet.training.config import TrainConfig
 
+CONFIG = TrainConfig(data="letters.npz", pool="avg", epochs=3, batch_size=32, lr=0.01)
 WEAK, STRONG = {"epochs": 1, "lr": 1e-5}, {"epochs": 6, "lr": 0.05}
 
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from poolnet import files
-from poolnet.cli import main
+from poolnet.cli import commands
 from poolnet.data import dataset, glyphs, npz
 from poolnet.data.dataset import SPLITS, locate, open_splits
 from poolnet.errors import InputError, RunError
@@ -481,7 +481,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, letters):
 def run(*args, capsys):
     """Exit code and what is said on stderr, of the command in this process."""
     capsys.readouterr()
-    code = main._run([str(arg) for arg in args])
+    code = commands._run([str(arg) for arg in args])
     return code, capsys.readouterr().err
 
 
@@ -547,7 +547,7 @@ ODD_NAMES = ["a b", "a#b?c=d%20", "it's", 'a"b', "Büro", "文字", "$HOME", "a;
 @pytest.mark.parametrize("name", [*ODD_NAMES, r"a$\frac$b", "\x1b[31mred\x1b[0m", "\u202ereversed"])
 def test_any_name_works_and_none_reaches_the_terminal_raw(tmp_path, capsys, name):
     path = tmp_path / f"{name}.npz"
-    assert main._run([str(arg) for arg in small(path)]) == 0
+    assert commands._run([str(arg) for arg in small(path)]) == 0
     said = capsys.readouterr()
     assert open_splits(path).name == name
     path.write_bytes(b"damaged")

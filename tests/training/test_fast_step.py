@@ -160,7 +160,7 @@ from poolnet.training.features import open_pooled
 splits, arrays = open_pooled("more.npz", "avg")
 result = fast_step.fit(TrainConfig(pool="avg", epochs=1, batch_size=3000), splits, arrays)
 for _ in range(2):
-    print(result.test.loss, linear.lowest_train_loss(result, splits.train, arrays["train"]))
+    print(result.test.loss, fast_step.lowest_train_loss(result, splits.train, arrays["train"]))
 """
 
 

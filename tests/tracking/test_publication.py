@@ -18,15 +18,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import inside, keep_exports, make_arrays, poolnet, world
+from finished_runs import journaled, publish
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from PIL import Image
 
 from poolnet.data.dataset import open_splits
 from poolnet.errors import InputError
-from poolnet.runs import provenance, run_record, train_run
+from poolnet.runs import provenance, run_record
 from poolnet.runs.figures import of_run, save_all
-from poolnet.tracking import addresses, publisher, servers, sync, upload_process
+from poolnet.tracking import publisher, servers, sync, upload_process
 from poolnet.tracking.publication import Publication
 from poolnet.training import fast_step, features
 from poolnet.training.config import TrainConfig
@@ -213,24 +214,7 @@ def test_the_models_requirements_are_exact(here):
 # --- runs that MLflow has made, runs that fail, stores that are fresh -----------------------------------------------
 
 
-CONFIG = TrainConfig(data="letters.npz", epochs=2, register=False)
 pytestmark = pytest.mark.usefixtures("letters")
-
-
-def journaled(config=CONFIG, optimum=False):
-    """A run of this process, finished and not published."""
-    splits, pooled = train_run.open_data(config, cache=False, say=lambda line: None)
-    run = train_run.create(config, optimum, splits, addresses.environment())
-    with run.training():
-        train_run.carry_out(run, splits, pooled, say=lambda line: None)
-    return run
-
-
-def publish(run, uri=None):
-    publication = Publication(run, uri or servers.home_of(run))
-    publication.advance()
-    assert publication.complete
-    return mlflow.MlflowClient(publication.uri).get_run(publication.held.run_id)
 
 
 def adopted(monkeypatch, params, name=None):

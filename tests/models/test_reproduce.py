@@ -9,9 +9,8 @@ import shutil
 import mlflow
 import numpy as np
 import pytest
-from conftest import enter, inside, make_arrays, poolnet
-from test_cli import assert_refused, run
-from test_tracking import journaled, publish
+from conftest import assert_refused, enter, inside, make_arrays, poolnet, run
+from finished_runs import journaled, publish
 
 from poolnet.models import reproduce
 from poolnet.runs import provenance, run_record, train_run

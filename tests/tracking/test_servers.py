@@ -14,11 +14,10 @@ from pathlib import Path
 
 import forked
 import pytest
-from conftest import ROOT, inside, keep_exports, mlflow_run, poolnet, world
+from conftest import ROOT, assert_refused, inside, keep_exports, mlflow_run, poolnet, world
+from conftest import run as command
+from finished_runs import journaled, publish
 from mlflow.utils.file_utils import path_to_local_sqlite_uri
-from test_cli import assert_refused
-from test_cli import run as command
-from test_tracking import journaled, publish
 
 from poolnet.errors import NoAnswer
 from poolnet.files import home

@@ -15,7 +15,7 @@ import forked
 import mlflow
 import pytest
 from conftest import inside, poolnet
-from test_tracking import journaled, publish
+from finished_runs import journaled, publish
 
 from poolnet import files
 from poolnet.data.dataset import open_splits

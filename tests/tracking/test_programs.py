@@ -12,7 +12,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import inside
+from conftest import Payload, inside
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.models import Model
@@ -22,14 +22,6 @@ from torch import nn
 from poolnet.tracking import programs
 from poolnet.training.config import POOLS
 from poolnet.training.model import Checked, build_model
-
-
-class Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return exec, (f"open({str(self.path)!r}, 'w').close()",)
 
 
 @pytest.fixture(scope="module", params=POOLS)

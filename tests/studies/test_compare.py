@@ -8,9 +8,8 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from conftest import inside, mlflow_run
+from conftest import assert_refused, inside, mlflow_run, run
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-from test_cli import assert_refused, run
 
 from poolnet.data.dataset import open_splits
 from poolnet.studies import compare, report, selection, study

@@ -13,7 +13,7 @@ import mlflow
 import numpy as np
 import pytest
 from click.shell_completion import ShellComplete
-from conftest import make_arrays, poolnet
+from conftest import assert_refused, make_arrays, poolnet, run
 
 from poolnet.cli.commands import _without_home, cli, main
 from poolnet.data import glyphs
@@ -23,23 +23,6 @@ from poolnet.files import home
 from poolnet.runs import run_record
 from poolnet.text import coded, marked, pasted, say
 from poolnet.training.config import TrainConfig
-
-
-def run(capsys, *args):
-    """The command in this process: exit code, stdout, stderr."""
-    with pytest.raises(SystemExit) as exit_:
-        main([*map(str, args)])
-    printed = capsys.readouterr()
-    return exit_.value.code or 0, printed.out, printed.err
-
-
-def assert_refused(code, stderr, *words):
-    assert code == 2
-    assert stderr.count("\n") == 1
-    assert stderr.startswith("poolnet: error: ")
-    for word in words:
-        assert word in stderr
-
 
 BAD_OPTIONS = {  # the options, and the words of the line that refuses them
     "unknown option": (["--size", "3"], ["--size"]),

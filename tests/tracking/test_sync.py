@@ -15,10 +15,8 @@ import forked
 import mlflow
 import numpy as np
 import pytest
-from conftest import inside, make_arrays, mlflow_run, poolnet
-from test_cli import assert_refused, run
-from test_faults import wait_for
-from test_tracking import CONFIG, journaled, publish
+from conftest import assert_refused, inside, make_arrays, mlflow_run, poolnet, run, wait_for
+from finished_runs import CONFIG, journaled, publish
 
 from poolnet import files, process
 from poolnet.runs import run_record, train_run

@@ -1,6 +1,5 @@
 """Runs that meet trouble, as processes: killed, interrupted, cut off from their server, out of room."""
 
-import contextlib
 import http.client
 import json
 import re
@@ -18,8 +17,8 @@ import forked
 import mlflow
 import numpy as np
 import pytest
-from conftest import inside, make_arrays, poolnet, ran, world
-from test_tracking import journaled
+from conftest import inside, make_arrays, poolnet, ran, wait_for, world
+from finished_runs import journaled
 
 from poolnet import files
 from poolnet.runs import run_record
@@ -334,13 +333,3 @@ def test_a_run_that_is_being_trained_is_not_resumed(long_run):
     assert re.search(
         f"error: {run.name}: another process is training it, .*held by process {process.pid} on", second.stderr
     )
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with contextlib.suppress(Exception):  # of a store that is not there yet
-            if condition():
-                return
-        time.sleep(0.05)
-    raise AssertionError("it did not happen")

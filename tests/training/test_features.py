@@ -185,7 +185,7 @@ def test_bad_data_leaves_no_features(tmp_path):
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from poolnet.features import open_pooled
+from poolnet.training.features import open_pooled
 resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 _, arrays = open_pooled(Path(sys.argv[1]), "max", say=print)
 print(arrays["train"].shape)

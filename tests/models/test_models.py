@@ -15,10 +15,8 @@ import mlflow.pytorch
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, enter, make_arrays
-from test_cli import assert_refused, run
-from test_exported import Payload
-from test_tracking import journaled, publish
+from conftest import ROOT, Payload, assert_refused, enter, make_arrays, run
+from finished_runs import journaled, publish
 from torch import nn
 
 from poolnet.data.dataset import open_splits

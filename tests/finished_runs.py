@@ -1,0 +1,26 @@
+"""Runs for tests that begin with finished ones."""
+
+import mlflow
+
+from poolnet.runs import train_run
+from poolnet.tracking import addresses, servers
+from poolnet.tracking.publication import Publication
+from poolnet.training.config import TrainConfig
+
+CONFIG = TrainConfig(data="letters.npz", epochs=2, register=False)
+
+
+def journaled(config=CONFIG, optimum=False):
+    """A run of this process, finished and not published."""
+    splits, pooled = train_run.open_data(config, cache=False, say=lambda line: None)
+    run = train_run.create(config, optimum, splits, addresses.environment())
+    with run.training():
+        train_run.carry_out(run, splits, pooled, say=lambda line: None)
+    return run
+
+
+def publish(run, uri=None):
+    publication = Publication(run, uri or servers.home_of(run))
+    publication.advance()
+    assert publication.complete
+    return mlflow.MlflowClient(publication.uri).get_run(publication.held.run_id)
