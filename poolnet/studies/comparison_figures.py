@@ -71,8 +71,8 @@ def _paired(axes: Axes, c: Comparison, values: list[np.ndarray], label: str) -> 
 
 def per_class(c: Comparison) -> Figure:
     """The difference in accuracy for each letter, with its interval."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(10, 3.8))
+    axes = figure.add_axes((0.07, 0.13, 0.92, 0.79))
     axes.axhline(0, color=BOTH, linewidth=0.8)
     for place, found in enumerate(c.per_class):
         effect, sure = found.effect, found.p_holm < 0.05
@@ -91,7 +91,8 @@ def per_class(c: Comparison) -> Figure:
 
 def learning_curves(c: Comparison) -> Figure:
     """Mean over seeds, and the band from the lowest to the highest seed."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4))
+    figure.subplots_adjust(left=0.06, right=0.995, bottom=0.13, top=0.97, wspace=0.15)
     for axes, kind, label in zip(figure.subplots(1, 2), ("loss", "acc"), ("loss (nats)", "accuracy"), strict=True):
         for arm, colour in ((c.a, A), (c.b, B)):
             for split, style in (("val", "-"), ("train", "--")):
@@ -110,7 +111,8 @@ def confusion_difference(c: Comparison) -> Figure:
     """How many test images more `b` puts where, a run on average; the diagonal is what it gets right."""
     difference = _confusion(c.b, c.y) - _confusion(c.a, c.y)
     limit = max(np.abs(difference).max(), 1)
-    figure = Figure(figsize=(7.4, 6.2), layout="constrained")
+    figure = Figure(figsize=(7.4, 6.2))
+    figure.subplots_adjust(left=0.08, right=0.99, bottom=0.08, top=0.92)
     axes = figure.subplots()
     image = axes.imshow(difference, cmap="PuOr_r", vmin=-limit, vmax=limit)
     for row, column in np.ndindex(difference.shape):
@@ -118,7 +120,8 @@ def confusion_difference(c: Comparison) -> Figure:
         if round(value, 1):
             colour = "white" if abs(value) > 0.6 * limit else "black"
             axes.text(column, row, f"{value:+.1f}", ha="center", va="center", color=colour, fontsize=8)
-    axes.set(xlabel="predicted", ylabel="true", title=f"{_difference(c)}, test images a run")
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(textwrap.fill(f"{_difference(c)}, test images a run", 70), fontsize=10)
     axes.set_xticks(range(len(LETTERS)), LETTERS)
     axes.set_yticks(range(len(LETTERS)), LETTERS)
     figure.colorbar(image, label="images", shrink=0.8)
@@ -134,7 +137,8 @@ def _confusion(arm: Arm, y: np.ndarray) -> np.ndarray:
 
 def calibration(c: Comparison) -> Figure:
     """How often each arm is right when it is so sure, and how often it is that sure; all seeds together."""
-    figure = Figure(figsize=(7.4, 5.6), layout="constrained")
+    figure = Figure(figsize=(7.4, 5.6))
+    figure.subplots_adjust(left=0.1, right=0.98, bottom=0.1, top=0.94, hspace=0.08)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], color=BOTH, linestyle=":", linewidth=1)
     bins = len(c.a.calibration[0].counts)
