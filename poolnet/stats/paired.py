@@ -298,7 +298,7 @@ def smallest_effect(se: float, df: float, power: float = 0.8, alpha: float = 0.0
 
 
 def _quantile(df: float | np.ndarray) -> float | np.ndarray:
-    return scipy.stats.t.ppf((1 + LEVEL) / 2, df)
+    return scipy.special.stdtrit(df, (1 + LEVEL) / 2)  # as `scipy.stats.t.ppf`, which takes fifty times as long
 
 
 def _effect(estimate: float, se: float, df: float) -> Effect:
@@ -306,7 +306,7 @@ def _effect(estimate: float, se: float, df: float) -> Effect:
     if se == 0:
         p, reach = float(estimate == 0), 0.0
     else:
-        p, reach = 2 * scipy.stats.t.sf(abs(estimate) / se, df), _quantile(df) * se
+        p, reach = 2 * scipy.special.stdtr(df, -abs(estimate) / se), _quantile(df) * se
     return Effect(*map(float, (estimate, estimate - reach, estimate + reach, se, df, p)))
 
 
