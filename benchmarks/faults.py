@@ -16,7 +16,7 @@ full disk       each command on a small disk, with so many amounts of room, then
 server runs     trainings against a real server that is killed and restarted, or stopped and continued, all the while,
                 then `sync`; their time, and that of trainings beside which it happens to a server that is not theirs
 at once         trainings on a store that does not exist yet
-overhead        trainings at full size, published to a server on loopback, and without journal and tracking, in turn
+overhead        trainings at full size, published to a server on loopback, and without record and tracking, in turn
 """
 
 import contextlib
@@ -92,7 +92,7 @@ class World:
             raise click.ClickException(f"{' '.join(command)} ended with {process.returncode}: {err}")
         return out
 
-    def journals(self) -> list[RunRecord]:
+    def runs(self) -> list[RunRecord]:
         return [RunRecord(path.parent) for path in sorted((self.folder / "home" / "runs").glob("*/record.json"))]
 
 
@@ -167,7 +167,7 @@ def killed(world: World, command: list[str], moment: float, children_too: bool =
 def kill_and_resume(world: World, moment: float, publisher_too: bool) -> str:
     """Train, kill after `moment` seconds, resume. Returns the phase that the kill hit."""
     killed(world, world.command, moment, publisher_too)
-    left = world.journals()
+    left = world.runs()
     if not left:
         world.finish(world.command)
         return "before the record"
@@ -195,16 +195,16 @@ def measure_kills(folder: Path, kills: int, seed: int, workers: int, epochs: int
     start = time.perf_counter()
     template.finish(template.command)
     duration = time.perf_counter() - start
-    expected, *_ = (outcome(run) for run in template.journals())
+    expected, *_ = (outcome(run) for run in template.runs())
     plans = [(index, rng.uniform(0, duration * workers**0.5), rng.random() < 0.5) for index in range(kills)]
 
     def trial(plan: tuple[int, float, bool]) -> tuple[str, list[str]]:
         index, moment, publisher_too = plan
         world = World(folder / f"kill{index}", data, epochs)
         phase = kill_and_resume(world, moment, publisher_too)
-        (run,) = world.journals()
+        (run,) = world.runs()
         wrong = differences(outcome(run), expected)
-        wrong += differences(on_server(world.uri, run), on_server(template.uri, template.journals()[0]))
+        wrong += differences(on_server(world.uri, run), on_server(template.uri, template.runs()[0]))
         shutil.rmtree(world.folder)
         return phase, [f"kill {index} at {moment:.2f} s, {phase}: {name}" for name in wrong]
 
@@ -242,14 +242,14 @@ def measure_sweep_kills(folder: Path, kills: int, seed: int, epochs: int, train:
     start = time.perf_counter()
     calm.finish(command)
     duration, expected, wrong = time.perf_counter() - start, {}, []
-    for run in calm.journals():
+    for run in calm.runs():
         expected[run.stem] = (outcome(run), on_server(calm.uri, run)["metrics"])
     for index in range(kills):
         world, moment = World(folder / f"sweep{index}", data, epochs), rng.uniform(0, duration)
         killed(world, command, moment)
         finish_twice(world, command)
-        found = {run.stem: (outcome(run), on_server(world.uri, run)["metrics"]) for run in world.journals()}
-        twice = len(world.journals()) - len(found)
+        found = {run.stem: (outcome(run), on_server(world.uri, run)["metrics"]) for run in world.runs()}
+        twice = len(world.runs()) - len(found)
         parents = mlflow.MlflowClient(world.uri).search_runs(["0"], "tags.`poolnet.study` LIKE '%'")
         status = [parent.info.status for parent in parents]
         same = found.keys() == expected.keys() and not any(
@@ -264,9 +264,9 @@ def measure_sweep_kills(folder: Path, kills: int, seed: int, epochs: int, train:
 def kill_sync(world: World, command: list[str], moment: float) -> str:
     """Sync, kill after `moment` seconds. Returns the phase that the kill hit."""
     killed(world, command, moment)
-    if not world.journals():
+    if not world.runs():
         return "after the removal"
-    published = read_json(world.journals()[0].folder / "published.json").get("servers", {}).get(world.uri, {})
+    published = read_json(world.runs()[0].folder / "published.json").get("servers", {}).get(world.uri, {})
     return "in publication" if published.get("run_id") else "before the run"
 
 
@@ -275,7 +275,7 @@ def measure_sync_kills(folder: Path, kills: int, seed: int, epochs: int, train: 
     data = letters(folder / "few letters.npz", train)
     template = World(folder / "calm sync", data, epochs)
     template.finish(template.command)
-    (run,) = template.journals()
+    (run,) = template.runs()
     expected = on_server(template.uri, run)
     begun = time.perf_counter()
     template.finish([*POOLNET, "sync", "--to", f"sqlite:///{folder / 'warm.db'}"])
@@ -283,13 +283,13 @@ def measure_sync_kills(folder: Path, kills: int, seed: int, epochs: int, train: 
     for index in range(kills):
         world = World(folder / f"sync{index}", data, epochs)
         shutil.copytree(template.folder / "home", world.folder / "home", dirs_exist_ok=True)
-        (world.journals()[0].folder / "published.json").unlink()
+        (world.runs()[0].folder / "published.json").unlink()
         command = [*POOLNET, "sync", "--to", world.uri, *(["--prune"] if index % 2 else [])]
         moment = rng.uniform(0, duration)
         phases.append(kill_sync(world, command, moment))
         finish_twice(world, command, refused=3)
         found = differences(on_server(world.uri, run), expected)
-        found += ["folder"] if bool(world.journals()) == bool(index % 2) else []
+        found += ["folder"] if bool(world.runs()) == bool(index % 2) else []
         wrong += [f"sync kill {index} at {moment:.2f} s, {phases[-1]}: {name}" for name in found]
         shutil.rmtree(world.folder)
     beside = World(folder / "beside", data, epochs)
@@ -346,7 +346,7 @@ def measure_model_kills(folder: Path, kills: int, seed: int) -> dict[str, object
     for pool in ("max", "avg"):
         template.finish([*template.command, "--pool", pool])
     template.finish([*POOLNET, "promote", "models:/poolnet/1"])
-    (run,) = (run for run in template.journals() if run.stem.startswith("max"))
+    (run,) = (run for run in template.runs() if run.stem.startswith("max"))
     weights = folder / "weights.pt"
     tensors = {name: torch.from_numpy(array) for name, array in run.load_tensors("model").items() if name != "example"}
     torch.save(tensors, weights)
@@ -390,7 +390,7 @@ def measure_full_disk(folder: Path, sizes: int) -> dict[str, object]:
         world = World(disk, data, 3)
         world.environment["TMPDIR"] = str(disk)
         world.finish([*POOLNET, "sweep", str(study), "--data", str(data)])
-        run = world.journals()[0]
+        run = world.runs()[0]
         weights = folder / "weights.pt"
         model = run.load_tensors("model").items()
         torch.save({name: torch.from_numpy(array) for name, array in model if name != "example"}, weights)
@@ -425,15 +425,15 @@ def measure_full_disk(folder: Path, sizes: int) -> dict[str, object]:
                     or (process.returncode and not out + err)
                 ):
                     wrong.append(f"{name} with {room * 100} kB: exit {process.returncode}: {err[-500:]}")
-                if process.returncode and name == "train" and (left := [r for r in world.journals() if not r.finished]):
+                if process.returncode and name == "train" and (left := [r for r in world.runs() if not r.finished]):
                     command = [*POOLNET, "train", "--resume", left[0].name]
                 with world.start(command, stdout=subprocess.DEVNULL, text=True) as again:
                     err = again.communicate()[1]
                 if again.returncode:
                     wrong.append(f"{name} again, with room: exit {again.returncode}: {err[-500:]}")
-        for journal in world.journals():
-            if not journal.finished:
-                wrong.append(f"{journal.name} did not come to its end")
+        for run in world.runs():
+            if not run.finished:
+                wrong.append(f"{run.name} did not come to its end")
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
     return {"commands": tried, "wrong": wrong}
@@ -497,17 +497,18 @@ class Server:
 
 BARE = """
 import sys
-from poolnet import job, linear
-from poolnet.config import TrainConfig
+from poolnet.runs import train_run
+from poolnet.training import fast_step
+from poolnet.training.config import TrainConfig
 
 config = TrainConfig(data=sys.argv[1], epochs=int(sys.argv[2]))
-splits, pooled = job.open_data(config, cache=True, say=print)
-linear.fit(config, splits, pooled, on_epoch=lambda record: print(record, flush=True))
+splits, pooled = train_run.open_data(config, cache=True, say=print)
+fast_step.fit(config, splits, pooled, on_epoch=lambda record: print(record, flush=True))
 """
 
 
 def bare(data: Path, epochs: int) -> list[str]:
-    """The same training without journal and tracking."""
+    """The same training without record and tracking."""
     return [sys.executable, "-c", BARE, str(data), str(epochs)]
 
 
@@ -548,13 +549,13 @@ def measure_server(folder: Path, runs: int, seed: int, epochs: int, train: int) 
             calm.append(trained(undisturbed, other, {"killed": 0, "hung": 0}))
             worlds.append(World(folder / f"troubled{index}", data, epochs, server.address))
             troubled.append(trained(worlds[-1], server, events))
-        expected = on_server(server.address, undisturbed.journals()[0])
+        expected = on_server(server.address, undisturbed.runs()[0])
         wrong = []
         for index, world in enumerate(worlds):
             world.finish([*POOLNET, "sync"])
-            (run,) = world.journals()
+            (run,) = world.runs()
             wrong += [f"run {index}: {name}" for name in differences(on_server(server.address, run), expected)]
-            wrong += [f"run {index}: {n}" for n in differences(outcome(run), outcome(undisturbed.journals()[0]))]
+            wrong += [f"run {index}: {n}" for n in differences(outcome(run), outcome(undisturbed.runs()[0]))]
     finally:
         server.stop()
         other.stop()

@@ -259,7 +259,7 @@ def measure_records(folder: Path, count: int, seed: int, workers: int) -> dict[s
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(folder / f"whole {place.name}", place)
         world = World(place, letters_file, EPOCHS)
-        runs = [run for run in world.journals() if not run.name.startswith("{}-seed{}-".format(*WHOLE))]
+        runs = [run for run in world.runs() if not run.name.startswith("{}-seed{}-".format(*WHOLE))]
         if index % 2:  # nobody has heard of the runs yet
             for path in (place / "home").glob("runs/*/published.json"):
                 path.unlink()

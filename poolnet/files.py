@@ -1,4 +1,7 @@
-"""The folder of local state; files that are replaced whole, JSON with its checksum, locks that say who holds them."""
+"""Read, write and lock the files of poolnet's local state.
+
+A file is replaced as a whole. JSON is stored with its checksum. A lock says who holds it.
+"""
 
 import contextlib
 import errno
@@ -23,11 +26,18 @@ LOCK_SECONDS = 5  # that a command waits for another one, before it says who tha
 
 
 class Locked(RunError):
-    """Another process holds a lock for longer than this one waits."""
+    """A lock that another process holds for too long.
+
+    That is longer than this process waits.
+    """
 
 
 def home() -> Path:
-    """The folder of poolnet's local state: `POOLNET_HOME`, or `.poolnet` in the working folder. Made if absent."""
+    """Return the folder of poolnet's local state.
+
+    It is `POOLNET_HOME`, or `.poolnet` in the working folder. It is created if it is missing. Raises `InputError` if
+    that fails or if the folder is not writable.
+    """
     path = expanded(Path(os.environ.get("POOLNET_HOME") or ".poolnet")).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -39,7 +49,10 @@ def home() -> Path:
 
 
 def expanded(path: Path) -> Path:
-    """The path with the user's own folder for `~`, unless something here is called so."""
+    """Replace a leading `~` by the user's home folder.
+
+    The path stays as it is if its first part exists here, or if the user is unknown.
+    """
     try:
         return path if Path(*path.parts[:1]).exists() else path.expanduser()
     except RuntimeError:  # of a user who is not known
@@ -48,7 +61,10 @@ def expanded(path: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: float = LOCK_SECONDS, poll: float = 0.05) -> Iterator[None]:
-    """Hold the lock file at `path`. Raises `Locked`, which names the holder, after `wait` seconds."""
+    """Hold the lock file at `path`.
+
+    Raises `Locked`, which names the holder, after `wait` seconds.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = path.with_name(f"{path.name}.holder")
     try:
@@ -74,7 +90,10 @@ def _read_holder(path: Path) -> str:
 
 
 def regular(path: Path, wanted: str) -> None:
-    """Refuse what is no regular file, before an attempt to open it can hang."""
+    """Refuse a path that is not a regular file.
+
+    The check comes before the file is opened, since opening a pipe, for example, can hang. Raises `InputError`.
+    """
     try:
         found = _kind(path)
     except FileNotFoundError:
@@ -87,10 +106,10 @@ def regular(path: Path, wanted: str) -> None:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """The files below a folder, by name.
+    """Yield the files below a folder, sorted by name.
 
-    Hidden names are left out. Links are followed, each folder once by each name, so that one which leads back ends;
-    those that lead nowhere are given as they are.
+    Hidden names are left out. Links are followed. A folder is visited once under each name, so a link that leads back
+    does not make the walk endless. A link that leads nowhere is yielded as it is.
     """
     ahead, seen = [folder], set()
     while ahead:
@@ -103,7 +122,11 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def writable(path: Path) -> Path:
-    """The file that `path` leads to, new or regular. Anything else is refused: it would be replaced."""
+    """Resolve `path` to a file that can be written.
+
+    Links are followed. The file may be new or a regular file. Anything else is refused, since it would be replaced.
+    Raises `InputError`, or `RunError` if the disk or the user's quota is full.
+    """
     try:
         found = _kind(path)
     except FileNotFoundError:
@@ -127,7 +150,10 @@ def writable(path: Path) -> Path:
 
 
 def _kind(path: Path) -> str:
-    """What stands there, in words; empty for a regular file."""
+    """Name the kind of a file in words.
+
+    The text is empty for a regular file.
+    """
     mode = path.stat().st_mode
     if stat.S_ISREG(mode):
         return ""
@@ -136,9 +162,10 @@ def _kind(path: Path) -> str:
 
 
 def replace(part: Path, path: Path) -> None:
-    """`part.replace(path)`, for which Windows wants a moment in which no other process reads `path`.
+    """Replace `path` by `part`, and retry on Windows.
 
-    An empty folder is replaced as well: container mounts leave them in place of files.
+    Windows refuses `part.replace(path)` while another process reads `path`. An empty folder at `path` is replaced as
+    well: container mounts leave empty folders in place of files.
     """
     if path.is_dir() and not path.is_symlink():
         with contextlib.suppress(OSError):  # of one that is not empty
@@ -155,7 +182,10 @@ def replace(part: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which replaces `path` when the block succeeds."""
+    """Replace `path` by a temporary file if all succeeds.
+
+    Yields a temporary name beside `path`, which the block writes. The file replaces `path` if the block succeeds.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with contextlib.suppress(FileNotFoundError):  # whose process has just finished
@@ -174,7 +204,10 @@ def _part(path: Path) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """An object from a file; empty where it is absent or damaged."""
+    """Read a JSON object from a file.
+
+    The object is empty if the file is missing or damaged.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -183,7 +216,10 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """An object with its checksum; on the disk when this returns."""
+    """Write a JSON object with its checksum.
+
+    The file is on the disk when this function returns.
+    """
     with replacing(path) as part, part.open("w", encoding="utf-8") as file:
         json.dump(sealed(value), file, indent=1)
         file.flush()
@@ -191,12 +227,15 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def sealed(value: dict) -> dict:
-    """The object with `crc32`, the checksum of the rest."""
+    """Return a copy with `crc32`, the checksum of the rest."""
     return {**value, "crc32": _checksum(value)}
 
 
 def unsealed(value: dict) -> dict:
-    """The object without its checksum; empty if that is wrong. Earlier versions wrote none."""
+    """Check and remove the checksum of an object.
+
+    The result is empty if the checksum is wrong. An object without a checksum is accepted: earlier versions wrote none.
+    """
     rest = {key: part for key, part in value.items() if key != "crc32"}
     return rest if "crc32" not in value or value["crc32"] == _checksum(rest) else {}
 

@@ -1,7 +1,7 @@
-"""This process: its processor cores, and how Ctrl-C and termination end it.
+"""Handle Ctrl-C and termination, and count processor cores.
 
-`install` makes both raise `Stop`, since what is written is whole at any moment. A second Ctrl-C ends the process on
-the spot.
+`install` makes both raise `Stop`. That is safe, since files are complete at any moment. A second Ctrl-C ends the
+process immediately.
 """
 
 import os
@@ -12,7 +12,7 @@ _stopping = False
 
 
 class Stop(BaseException):
-    """The process was asked to stop."""
+    """The request to stop the process, as an exception."""
 
     def __init__(self, signum: int):
         super().__init__(last_words)
@@ -20,7 +20,7 @@ class Stop(BaseException):
 
 
 def install() -> None:
-    """Have Ctrl-C and termination raise `Stop`."""
+    """Make Ctrl-C and termination raise `Stop`."""
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # the last is Windows' Ctrl-Break
         signum = getattr(signal, name, None)
         # A shell has a script's background commands ignore Ctrl-C, and that is respected.
@@ -39,5 +39,5 @@ def _handle(signum: int, frame: object) -> None:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Text for people: on a terminal, in Markdown, in JSON, or to be pasted into a shell."""
+"""Format text for terminals, Markdown, JSON and shells."""
 
 import dataclasses
 import json
@@ -15,10 +15,13 @@ import click
 
 
 def pasted(*words: object, windows: bool = os.name == "nt") -> str:
-    """A command that can be pasted into a shell: POSIX, or on Windows PowerShell and cmd.
+    """Quote a command so that it can be pasted.
 
-    Double quotes mean the same to both of the latter, unless there are signs in them that PowerShell would replace or
-    end the text at: such a word is for PowerShell alone. Of `%NAME%` cmd replaces the name of a variable that is set.
+    It is for a POSIX shell, or on Windows for PowerShell and cmd.
+
+    Double quotes mean the same to PowerShell and to cmd, unless the text contains a sign that PowerShell would replace,
+    or that would end the text there. Such a word is quoted for PowerShell only. In `%NAME%`, cmd replaces the name of a
+    variable that is set.
     """
     texts = map(str, words)
     return " ".join(map(_quoted_on_windows, texts)) if windows else shlex.join(texts)
@@ -35,7 +38,10 @@ def _quoted_on_windows(word: str) -> str:
 
 
 def progress(*args, **options):
-    """A progress bar on stderr (see `click.progressbar`), shown where somebody watches."""
+    """Show a progress bar on stderr (see `click.progressbar`).
+
+    It is hidden if stderr is not a terminal.
+    """
     return click.progressbar(*args, file=sys.stderr, hidden=not sys.stderr.isatty(), **options)
 
 
@@ -44,7 +50,10 @@ def warn(message: str) -> None:
 
 
 def failed(error: object, code: int) -> int:
-    """Say what went wrong, in one line. Returns the exit code."""
+    """Report an error in one line on stderr.
+
+    Returns the exit code.
+    """
     _complain("error", error)
     return code
 
@@ -54,17 +63,26 @@ def _complain(kind: str, text: object) -> None:
 
 
 def say(text: object = "", **options) -> None:
-    """Print, see `click.echo`, with escapes for what a terminal would obey in a line."""
+    """Print text with escapes (see `click.echo`).
+
+    In each line, characters that a terminal would obey are escaped.
+    """
     click.echo("\n".join(map(printable, str(text).split("\n"))), **options)
 
 
 def printable(text: object) -> str:
-    """With escapes for what a terminal would obey or cannot show: on one line."""
+    """Escape characters that a terminal obeys or cannot show.
+
+    Line breaks are escaped too, so the result is one line.
+    """
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
 
 
 def to_json(value: object, indent: int | None = None) -> str:
-    """JSON of plain values, dataclasses and paths; numbers that are not finite become null."""
+    """Convert plain values, dataclasses and paths to JSON.
+
+    Numbers that are not finite become null.
+    """
     return json.dumps(_plain(value), allow_nan=False, indent=indent)
 
 
@@ -81,35 +99,41 @@ def _plain(value: object) -> object:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table for a terminal."""
+    """Return the lines of a table for a terminal."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def marked(text: str) -> str:
-    """Markdown that shows this text, whatever signs of Markdown and HTML are in it."""
+    """Escape text so that Markdown shows it as is.
+
+    Markdown and HTML signs in the text are escaped.
+    """
     text = re.sub(r"&(?=#?\w+;)", "&amp;", printable(text))
     return re.sub(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", re.sub(r"<(?=[\w/!?])", "&lt;", text))
 
 
 def coded(text: str) -> str:
-    """Markdown that shows this text as code."""
+    """Return Markdown that shows a text as code."""
     text = printable(text)
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
 
 
 def piped(rows: Sequence[Sequence[str]], cell: Callable[[str], str] = marked) -> list[str]:
-    """The lines of a Markdown table.
+    """Return the lines of a Markdown table.
 
-    `cell` makes Markdown of a cell; `str` where it is that already.
+    `cell` converts a cell to Markdown. Use `str` if the cells already are Markdown.
     """
     lines = [f"| {' | '.join(map(cell, row))} |" for row in rows]
     return [lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]]
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation in words, as far as there are values."""
+    """Format the mean and standard deviation of values.
+
+    One value has no standard deviation, so only the mean is shown. No values give "none".
+    """
     if not values:
         return "none"
     return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")

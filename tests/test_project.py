@@ -1,6 +1,7 @@
 """The files around the package say what the package says, and `mlflow run` works as a user types it."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import click
 import mlflow
 import pytest
 import yaml
-from conftest import ROOT, mlflow_run
+from conftest import ROOT, inside, mlflow_run
 from finished_runs import journaled, publish
 from mlflow.utils.environment import _PythonEnv
 from packaging.requirements import Requirement
+from PIL import Image
 
 import poolnet
 from poolnet.cli.commands import cli
@@ -206,6 +208,26 @@ def test_importing_poolnet_imports_nothing_heavy_and_all_ten_names_are_there():
     assert finished.stdout == "set()\n10 True\n"
     with pytest.raises(AttributeError, match="no attribute 'pooling'"):
         _ = poolnet.pooling
+
+
+def test_the_ten_names_do_what_the_commands_do(letters):
+    def train(pool):
+        config = poolnet.TrainConfig(data=str(letters), pool=pool, epochs=2, register=False)
+        return poolnet.train(config, say=lambda line: None)
+
+    trained = [train("max"), train("avg")]
+    assert [each.trouble for each in trained] == [None, None]
+    names = [each.run.name for each in trained]
+    comparison, said = poolnet.compare(names), json.loads(inside("compare", *names, "--json").stdout)
+    assert comparison.sentence == said["sentence"]
+    assert comparison.acc.estimate == said["effects"]["acc"]["estimate"]
+    with pytest.raises(poolnet.InputError, match="found 1 runs, expected a study file or two runs"):
+        poolnet.compare(names[:1])
+    data, model = poolnet.open_data(letters), poolnet.load_model(f"models:/{trained[1].server.model_id}")
+    assert poolnet.evaluate(model, data.test).acc == trained[1].run.by_step()[0]["test_acc"]
+    Image.fromarray(data.test.X[0]).save("letter.png")
+    (prediction,) = poolnet.predict(model, ["letter.png"])
+    assert prediction.letter in "ABCDEFGHIJ"
 
 
 def test_the_project_keeps_no_lock_that_breaks_the_uv_environment():

@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command line of poolnet."""
 
 from poolnet.cli.commands import main
 

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print.
+"""The commands of poolnet: parse, call, print.
 
 Modules that import torch or mlflow are imported inside the commands, so that `poolnet --help` is instant.
 """
@@ -35,7 +35,10 @@ COMPLETED = {  # of the options of `train`
 
 
 class InOrder(click.Group):
-    """Commands in the order in which they are used, not by name."""
+    """A command group that lists commands in order of use.
+
+    The order is not by name.
+    """
 
     def list_commands(self, context: click.Context) -> list[str]:
         return [
@@ -51,7 +54,10 @@ def cli() -> None:
 
 
 def train_options(command: Callable) -> Callable:
-    """An option for each field of `TrainConfig`, with its default and its help."""
+    """Add an option for each field of `TrainConfig`.
+
+    The option has the default and the help of its field.
+    """
     for field in reversed(dataclasses.fields(TrainConfig)):
         names = dict.fromkeys((f"--{field.name.replace('_', '-')}", f"--{field.name}"))  # `mlflow run` says batch_size
         kind = click.Choice(POOLS) if field.name == "pool" else field.type
@@ -262,7 +268,7 @@ def compare(
 
 
 def _output(context: click.Context, option: click.Parameter, text: str | None) -> Path | None:
-    """Where to write, looked at before the work begins."""
+    """Check where to write, before the work begins."""
     if text == "":
         raise InputError("--out: found an empty text, expected the .npz to write")
     return text if text is None else writable(expanded(Path(text)))
@@ -312,7 +318,11 @@ for command in model_commands.COMMANDS:
 
 
 def main(args: list[str] | None = None) -> None:
-    """The console script. What went wrong is said in one line on stderr; the exit codes are those of the README."""
+    """Run the command line and exit with its code.
+
+    This is the console script. If something goes wrong, one line on stderr says what. The exit codes are those of the
+    README.
+    """
     process.install()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that the encoding of a file or pipe lacks must not end a command
@@ -328,9 +338,9 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _without_home() -> dict[str, str]:
-    """Settings for a user without a folder of their own.
+    """Return settings for a user without a home folder.
 
-    As in containers, where there is none, or one that may not be written.
+    In containers there may be no such folder, or one that may not be written.
     """
     place = expanded(Path(os.environ.get("POOLNET_HOME") or ".poolnet")).absolute()
     try:

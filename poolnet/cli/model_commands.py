@@ -1,4 +1,7 @@
-"""The commands that use registered models, or make and check them: parse, call, print, as in `commands.py`."""
+"""The commands that use, make or check registered models.
+
+They parse, call and print, as in `commands.py`.
+"""
 
 import contextlib
 import os
@@ -17,7 +20,10 @@ FILE = click.Path(path_type=Path)
 
 
 def completed(*words: str, suffix: str = "") -> Callable[..., list[CompletionItem]]:
-    """For `shell_complete`: these words, and folders and files with this suffix."""
+    """Return a `shell_complete` function for these words.
+
+    If `suffix` is given, it also offers folders, and files with this suffix.
+    """
 
     def complete(context: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
         folder = os.path.dirname(incomplete)  # noqa: PTH120 - keeps "./"
@@ -56,7 +62,11 @@ TIMEOUT = click.option(
 
 @contextlib.contextmanager
 def asked(timeout: float) -> Iterator[None]:
-    """With what MLflow says of its server as one line, and silence of so many seconds as its end."""
+    """Use the tracking server, and report its errors briefly.
+
+    In the block, an error of MLflow about its server becomes one line. A server that is silent for `timeout` seconds
+    ends the block.
+    """
     from poolnet.tracking import addresses
 
     uri = addresses.own()
@@ -70,7 +80,10 @@ def asked(timeout: float) -> Iterator[None]:
 
 
 def points(option: str, text: str) -> float | None:
-    """Points of accuracy as they were typed, if they were."""
+    """Parse points of accuracy, or return None for no text.
+
+    `text` is what the user typed. Raises `InputError` if it is not a number above 0 and below 100.
+    """
     try:
         value = float(text) if text else None
     except ValueError:

@@ -1,1 +1,1 @@
-"""Data sets: made, opened, checked."""
+"""Make, open and check data sets."""

@@ -1,7 +1,8 @@
-"""Open a data set: six arrays in an `.npz`, validated and digested in one pass.
+"""Open, validate and digest a data set in one pass.
 
-The format is the notebook's: `X_train y_train X_val y_val X_test y_test`, X (N, 1, 28, 28) or (N, 28, 28), uint8 or
-float, y (N,) integers 0..9 for A..J. What a model sees was hashed as it was read: nothing is read from the file again.
+A data set is an `.npz` with six arrays, in the format of the notebook: `X_train y_train X_val y_val X_test y_test`. X
+is (N, 1, 28, 28) or (N, 28, 28), uint8 or float. y is (N,), integers 0..9 for A..J. The digest is computed while the
+pixels are read, so it belongs to what the model sees: nothing is read from the file again.
 """
 
 import contextlib
@@ -28,7 +29,11 @@ PATIENCE = 600  # seconds for another process that renders the embedded letters,
 
 @dataclass(frozen=True)
 class Split:
-    """`X` (N, 28, 28) uint8 or float, None if not kept; `y` (N,) int64; `sha256` over the whole of both."""
+    """One split: its images, its labels and their digest.
+
+    `X` is (N, 28, 28), uint8 or float, or None if the images were not kept. `y` is (N,) int64. `sha256` covers all of
+    both.
+    """
 
     name: str
     X: np.ndarray | None
@@ -40,13 +45,19 @@ class Split:
         return len(self.y)
 
     def images(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Those images as a model takes them, see `as_images`."""
+        """Return images in the form a model takes.
+
+        See `as_images`.
+        """
         return as_images(self.X[rows])
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set: its file, its three splits, and how many test images also occur in train."""
+    """A data set: its file and its three splits.
+
+    It also says how many test images occur in train.
+    """
 
     path: Path
     train: Split
@@ -60,11 +71,11 @@ class Dataset:
 
     @property
     def sha256(self) -> str:
-        """One digest for the three."""
+        """Return one digest for the three splits."""
         return hashlib.sha256("".join(split.sha256 for split in self).encode()).hexdigest()
 
     def described(self) -> dict:
-        """What the record of a run says of the data."""
+        """Return what a run record stores about the data."""
         return {
             "path": str(self.path),
             "name": self.name,
@@ -81,12 +92,18 @@ class Dataset:
 
 
 def prepared(name: str) -> Path:
-    """Where the data set NAME is kept unless its maker was told otherwise."""
+    """Return the default path of the data set `name`.
+
+    `poolnet prepare` can be told to write it elsewhere.
+    """
     return home() / "data" / f"{name}.npz"
 
 
 def locate(data: str, say: Callable[[str], None] = lambda line: None) -> Path:
-    """The file behind `--data`: `glyphs` (rendered when first asked for), `notmnist`, or a path."""
+    """Return the file that `--data` stands for.
+
+    `data` is `glyphs`, `notmnist` or a path. The glyphs are rendered when they are first asked for.
+    """
     if not data.strip():
         raise InputError("--data: found an empty text, expected glyphs, notmnist, or the path of an .npz file")
     if data == "glyphs":
@@ -97,7 +114,10 @@ def locate(data: str, say: Callable[[str], None] = lambda line: None) -> Path:
 
 
 def open_data(data: str | Path = "glyphs") -> Dataset:
-    """Open what `--data` means: `glyphs`, `notmnist`, or the path of an `.npz`. Raises `InputError`."""
+    """Open a data set by its name or path.
+
+    As for `--data`, that is `glyphs`, `notmnist`, or the path of an `.npz`. Raises `InputError`.
+    """
     return open_splits(locate(str(data)))
 
 
@@ -107,10 +127,10 @@ Watch = Callable[[str, int, int, np.ndarray], None]  # told of each window: spli
 def open_splits(
     path: Path, keep: Collection[str] = SPLITS, watch: Watch = lambda name, size, start, window: None
 ) -> Dataset:
-    """Read once from end to end: validated, digested, and the images of the splits in `keep` kept.
+    """Read, validate and digest a data set file once.
 
-    `watch` sees all pixels on the way, so that what it makes of them belongs to the digest. Raises `InputError` with
-    file, key, what was found and what was expected.
+    The images of the splits in `keep` are kept. `watch` sees all pixels during the reading, so what it computes belongs
+    to the same bytes as the digest. Raises `InputError` with file, key, what was found and what was expected.
     """
     path = Path(path).absolute()
     if str(path) != str(path).encode(errors="replace").decode():
@@ -155,7 +175,7 @@ def _whole(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _patiently(lock: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold a lock, for which another process may work long."""
+    """Hold a lock that another process may hold long."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(lock))
@@ -183,7 +203,7 @@ def _image_member(member: npz.Member) -> npz.Member:
 
 
 def _read_labels(member: npz.Member) -> np.ndarray:
-    """The labels, (N,) int64."""
+    """Read and check the labels: (N,) int64."""
     where, shape, kind = f"{member.path}: {member.key}", member.shape, member.dtype.kind
     if len(shape) != 1:
         cures = {(2, len(LETTERS)): "; store y.argmax(1)", (2, 1): "; store y.ravel()"}
@@ -202,7 +222,10 @@ def _read_labels(member: npz.Member) -> np.ndarray:
 
 
 def _read_split(name: str, member: npz.Member, y: np.ndarray, keep: bool, watchers: list[Watch]) -> Split:
-    """One pass over every pixel: digest, and what the watchers make of it."""
+    """Read one split in one pass over its pixels.
+
+    The digest is computed in this pass. Each watcher sees every window of pixels.
+    """
     size, little = len(y), member.dtype.newbyteorder("<")
     sha = hashlib.sha256(f"{little.str} {size}x{SIDE}x{SIDE}\n".encode())
     X = _room(member, size) if keep else None
@@ -227,7 +250,7 @@ def _room(member: npz.Member, size: int) -> np.ndarray:
 
 
 class _Overlap:
-    """Counts the test images that train holds too."""
+    """A counter of test images that occur in train."""
 
     def __init__(self, one_type: bool):
         self.one_type = one_type
@@ -249,10 +272,10 @@ class _Overlap:
 
 
 class _Scale:
-    """Judges the scale of the pixels, over all splits together.
+    """A check of the pixel scale over all splits.
 
-    What is usual from black to white: 0..1 (uint8 is divided by 255), -0.5..0.5, -1..1, or a mean of 0 and a deviation
-    of 1. Letters may be thin or faint in one split, so what lies inside of 0..1 may be narrow.
+    These scales from black to white are usual: 0..1 (uint8 is divided by 255), -0.5..0.5, -1..1, or a mean of 0 and a
+    deviation of 1. Letters may be thin or faint in one split, so a range inside of 0..1 may be narrow.
     """
 
     def __init__(self, members: dict[str, npz.Member]):
@@ -272,7 +295,10 @@ class _Scale:
         self.samples[name].append(as_images(window[-start % step :: step]))
 
     def check(self) -> None:
-        """When all is seen."""
+        """Refuse a wrong scale, or scales that differ.
+
+        It is called after all windows. Raises `InputError`.
+        """
         white = {name: 255 if member.dtype == np.uint8 else 1 for name, member in self.members.items()}
         if all(max(self.ends[name]) - min(self.ends[name]) < NARROW * white[name] for name in self.members):
             cure = "multiply them by 255" if white["train"] > 1 else "they may have been divided by 255 twice"
@@ -292,7 +318,7 @@ class _Scale:
 
 
 def _differ(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two samples of images are in different scales."""
+    """Whether two samples of images have different scales."""
     (low, high), (other_low, other_high) = [np.quantile(images, [0.01, 0.99]) for images in (one, other)]
     signed = [low < -0.2, other_low < -0.2]
     if signed[0] != signed[1] and len((one, other)[signed.index(False)]) >= ENOUGH:
@@ -306,7 +332,10 @@ def _differ(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def as_images(x: np.ndarray) -> np.ndarray:
-    """Stored pixels as a model takes them: float32 (n, 1, 28, 28), uint8 divided by 255."""
+    """Return stored pixels in the form a model takes.
+
+    The result is float32 (n, 1, 28, 28). uint8 pixels are divided by 255.
+    """
     images = x.reshape(-1, 1, SIDE, SIDE).astype(np.float32)
     if x.dtype == np.uint8:
         images /= 255

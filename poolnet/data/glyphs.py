@@ -1,7 +1,8 @@
-"""The built-in data set: letters A to J in the manner of notMNIST, from the fonts that matplotlib ships.
+"""Render the built-in data set from matplotlib's fonts.
 
-It needs no network and no download. Whole designs are held out: validation and test ask about typefaces that
-training never saw. The same seed and sizes give the same bytes for the same versions of the libraries used.
+The images show the letters A to J in the manner of notMNIST. The fonts come with matplotlib, so no network and no
+download is needed. Whole designs are held out: validation and test use typefaces that training never saw. The same seed
+and sizes give the same bytes for the same versions of the libraries used.
 """
 
 from collections.abc import Callable
@@ -64,7 +65,10 @@ BATCH = 250  # images; part of the rendering, as random numbers are drawn batch 
 
 
 class Masters(NamedTuple):
-    """The undistorted glyphs of one split, indexed by face, finish and letter."""
+    """The undistorted glyphs of one split.
+
+    They are indexed by face, finish and letter.
+    """
 
     bitmaps: np.ndarray  # uint8 (faces, finishes, 10, CANVAS, CANVAS)
     hulls: np.ndarray  # float32 (faces, finishes, 10, 2, DIRECTIONS): outermost points (x, y), canvas = -1..1
@@ -78,11 +82,12 @@ def render(
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return `X_train y_train X_val y_val X_test y_test`: X uint8 (N, 28, 28), y int64 (N,).
+    """Render the six arrays of the built-in data set.
 
-    Labels 0 to 9 stand for A to J; classes are balanced and shuffled. A split depends on the seed and its own
-    size only. `progress` is called with the number of images just finished. Raises ValueError for a size
-    below 1 or a seed below 0.
+    Returns `X_train y_train X_val y_val X_test y_test`: X is uint8 (N, 28, 28), y is int64 (N,). Labels 0 to 9 stand
+    for A to J. The classes are balanced and shuffled. A split depends only on the seed and its own size. `progress` is
+    called with the number of images just finished. Raises ValueError for a size below 1 or a seed below 0, or if one of
+    them is not an integer.
     """
     sizes = {"train": train, "val": val, "test": test}
     for name, number in {**sizes, "seed": seed}.items():
@@ -97,7 +102,10 @@ def render(
 
 
 def font_and_letters(face: str) -> tuple[Path, str]:
-    """The font file of a face in FACES, and the ten characters that are its A to J."""
+    """Return the font file and the letters of a face.
+
+    `face` is an entry of FACES. The ten characters are its A to J.
+    """
     font, _, first = face.partition(":")
     start = int(first, 16) if first else ord("A")
     letters = "".join(chr(LETTERLIKE.get(point, point)) for point in range(start, start + 10))
@@ -106,7 +114,10 @@ def font_and_letters(face: str) -> tuple[Path, str]:
 
 @cache
 def masters(split: str) -> Masters:
-    """Draw every letter of a split's faces in every finish, once in a process."""
+    """Draw all faces of a split in every finish.
+
+    Each split is drawn once in a process.
+    """
     faces = [(face, kind) for kind, members in FACES[split].items() for face in members]
     bitmaps = np.stack([_draw_face(face) for face, _ in faces])
     shares = np.array([KINDS[kind] / len(FACES[split][kind]) for _, kind in faces])
@@ -114,13 +125,16 @@ def masters(split: str) -> Masters:
 
 
 def _draw_face(face: str) -> np.ndarray:
-    """The letters of one face: uint8 (finishes, 10, CANVAS, CANVAS)."""
+    """Draw one face: uint8 (finishes, 10, CANVAS, CANVAS)."""
     path, letters = font_and_letters(face)
     return np.stack([_finishes(letter, path) for letter in letters], axis=1)
 
 
 def _finishes(letter: str, path: Path) -> np.ndarray:
-    """One letter in each of FINISHES, in that order: uint8 (finishes, CANVAS, CANVAS)."""
+    """Draw one letter in each of FINISHES.
+
+    The result is uint8 (finishes, CANVAS, CANVAS), in the order of FINISHES.
+    """
     left, top, right, bottom = ImageFont.truetype(path, INK).getbbox(letter)
     font = ImageFont.truetype(path, INK * INK / max(right - left, bottom - top))
     regular = _draw(letter, font, stroke=0)
@@ -134,7 +148,11 @@ def _finishes(letter: str, path: Path) -> np.ndarray:
 
 
 def _widest_stroke(letter: str, font: ImageFont.FreeTypeFont, regular: np.ndarray) -> int:
-    """The pixels, 2 to 7, by which a letter can be widened with its gaps and counters still open enough."""
+    """Return by how many pixels a letter can be widened.
+
+    The result is 2 to 7 pixels. The gaps and counters of the letter must stay open enough: at least 45 % of the
+    background in its box, unless the result is 2.
+    """
     ground = regular == 0
     box = np.ix_(~ground.all(axis=1), ~ground.all(axis=0))
     for stroke in range(7, 2, -1):
@@ -145,7 +163,10 @@ def _widest_stroke(letter: str, font: ImageFont.FreeTypeFont, regular: np.ndarra
 
 
 def _draw(letter: str, font: ImageFont.FreeTypeFont, stroke: int) -> np.ndarray:
-    """A letter in the middle of its canvas, widened by `stroke` pixels on every side."""
+    """Draw a letter in the middle of its canvas.
+
+    It is widened by `stroke` pixels on every side.
+    """
     image = Image.new("L", (CANVAS, CANVAS))
     left, top, right, bottom = font.getbbox(letter)
     corner = ((CANVAS - left - right) / 2, (CANVAS - top - bottom) / 2)
@@ -154,7 +175,10 @@ def _draw(letter: str, font: ImageFont.FreeTypeFont, stroke: int) -> np.ndarray:
 
 
 def _hulls(bitmaps: np.ndarray) -> np.ndarray:
-    """The outermost point of each bitmap in each direction: float32 (..., 2, DIRECTIONS)."""
+    """Find the outermost point of each bitmap by direction.
+
+    The result is float32 (..., 2, DIRECTIONS).
+    """
     angles = np.arange(DIRECTIONS) * (2 * np.pi / DIRECTIONS)
     directions = np.stack([np.cos(angles), np.sin(angles)])
     hulls = np.empty((*bitmaps.shape[:-2], 2, DIRECTIONS), np.float32)
@@ -166,7 +190,10 @@ def _hulls(bitmaps: np.ndarray) -> np.ndarray:
 
 
 def _render_split(split, size, rng, progress) -> tuple[np.ndarray, np.ndarray]:
-    """The images and labels of one split, made BATCH at a time to bound the memory."""
+    """Render the images and labels of one split.
+
+    BATCH images are made at a time, to limit the memory.
+    """
     glyphs = masters(split)
     y = rng.permutation(np.arange(size, dtype=np.int64) % 10)
     X = np.empty((size, SIDE, SIDE), np.uint8)
@@ -179,7 +206,7 @@ def _render_split(split, size, rng, progress) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _render_batch(glyphs: Masters, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One image for each label: uint8 (n, 28, 28)."""
+    """Render one image for each label: uint8 (n, 28, 28)."""
     n = len(labels)
     face = rng.choice(len(glyphs.shares), n, p=glyphs.shares)
     finish = rng.choice(len(FINISHES), n, p=list(FINISHES.values()))
@@ -189,7 +216,10 @@ def _render_batch(glyphs: Masters, labels: np.ndarray, rng: np.random.Generator)
 
 
 def _distortion(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Random rotation, slant and aspect ratio, canvas to frame, before size and place: float32 (n, 2, 2)."""
+    """Draw random rotations, slants and aspect ratios.
+
+    The result is float32 (n, 2, 2) and maps the canvas to the frame, before size and place.
+    """
     angle = np.deg2rad(rng.normal(0, 6, n).clip(-15, 15))
     slant = rng.uniform(-0.3, 0.1, n)  # mostly to the right, as italics
     aspect = np.exp(rng.normal(0, 0.1, n))
@@ -199,9 +229,10 @@ def _distortion(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _fit(distortion: np.ndarray, hulls: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Centre each distorted glyph and make it fill the frame: float32 (n, 2, 3), frame to canvas, both -1..1.
+    """Centre each distorted glyph and fill the frame.
 
-    The longer side fills the frame; the shorter one is stretched part of the way, as in notMNIST.
+    The result is float32 (n, 2, 3) and maps the frame to the canvas, both -1..1. The longer side fills the frame. The
+    shorter side is stretched part of the way, as in notMNIST.
     """
     n = len(hulls)
     corners = distortion @ hulls
@@ -215,7 +246,10 @@ def _fit(distortion: np.ndarray, hulls: np.ndarray, rng: np.random.Generator) ->
 
 
 def _sample(bitmaps: np.ndarray, maps: np.ndarray) -> np.ndarray:
-    """Look each pixel of the frame up in its bitmap, at 2x2 points a pixel: float32 (n, 28, 28) in 0..1."""
+    """Look up each pixel of the frame in its bitmap.
+
+    It is sampled at 2x2 points a pixel. The result is float32 (n, 28, 28) in 0..1.
+    """
     axis = (np.arange(2 * SIDE, dtype=np.float32) + 0.5) / SIDE - 1
     from_x, from_y, centre = np.moveaxis(maps[..., None, None], 2, 0)
     grid = torch.from_numpy((from_x * axis + centre) + from_y * axis[:, None]).permute(0, 2, 3, 1)
@@ -225,7 +259,10 @@ def _sample(bitmaps: np.ndarray, maps: np.ndarray) -> np.ndarray:
 
 
 def _decorate(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Cuts, blur, inversion, contrast and noise, the last three weak in most images, as in notMNIST."""
+    """Add cuts, blur, inversion, low contrast and noise.
+
+    Blur, contrast and noise are weak in most images, as in notMNIST. Cuts and inversions are rare.
+    """
     n = len(x)
     effect = rng.random(n)
     cut, inverted = np.flatnonzero(effect < CUT), np.flatnonzero(effect > 1 - INVERTED)
@@ -239,7 +276,10 @@ def _decorate(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _stripes(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Masks of parallel gaps, from one or two broad ones to a hatching: bool (n, 28, 28)."""
+    """Return masks of parallel gaps: bool (n, 28, 28).
+
+    They range from one or two broad gaps to a hatching.
+    """
     angle, phase, share = rng.uniform([[0], [0], [0.7]], [[np.pi], [1], [0.85]], (3, n))[:, :, None, None]
     stripes = np.exp(rng.uniform(np.log(1.2), np.log(6), (n, 1, 1)))
     axis = (np.arange(SIDE) + 0.5) / SIDE

@@ -1,8 +1,11 @@
-"""notMNIST from its tarballs (or folders): decoded, cleaned of repeats and conflicts, split by seed.
+"""Prepare notMNIST: decode it, clean it, split it.
 
-The reference experiment's recipe: train and val are the large set without exact repeats, 90/10; test is the small set
-without what those two hold. One set alone is split 80/10/10. The result depends on the images and the seed only, not
-on the order in which they are found. A tarball gives what the folder that is unpacked from it gives, links included.
+The source is its tarballs or folders. Repeats and conflicts are removed. A seed determines the splits.
+
+This is the reference experiment's recipe: train and val are the large set without exact repeats, 90/10. Test is the
+small set without the images of train and val. If there is only one set, it is split 80/10/10. The result depends only
+on the images and the seed, not on the order in which they are found. A tarball gives the same result as the folder that
+is unpacked from it, links included.
 """
 
 import concurrent.futures
@@ -48,7 +51,11 @@ MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # what becomes 8-bit grey without 
 
 @dataclass(frozen=True)
 class Letters:
-    """Decoded images (N, 28, 28) uint8 with labels (N,) and digests (N,) of their pixels, and what was counted."""
+    """Decoded images with labels, digests and counts.
+
+    `images` is (N, 28, 28) uint8, `labels` is (N,) and `keys` is (N,), the digests of the pixels. `counts` holds what
+    was counted on the way.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -60,7 +67,10 @@ class Letters:
 
 
 def prepare(large: Path | None, small: Path | None, seed: int) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
-    """The six arrays, and the counts of each step for each source. Downloads both sources where neither is given."""
+    """Build the six arrays of notMNIST, with counts.
+
+    The counts are those of each step, for each source. Both sources are downloaded if neither is given.
+    """
     if large is None and small is None:
         large, small = (download(name) for name in SIZES)
     sources = {name: clean(read(path)) for name, path in (("large", large), ("small", small)) if path is not None}
@@ -93,12 +103,18 @@ def _refuse_empty(arrays: dict[str, np.ndarray], counts: dict[str, dict], source
 
 
 def per_letter(arrays: dict[str, np.ndarray], split: str) -> np.ndarray:
-    """How many images of A to J a split has, (10,)."""
+    """Count the images of A to J in a split.
+
+    The result is (10,).
+    """
     return np.bincount(arrays[f"y_{split}"], minlength=len(LETTERS))
 
 
 def scarce(arrays: dict[str, np.ndarray]) -> Iterator[str]:
-    """A line for each letter of which there are very few images, for a reason that its folder may tell."""
+    """Yield a warning for each letter with few images.
+
+    Each warning is one line. It tells the user to check the folder of the letter, which may be incomplete.
+    """
     numbers = {name: per_letter(arrays, name) for name in SPLITS}
     for n, letter in enumerate(LETTERS):
         if few := [name for name in SPLITS if numbers[name][n] < FEW * np.median(numbers[name])]:
@@ -109,7 +125,10 @@ def scarce(arrays: dict[str, np.ndarray]) -> Iterator[str]:
 
 
 def read(path: Path) -> Letters:
-    """Decode every `A..J/*.png` of a tarball or a folder, on all cores. What cannot be read is skipped and counted."""
+    """Decode every `A..J/*.png` of a tarball or a folder.
+
+    All cores are used. Files that cannot be read are skipped and counted.
+    """
     path = expanded(path)
     if not path.is_dir():
         regular(path, "a notMNIST tarball, or a folder")
@@ -133,7 +152,10 @@ def read(path: Path) -> Letters:
 
 
 def clean(letters: Letters) -> Letters:
-    """Each distinct image once, in the order of the digests; images that carry two labels not at all."""
+    """Keep each distinct image once and drop conflicts.
+
+    The result is in the order of the digests. Images with two labels are dropped completely.
+    """
     keys, first, group = np.unique(letters.keys, return_index=True, return_inverse=True)
     low = np.full(len(keys), len(LETTERS))
     high = np.zeros(len(keys), int)
@@ -150,7 +172,11 @@ def clean(letters: Letters) -> Letters:
 
 
 def table(arrays: dict[str, np.ndarray], counts: dict[str, dict]) -> str:
-    """The counts of each step, a column for each source; of each letter, a column for each split; and of the splits."""
+    """Return the counts as a table for a terminal.
+
+    Each step has a column for each source. Each letter has a column for each split. The last line has the sizes of the
+    splits.
+    """
     steps = list(dict.fromkeys(step for column in counts.values() for step in column))
     lines = [f"{'':34}" + "".join(f"{name:>10}" for name in counts)]
     for step in steps:
@@ -164,7 +190,10 @@ def table(arrays: dict[str, np.ndarray], counts: dict[str, dict]) -> str:
 
 
 def _divide(letters: Letters, shares: tuple[float, ...], rng: np.random.Generator) -> list[Letters]:
-    """Shuffle, then cut at these shares of the whole."""
+    """Shuffle the letters, then cut them into parts.
+
+    `shares` are the places of the cuts, as fractions of the whole.
+    """
     n = len(letters.labels)
     return [letters.take(rows) for rows in np.split(rng.permutation(n), [round(share * n) for share in shares])]
 
@@ -176,7 +205,10 @@ File = tuple[int, bytes]  # label and content, which is empty for a file that is
 
 
 def _folder_files(path: Path, left: Counter) -> Iterator[File]:
-    """Each letter below a folder; what else is there is counted in `left`."""
+    """Yield each letter below a folder.
+
+    All other files there are counted in `left`.
+    """
     for file in walk(path):
         label = _label(PurePosixPath(*file.relative_to(path.parent).parts))
         if file.is_symlink() and not file.exists():
@@ -188,7 +220,10 @@ def _folder_files(path: Path, left: Counter) -> Iterator[File]:
 
 
 def _tar_files(path: Path, left: Counter) -> Iterator[File]:
-    """Each letter in a tarball, straight from the stream: nothing is extracted. What else is there is counted."""
+    """Yield each letter in a tarball, without extracting it.
+
+    The tarball is read as a stream. All other entries are counted in `left`.
+    """
     links = defaultdict(list)  # by what they lead to
     try:
         for name, entry, content in _entries(path):
@@ -206,7 +241,10 @@ def _tar_files(path: Path, left: Counter) -> Iterator[File]:
 
 
 def _linked_files(path: Path, links: dict[PurePosixPath, list[PurePosixPath]], left: Counter) -> Iterator[File]:
-    """What the links of a tarball lead to, read once more from its beginning."""
+    """Yield the files that links of a tarball lead to.
+
+    The tarball is read once more from its beginning.
+    """
     used = set()
     for name, entry, content in _entries(path):
         if entry.issym() or entry.islnk():
@@ -227,7 +265,10 @@ def _linked_files(path: Path, links: dict[PurePosixPath, list[PurePosixPath]], l
 
 
 def _letters(names: list[PurePosixPath], content: Callable[[], bytes], left: Counter) -> Iterator[File]:
-    """A file of a tarball under each of its names."""
+    """Yield a tarball's file once for each name.
+
+    Names that are not those of a letter are counted in `left`. Hidden names are left out.
+    """
     labels = [_label(name) for name in names if not _is_hidden(name)]
     left[OTHER] += labels.count(None)
     if any(label is not None for label in labels):
@@ -236,7 +277,10 @@ def _letters(names: list[PurePosixPath], content: Callable[[], bytes], left: Cou
 
 
 def _entries(path: Path) -> Iterator[tuple[PurePosixPath, tarfile.TarInfo, Callable[[], bytes]]]:
-    """Name, header and content of each member of a tarball, up to and with its checksum."""
+    """Yield name, header and content of each tarball member.
+
+    The content is a function that reads it. The tarball is read to its end, where its checksum stands.
+    """
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(path.open("rb"))
         if stream.peek(2)[:2] == b"\x1f\x8b":  # tarfile's own stream would not compare gzip's checksum
@@ -267,7 +311,10 @@ def _label(path: PurePosixPath) -> int | None:
 
 
 def _on_all_cores(work, items: Iterable) -> Iterator:
-    """`work(item)` for each, in order, by worker processes; never more in flight than the workers can soon take."""
+    """Yield `work(item)` for each item, in order.
+
+    Worker processes do the work. No more items are pending than the workers can take soon.
+    """
     workers = min(cores(), 61)  # more than that Windows does not wait for
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
         pending = deque()
@@ -280,7 +327,10 @@ def _on_all_cores(work, items: Iterable) -> Iterator:
 
 
 def _decode(files: tuple[tuple[int, bytes], ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Labels, images and digests of the readable ones, and the number of the others."""
+    """Decode the letters of some files.
+
+    Returns labels, images and digests of the readable files, and the number of the others.
+    """
     labels, images = [], []
     for label, content in files:
         image = _pixels(content)
@@ -293,7 +343,10 @@ def _decode(files: tuple[tuple[int, bytes], ...]) -> tuple[np.ndarray, np.ndarra
 
 
 def _pixels(content: bytes) -> bytes | None:
-    """784 grey bytes, or None. Size and dimensions are looked at before anything is decoded."""
+    """Decode a PNG to 784 grey bytes, or None.
+
+    Size and dimensions are checked before anything is decoded.
+    """
     if len(content) > MAX_PNG or not content.startswith(PNG_START):
         return None
     try:
@@ -311,7 +364,10 @@ def _pixels(content: bytes) -> bytes | None:
 
 
 def download(name: str, mirrors: tuple[str, ...] = MIRRORS, sizes: dict[str, int] = SIZES) -> Path:
-    """The tarball `name`, fetched into the local state if it is not there; at the second mirror if the first fails."""
+    """Return the tarball `name`, downloaded if it is missing.
+
+    It is kept in the local state. If the first mirror fails, the next one is used. Raises `InputError` if all fail.
+    """
     target = home() / "downloads" / name
     if target.exists() and target.stat().st_size == sizes[name]:
         return target
@@ -330,7 +386,10 @@ def download(name: str, mirrors: tuple[str, ...] = MIRRORS, sizes: dict[str, int
 
 
 def _fetch(url: str, target: Path, size: int) -> None:
-    """Download a file of this size, whole or not at all."""
+    """Download `url` to `target` and check its size.
+
+    The file is complete or is not created. Raises `ValueError` if the size is wrong.
+    """
     with urllib.request.urlopen(url, timeout=30) as response, replacing(target) as part:
         with part.open("wb") as file, progress(length=size, label=f"Downloading {target.name}") as bar:
             while file.tell() <= size and (data := response.read(1 << 16)):

@@ -1,7 +1,7 @@
-"""NumPy archives, read member by member in a stream. Nothing is ever unpickled.
+"""Read NumPy archives as a stream, without unpickling.
 
-An `.npz` is a zip of `.npy` members. All is read through one open file, each member once, and zipfile compares its
-checksum on the way: what was read is what the file held, whatever becomes of the file afterwards.
+An `.npz` is a zip of `.npy` members. All are read through one open file, each member once. `zipfile` compares its
+checksum during the reading. So what was read is what the file held, even if the file changes later.
 """
 
 import contextlib
@@ -33,7 +33,10 @@ QUIET = partial(warnings.catch_warnings, action="ignore")  # at Python 2's numbe
 
 @dataclass(frozen=True)
 class Member:
-    """One array of an archive, described by its header and not yet read."""
+    """One array of an archive, not yet read.
+
+    Its header describes it.
+    """
 
     archive: zipfile.ZipFile
     path: Path
@@ -44,7 +47,10 @@ class Member:
     start: int  # where its data begin
 
     def windows(self) -> Iterator[np.ndarray]:
-        """The rows in order, `ROWS` at a time, in C order."""
+        """Yield `ROWS` rows at a time, in order.
+
+        Each window is in C order.
+        """
         if self.fortran:
             whole = self.read()
             for start in range(0, len(whole), ROWS):
@@ -58,14 +64,14 @@ class Member:
                 yield np.frombuffer(content, self.dtype).reshape(shape)
 
     def read(self) -> np.ndarray:
-        """The whole array."""
+        """Read the whole array."""
         with _said(self.path), QUIET(), self.archive.open(f"{self.key}.npy") as stream:
             return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The archive at `path`."""
+    """Open the `.npz` archive at `path`."""
     regular(path, "an .npz file, glyphs, or notmnist")
     with contextlib.ExitStack() as stack:
         with _said(path):
@@ -77,7 +83,10 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def member(archive: zipfile.ZipFile, path: Path, key: str) -> Member:
-    """What the header of `key` says. Object arrays are refused here, before anything could unpickle them."""
+    """Read the header of the member `key`.
+
+    Object arrays are refused here, before anything could unpickle them. Raises `InputError`.
+    """
     names = archive.namelist()
     if f"{key}.npy" not in names:
         found = ", ".join(sorted(name.removesuffix(".npy") for name in names)) or "an empty archive"
@@ -100,7 +109,10 @@ def member(archive: zipfile.ZipFile, path: Path, key: str) -> Member:
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write the arrays uncompressed; the file appears whole or not at all."""
+    """Write the arrays uncompressed.
+
+    The file is complete or is not created. Raises `RunError`.
+    """
     try:
         with replacing(path) as part, part.open("wb") as file:
             np.savez(file, **arrays)
@@ -110,7 +122,10 @@ def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Shape, Fortran order, type, and where the data begin."""
+    """Read a header: shape, order, type and data offset.
+
+    `True` in the second place means Fortran order.
+    """
     first = io.BytesIO(stream.read(HEADER))
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     with QUIET():
@@ -119,7 +134,10 @@ def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype, int]:
 
 @contextlib.contextmanager
 def _said(path: Path) -> Iterator[None]:
-    """With whatever goes wrong in reading said as what it is, in one line."""
+    """Turn read errors into one-line poolnet errors.
+
+    Raises `InputError` or `RunError`. The line says what is wrong.
+    """
     try:
         yield
     except InputError:

@@ -1,4 +1,4 @@
-"""Pictures in files: found below folders, and decoded."""
+"""Find and decode pictures in files and folders."""
 
 import struct
 import warnings
@@ -20,9 +20,10 @@ BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def find(paths: Iterable[Path]) -> list[Path]:
-    """Files as named; in place of a folder the images below it.
+    """Find the image files that the paths stand for.
 
-    They are known by their suffix. Raises `InputError` for a folder that has none, and for a name that does not exist.
+    A file is taken as it is. For a folder, the images below it are taken; they are known by their suffix. Raises
+    `InputError` for a folder without images, and for a name that does not exist.
     """
     images: list[Path] = []
     for path in map(Path, paths):
@@ -40,9 +41,10 @@ def find(paths: Iterable[Path]) -> list[Path]:
 
 
 def pixels(path: Path) -> np.ndarray:
-    """The first picture of a file, upright and at most `WORK` wide and high.
+    """Decode the first picture of a file, upright.
 
-    uint8 (height, width, 1) where it is grey, else (height, width, 3).
+    It is at most `WORK` wide and high. The result is uint8 (height, width, 1) if it is grey, else (height, width, 3).
+    Raises `InputError`.
     """
     expected = f"a {', '.join(FORMATS)} image"
     regular(path, expected)
@@ -80,7 +82,10 @@ def _decoded(image: Image.Image) -> np.ndarray:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of any range, from its darkest to its brightest pixel."""
+    """Convert grey pixels of any range to eight bits.
+
+    The darkest pixel becomes 0 and the brightest 255.
+    """
     step = max(1, max(image.size) // (2 * WORK))  # fewer pixels, before they become floats
     grey = np.nan_to_num(np.asarray(image)[::step, ::step].astype(np.float32))
     low, high = float(grey.min()), float(grey.max())
@@ -88,9 +93,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def opaque(rgba: np.ndarray) -> np.ndarray:
-    """Laid on white if what is to be seen is dark, else on black.
+    """Lay a transparent picture on a white or black ground.
 
-    Float (height, width, 4) in 0..255 becomes uint8 (height, width, 3).
+    The ground is white if the visible part is dark, else black. Float (height, width, 4) in 0..255 becomes uint8
+    (height, width, 3).
     """
     colours, alpha = rgba[:, :, :3], rgba[:, :, 3:] / 255
     seen = alpha.sum()

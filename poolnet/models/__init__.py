@@ -1,1 +1,1 @@
-"""Models in use: load, score, promote, predict."""
+"""Score, promote, import, reproduce and use trained models."""

@@ -1,10 +1,13 @@
-"""Who is champion and who was before: an alias of MLflow, and tags of the versions.
+"""Store which version is champion and which were before.
 
-A version that became champion has two tags, named after the alias and a dot: `since` when, and `before` which versions
-were champion before it and were not rolled back, the latest last.
+An alias of MLflow points to the champion. Tags of the versions hold the history. A version that became champion has two
+tags. Their names begin with the alias and a dot:
+
+- `since`: when it became champion.
+- `before`: which versions were champion before it and were not rolled back, the latest last.
 
 MLflow cannot set an alias on a condition. So the alias is read again just before it is set, and once more after that.
-Two promotions on two machines within those milliseconds may not see each other: then the later one stays.
+Two promotions on two machines within those milliseconds may not see each other. Then the later one stays.
 """
 
 from datetime import UTC, datetime
@@ -24,7 +27,7 @@ LOCK_SECONDS = 20  # for the few calls that set an alias
 
 
 def holder(client: MlflowClient, alias: str) -> ModelVersion | None:
-    """The version that has the alias."""
+    """Return the version that has the alias, or None."""
     try:
         return client.get_model_version_by_alias(NAME, alias)
     except MlflowException as error:
@@ -34,9 +37,10 @@ def holder(client: MlflowClient, alias: str) -> ModelVersion | None:
 
 
 def before(client: MlflowClient, alias: str, champion: ModelVersion | None) -> list[int]:
-    """The champions before this one that still exist, the latest last.
+    """Return the earlier champions that still exist, the latest last.
 
-    Without a champion, because its version or alias was deleted, the last known one counts as the latest before.
+    They are the champions before `champion`. If `champion` is None, because its version or alias was deleted, the last
+    known champion counts as the latest one before.
     """
     versions = {int(version.version): version for version in client.search_model_versions(f"name = '{NAME}'")}
     last = champion or _last_known(alias, list(versions.values()))
@@ -55,7 +59,11 @@ def _last_known(alias: str, versions: list[ModelVersion]) -> ModelVersion | None
 
 
 def _old_ledger(client: MlflowClient, alias: str, champion: ModelVersion | None) -> list[int]:
-    """The same from the ledger of earlier versions of poolnet: each entry rests on the one before."""
+    """Return the earlier champions from the old ledger.
+
+    Earlier versions of poolnet kept the history there. Each entry names the entry that it follows. An entry that does
+    not follow the last valid one is skipped.
+    """
     champions: list[int] = []
     last = 0
     entries = client.search_model_versions(f"name = '{OLD_LEDGER}' AND tags.alias = '{alias}'")
@@ -76,10 +84,11 @@ def _old_ledger(client: MlflowClient, alias: str, champion: ModelVersion | None)
 
 
 def crown(client: MlflowClient, alias: str, version: int, over: int | None, tags: dict[str, str], text: str) -> None:
-    """Make the version champion over that which was champion when it was decided, or over none.
+    """Make the version champion, unless another promotion came first.
 
-    Its own tags come before the alias: killed between the two, the same command does all of it again. Raises
-    `RunError` where another promotion has come first.
+    `over` is the version that was champion when this was decided, or None if there was no champion. The tags of the
+    version are set before the alias. If the process is killed between the two, the same command does all of it again.
+    Raises `RunError` if another promotion has come first.
     """
     tags = {**tags, f"{alias}.since": datetime.now(UTC).isoformat(timespec="milliseconds")}
     with locked(home() / "promote.lock", LOCK_SECONDS):
@@ -99,7 +108,7 @@ def _refuse_if_changed(client: MlflowClient, alias: str, expected: int | None, v
 
 
 def mark_replaced(client: MlflowClient, alias: str, version: int, over: int | None) -> None:
-    """Say on the champion before which version replaced it."""
+    """Tag the previous champion with the version that replaced it."""
     found = client.search_model_versions(f"name = '{NAME}' AND version_number = '{over}'") if over else []
     for replaced in found:
         if replaced.tags.get(f"{alias}.replaced_by") != str(version):
@@ -107,12 +116,18 @@ def mark_replaced(client: MlflowClient, alias: str, version: int, over: int | No
 
 
 def forget(client: MlflowClient, alias: str, version: int) -> None:
-    """A champion that was rolled back is none of those before."""
+    """Remove a rolled-back champion from the history.
+
+    A champion that was rolled back does not count as an earlier champion. Its tag `since` is deleted.
+    """
     client.delete_model_version_tag(NAME, str(version), f"{alias}.since")
 
 
 def unfinished_rollback(client: MlflowClient, alias: str, champion: ModelVersion | None) -> int | None:
-    """The version whose rollback was killed when this champion had come back already."""
+    """Return the version whose rollback was killed halfway, or None.
+
+    Halfway means that `champion` had come back already, but the rolled-back version still has its tag `since`.
+    """
     tags = champion.tags if champion else {}
     if tags.get(f"{alias}.decision") != "rollback" or not tags[f"{alias}.over"].isdecimal():
         return None
@@ -123,7 +138,11 @@ def unfinished_rollback(client: MlflowClient, alias: str, champion: ModelVersion
 
 
 def describe(client: MlflowClient, alias: str, version: int, tags: dict[str, str], text: str) -> None:
-    """A decision on the version that it is about: numbers as tags, its text first in the description."""
+    """Write a decision on the version that it is about.
+
+    The numbers become tags. The text becomes the first paragraph of the description, if all of it fits in
+    `DESCRIPTION_LIMIT` characters.
+    """
     known = client.get_model_version(NAME, str(version))
     kept = {f"{alias}.since", f"{alias}.before"}  # a decision that changes nothing leaves the history
     for key in known.tags.keys() - tags.keys() - kept:

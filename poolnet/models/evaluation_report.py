@@ -1,4 +1,8 @@
-"""A model scored on a split: whether that agrees with its training run, told in every form, and kept in MLflow."""
+"""Score a model on a split and report the scores.
+
+The report says whether the scores agree with those of the model's training run. It can be shown on a terminal, in
+Markdown and in JSON, and is kept as a run in MLflow.
+"""
 
 import contextlib
 import dataclasses
@@ -31,7 +35,11 @@ TOLERANCE_ELSEWHERE = {"loss": 1e-4, "acc": 1e-3}  # and one letter: sums in ano
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationReport:
-    """`recorded` are loss and accuracy as the training run logged them; None where that was on other data, or not."""
+    """The scores of one model on one split.
+
+    The last field holds loss and accuracy as the training run logged them. It is None if the training run was on other
+    data or did not log them, or if the server does not have that run.
+    """
 
     model: Loaded
     trained: Run | None  # the run that the model is from, if the server has it
@@ -43,7 +51,7 @@ class EvaluationReport:
 
     @property
     def name(self) -> str:
-        """The model in few words."""
+        """A short name of the model, with its pooling."""
         if self.model.version:
             return f"{self.model.version.name} version {self.model.version.version} ({self.model.pool})"
         place = self.model.uri if ":/" in self.model.uri else Path(self.model.uri).name
@@ -51,7 +59,10 @@ class EvaluationReport:
 
     @property
     def agrees(self) -> bool | None:
-        """Whether the scores are those of the training run; None where there are none to compare with."""
+        """Whether the scores agree with those of the training run.
+
+        None if there are no scores to compare with.
+        """
         if self.recorded is None:
             return None
         return all(
@@ -60,7 +71,10 @@ class EvaluationReport:
 
     @property
     def tolerance(self) -> dict[str, float]:
-        """How far loss and accuracy may be from those recorded. Evaluation is on the CPU, training was anywhere."""
+        """The allowed difference from the recorded loss and accuracy.
+
+        Evaluation runs on the CPU. Training may have run on any device.
+        """
         device = self.trained.data.tags.get("poolnet.device", "cpu")
         if device.startswith("cpu"):
             return TOLERANCE
@@ -85,7 +99,10 @@ class EvaluationReport:
 
 
 def score(client: MlflowClient, model: Loaded, path: str, split: str, seed: int) -> EvaluationReport:
-    """The model's scores on a split of the data set at `path`, or of that it was trained on."""
+    """Score a model on one split of a data set.
+
+    The data set is the one at `path`. If `path` is empty, it is the one that the model was trained on.
+    """
     trained = servers.look_up(client, model.run_id) if model.run_id else None
     splits = _open(model, trained, path)
     part = getattr(splits, split)
@@ -100,7 +117,11 @@ def score(client: MlflowClient, model: Loaded, path: str, split: str, seed: int)
 
 
 def _open(model: Loaded, trained: Run | None, path: str) -> Dataset:
-    """The data set named, or that which the model was trained on, which must still be the same then."""
+    """Open the data set at `path`, or the training data.
+
+    If `path` is empty, the data set that the model was trained on is opened. It must still be the same: `InputError` if
+    its SHA-256 is not the recorded one.
+    """
     if path:
         return dataset.open_splits(dataset.locate(path))
     digest = trained.data.tags.get("poolnet.data_sha256") if trained else None
@@ -119,7 +140,11 @@ def _open(model: Loaded, trained: Run | None, path: str) -> Dataset:
 
 
 def _place(trained: Run) -> Path:
-    """Where the data set of a run was, or, if nothing is there now, what its options mean here."""
+    """Return the path of the data set of a run.
+
+    It is the path that the run recorded. If no file is there now, it is what the options of the run mean on this
+    machine.
+    """
     for entry in trained.inputs.dataset_inputs:
         with contextlib.suppress(ValueError, AttributeError):  # somebody else's
             path = Path(json.loads(entry.dataset.source).get("uri") or "")
@@ -129,7 +154,11 @@ def _place(trained: Run) -> Path:
 
 
 def _recorded(trained: Run | None, splits: Dataset, split: str) -> dict[str, float] | None:
-    """What the training logged of val or test with the final weights, if it was on this data."""
+    """Return the loss and accuracy that the training run logged.
+
+    These are the values on val or test with the final weights. None if the training run was on other data or logged no
+    such values.
+    """
     if not trained or trained.data.tags.get("poolnet.data_sha256") != splits.sha256 or split == "train":
         return None
     found = {key: trained.data.metrics.get(f"{split}_{key}") for key in ("loss", "acc")}
@@ -176,13 +205,16 @@ def _title(card: EvaluationReport) -> str:
 
 
 def table(card: EvaluationReport) -> str:
-    """For a terminal."""
+    """Return the report as text for a terminal."""
     parts = (aligned(rows(card)) for rows in (_summary, _classes, _confusion))
     return "\n".join([_title(card), "", *(line for part in parts for line in (*part, "")), card.agreement])
 
 
 def markdown(card: EvaluationReport) -> str:
-    """The description of the run in MLflow."""
+    """Return the report in Markdown.
+
+    It becomes the description of the run in MLflow.
+    """
     lines = [f"**{marked(_title(card))}**", "", marked(card.agreement), ""]
     lines += [*piped(_summary(card)), "", *piped(_classes(card)), ""]
     lines += [
@@ -195,7 +227,10 @@ def markdown(card: EvaluationReport) -> str:
 
 
 def contents(card: EvaluationReport) -> dict:
-    """All that the scorecard says, under the names of its JSON."""
+    """Return the whole report as a dictionary for JSON.
+
+    The keys are the names in the JSON output.
+    """
     s, model = card.scores, card.model
     return {
         "model": model.uri,
@@ -225,7 +260,10 @@ def contents(card: EvaluationReport) -> dict:
 
 
 def publish(client: MlflowClient, card: EvaluationReport) -> str:
-    """A run that holds the scores, linked to model and data set. Returns its id."""
+    """Save the report as a run in MLflow.
+
+    The run holds the scores and is linked to the model and the data set. Returns the id of the run.
+    """
     split, s = card.split.name, card.scores
     metrics = {f"{split}_loss": card.evaluation.loss, f"{split}_acc": card.evaluation.acc, "ece": s.calibration.ece}
     metrics |= {f"{split}_loss_low": s.loss.low, f"{split}_loss_high": s.loss.high}
@@ -250,7 +288,10 @@ def publish(client: MlflowClient, card: EvaluationReport) -> str:
 
 
 def _write(card: EvaluationReport, folder: Path) -> None:
-    """The artifacts: numbers, predictions, figures."""
+    """Write the artifacts of the run into a folder.
+
+    They are the numbers, the predictions and the figures.
+    """
     (folder / "evaluation.json").write_text(to_json(contents(card), indent=1), encoding="utf-8")
     (folder / "predictions").mkdir()
     np.savez(folder / "predictions" / f"{card.split.name}.npz", logits=card.evaluation.logits, y=card.evaluation.y)

@@ -1,4 +1,7 @@
-"""Weights that were trained elsewhere, such as by the notebook, made a registered model."""
+"""Register weights that were trained elsewhere.
+
+For example by the notebook. They become a version of the registered model.
+"""
 
 import dataclasses
 import errno
@@ -37,7 +40,10 @@ class Registered:
 
 
 def read(path: Path, pool: str) -> SimplePoolNet | SimpleConvNet:
-    """The network of this pool with the `state_dict` in a file that `torch.save` wrote, unpickled as tensors only."""
+    """Load a saved `state_dict` into a network of this pool.
+
+    `torch.save` must have written the file. It is unpickled as tensors only.
+    """
     cure = "expected what torch.save(model.state_dict(), FILE) writes"
     regular(path, cure.removeprefix("expected "))
     try:
@@ -70,7 +76,11 @@ def read(path: Path, pool: str) -> SimplePoolNet | SimpleConvNet:
 
 
 def _kind(path: Path) -> tuple[str, str]:
-    """What a file is that torch cannot read, and how it becomes one that it can."""
+    """Describe a file that torch cannot read.
+
+    Returns what the file is, and how to make a file from it that torch can read. The second text is empty if no way is
+    known.
+    """
     if not path.stat().st_size:
         return "an empty file", ""
     if zipfile.is_zipfile(path):
@@ -86,10 +96,13 @@ def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def register(client: MlflowClient, path: Path, pool: str, source: str) -> Registered:
-    """A run that holds the weights as an exported model, and the version of `poolnet` that this becomes; with `source`,
-    a data set, also its predictions, without which no test can compare it.
+    """Register the weights in a file as a model version.
 
-    The same weights, scored on the same data, become a version once: a command that was killed is ended by the next.
+    A run in MLflow holds the weights as an exported model, which becomes a version of `poolnet`. If `source` names a
+    data set, the run also holds the predictions of the model. Without predictions no test can compare the model.
+
+    The same weights, scored on the same data, become a version only once. If a command was killed, the next command
+    with the same weights and data finishes its run.
     """
     net = read(path, pool)
     splits = dataset.open_splits(dataset.locate(source)) if source else None
@@ -121,13 +134,19 @@ def register(client: MlflowClient, path: Path, pool: str, source: str) -> Regist
 
 
 def _begun(client: MlflowClient, experiment_id: str, same: str) -> Run | None:
-    """The run of an earlier command on the same weights and data."""
+    """Find an earlier run on the same weights and data.
+
+    An earlier command started it. None if there is no such run.
+    """
     found = client.search_runs([experiment_id], f"tags.`poolnet.weights` = '{same}'", max_results=1)
     return found[0] if found else None
 
 
 def _finished(client: MlflowClient, begun: Run | None) -> int | None:
-    """The version that a finished run has made, where it still exists."""
+    """Return the version that a finished run has made.
+
+    None if the run is missing or not finished, or if the version does not exist any more.
+    """
     model = registry.logged(client, begun) if begun and begun.info.status == "FINISHED" else None
     return registry.version_of(client, begun.info.run_id, model.model_id) if model else None
 
@@ -140,7 +159,10 @@ def _log(
     splits: Dataset | None,
     scores: dict[str, Evaluation],
 ) -> None:
-    """What the run says of the weights, in the names that a training run uses."""
+    """Log data, scores and predictions of the weights to MLflow.
+
+    The names are those that a training run uses.
+    """
     note = f"Weights from {coded(params['file'])}, SHA-256 `{params['sha256']}`, trained elsewhere"
     if not splits:
         note += "; not scored on any data, so that `poolnet promote` has nothing to decide on."

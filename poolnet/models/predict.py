@@ -1,9 +1,13 @@
-"""Which letter is on an image: any readable image, made into what the models were trained on.
+"""Predict which letter is on an image.
 
-Models know letters as notMNIST has them: 28x28, bright on black, filling the frame. An image of that form reaches the
-model as it is; in any other the letter is found by its contrast with the ground, cropped, and stretched to the frame.
-What was measured for this is said where it is used: of the 18,230 real letters of the small notMNIST, or of 2,400
-images of letters in 20 other fonts, drawn as `benchmarks/unseen_fonts.py` does.
+Any readable image is converted to the form of the images that the models were trained on.
+
+Models know letters in the form of notMNIST: 28x28, bright on black, filling the frame. An image of that form reaches
+the model as it is. In any other image the letter is found by its contrast with the ground, cropped, and stretched to
+the frame.
+
+The docstrings and comments below give measured numbers where they are used. They count the 18,230 real letters of the
+small notMNIST, or 2,400 images of letters in 20 other fonts, drawn as `benchmarks/unseen_fonts.py` does.
 """
 
 import csv
@@ -46,7 +50,10 @@ LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's grey
 
 @dataclass(frozen=True)
 class Prediction:
-    """The letter on one image and the next likely one; `inverted` if the image was dark on bright."""
+    """The predicted letter of one image, and the runner-up.
+
+    The runner-up is the second most likely letter. `inverted` is true if the image was dark on bright.
+    """
 
     path: Path
     letter: str
@@ -57,9 +64,11 @@ class Prediction:
 
 
 def read(path: Path, invert: bool | None = None) -> tuple[np.ndarray, bool]:
-    """The letter as notMNIST would have it, uint8 (28, 28), and whether the image was dark on bright and turned round.
+    """Read an image and bring its letter into notMNIST's form.
 
-    `invert` says so where it is known. Raises `InputError` for what is not an image, or blank.
+    Returns the letter, uint8 (28, 28), and whether the image was dark on bright and was inverted. `invert` says whether
+    it is dark on bright, if that is known. Raises `InputError` if the file is not an image, if it is blank, or if no
+    letter stands out.
     """
     picture = pictures.pixels(path)
     own_form = picture.shape == (SIDE, SIDE, 1)
@@ -88,9 +97,12 @@ def predict(
     invert: bool | None = None,
     on_unreadable: Callable[[InputError], object] = _refuse,
 ) -> Iterator[Prediction]:
-    """A prediction for each readable image, in order; `on_unreadable` is told of the others, or the first one raises.
+    """Predict the letter on each readable image, in order.
 
-    `model` takes float32 (N, 1, 28, 28) in 0..1 and gives logits (N, 10); N is `BATCH` at most.
+    Each image that cannot be read is reported to `on_unreadable`. By default the first such image raises its
+    `InputError`.
+
+    `model` takes float32 (N, 1, 28, 28) in 0..1 and returns logits (N, 10). N is at most `BATCH`.
     """
     readable = _readable(paths, invert, on_unreadable)
     while batch := list(islice(readable, BATCH)):
@@ -117,11 +129,16 @@ def _readable(
 
 
 def _kept(grey: np.ndarray, invert: bool | None) -> tuple[np.ndarray, bool] | None:
-    """28x28 grey of notMNIST's form, bright and filling the frame; else None.
+    """Return an image that has notMNIST's form already, else None.
 
-    Of 18,230 real letters 89 are not kept, and avg is right of 16,057 so, of 16,030 as they are. Real letters touch the
-    edge, so their negatives cannot be told from them (128 are): the best rule for those, the mean of the corners, turns
-    2,136 real letters round, and to believe the avg model where it is more confident, 384 of 1,823.
+    Such an image is 28x28, grey, bright on black, and its letter fills the frame.
+
+    Of the 18,230 real letters 89 are not kept. With this rule the avg model is right about 16,057 of the 18,230. If all
+    are given to the model as they are, it is right about 16,030.
+
+    Real letters touch the edge. So their negatives cannot be recognised as negatives: only 128 of 18,230 are. Two other
+    rules were tried. The best rule for negatives, the mean of the corners, inverts 2,136 of the real letters. To
+    believe the avg model where it is more confident inverts 384 of 1,823.
     """
     if invert is None and _is_dark_on_bright(grey):
         return None
@@ -130,7 +147,10 @@ def _kept(grey: np.ndarray, invert: bool | None) -> tuple[np.ndarray, bool] | No
 
 
 def _is_dark_on_bright(grey: np.ndarray) -> bool:
-    """Whether the edge is bright, but for specks, around something dark."""
+    """Whether the image has a bright edge around something dark.
+
+    Specks on the edge are ignored.
+    """
     edge = _edge(grey)
     median = _median(edge)
     middle = (median + grey.min()) / 2
@@ -143,11 +163,12 @@ def _is_dark_on_bright(grey: np.ndarray) -> bool:
 
 
 def _sheet(picture: np.ndarray) -> np.ndarray:
-    """The picture without what lies around the letter's sheet.
+    """Crop the picture to the sheet with the letter.
 
-    Such as a frame, the lid of a scanner, a table. A sheet is a rectangle of the most frequent colour with something
-    on it, in a picture whose edge has another colour. What is on it has a third colour, or what is around it is narrow:
-    a bold B has a rectangle's form and holes too.
+    This removes what is around the sheet, such as a frame, the lid of a scanner or a table. A sheet is a rectangle of
+    the most frequent colour with something on it, in a picture whose edge has another colour. Also, what is on the
+    sheet must have a third colour, or what is around the sheet must be narrow. The reason: a bold B has the form of a
+    rectangle and holes too. A picture without a sheet is returned unchanged.
     """
     step = max(1, max(picture.shape) // 100)
     few = picture[::step, ::step].reshape(-1, picture.shape[2])
@@ -174,11 +195,14 @@ def _sheet(picture: np.ndarray) -> np.ndarray:
 
 
 def _ink(picture: np.ndarray, invert: bool | None, path: Path) -> tuple[np.ndarray, bool]:
-    """The letter's ink, (height, width) in 0..1, and whether it is dark.
+    """Separate the ink of the letter from the ground.
 
-    Ink is distance from the ground's colour. That is the median of the edge, unless the corners are mostly of the other
-    one, as when a bold letter fills the picture, or `invert` says so. The rule is right for 15,246 of 18,230 real
-    letters, the edge alone for 14,556.
+    Returns the ink, (height, width) in 0..1, and whether it is dark.
+
+    Ink is the distance from the colour of the ground. The ground has the median colour of the edge, with two
+    exceptions: the corners are mostly of the other colour, as when a bold letter fills the picture, or `invert` says
+    that the ground is the other colour. The rule is right for 15,246 of 18,230 real letters. The edge alone is right
+    for 14,556.
     """
     ground = _median(_edge(picture))
     distance = _far(picture, ground)
@@ -196,9 +220,9 @@ def _ink(picture: np.ndarray, invert: bool | None, path: Path) -> tuple[np.ndarr
 
 
 def _contrast(distance: np.ndarray) -> float:
-    """How far the letter's colour is from the ground's.
+    """Measure how far the letter's colour is from the ground's.
 
-    That of the largest mass; where that is a speck, of a fainter one.
+    The colour is that of the largest mass. If that mass is a speck, the colour of a fainter mass is taken.
     """
     for share in (2, 4, 8):
         labels, sizes = _masses(distance >= distance.max() / share)
@@ -209,7 +233,10 @@ def _contrast(distance: np.ndarray) -> float:
 
 
 def _letter(ink: np.ndarray, path: Path) -> np.ndarray:
-    """The ink of the letter: of the largest mass and the pieces near it. Specks, frames and borders are none."""
+    """Keep only the ink of the letter.
+
+    The letter is the largest mass and the pieces near it. Specks, frames and borders do not belong to it.
+    """
     labels, sizes = _masses(ink > EDGE)
     if np.count_nonzero(sizes <= 4) > MANY:
         ink = ndimage.median_filter(ink, 3)
@@ -229,7 +256,10 @@ def _letter(ink: np.ndarray, path: Path) -> np.ndarray:
 
 
 def _pieces(labels: np.ndarray, sizes: np.ndarray) -> list[int]:
-    """The masses that are the letter; none, where other masses could be it as well."""
+    """Return the numbers of the masses that form the letter.
+
+    The list is empty if other masses could be the letter as well.
+    """
     boxes = [(), *ndimage.find_objects(labels)]
     large = [n for n in range(1, len(sizes)) if sizes[n] >= LARGE * sizes.max() or _is_long(boxes[n], labels.shape)]
     if not 0 < len(large) <= MANY:
@@ -249,7 +279,10 @@ def _is_long(box: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
 
 
 def _is_around(number: int, large: list[int], labels: np.ndarray, boxes: list[tuple[slice, ...]]) -> bool:
-    """Whether a mass is a frame around another one, or lies along an edge that another one stays away from."""
+    """Whether a mass is a frame or border of another.
+
+    A frame is around the other mass. A border lies along an edge that the other mass stays away from.
+    """
     edges = (labels[0], labels[-1], labels[:, 0], labels[:, -1])
     along = any((edge == number).mean() > 0.5 for edge in edges)
     for other in set(large) - {number}:
@@ -260,7 +293,10 @@ def _is_around(number: int, large: list[int], labels: np.ndarray, boxes: list[tu
 
 
 def _is_near(box: tuple[slice, ...], main: tuple[slice, ...]) -> bool:
-    """Whether a mass is as near to the main one as the pieces of a broken stroke are."""
+    """Whether a mass is near enough to belong to `main`.
+
+    The pieces of a broken stroke are that near to the main mass.
+    """
     gaps = [max(a.start - b.stop, b.start - a.stop) for a, b in zip(box, main, strict=True)]
     return max(gaps) <= NEAR * max(side.stop - side.start for side in main)
 
@@ -270,14 +306,20 @@ def _edge(image: np.ndarray) -> np.ndarray:
 
 
 def _median(values: np.ndarray) -> np.ndarray:
-    """`np.median` along the first axis, which takes ten times as long for few values."""
+    """Compute the median along the first axis quickly.
+
+    `np.median` takes ten times as long for few values.
+    """
     middle = [(len(values) - 1) // 2, len(values) // 2]
     parts = np.partition(np.ascontiguousarray(values.T), middle)[..., middle].astype(np.float64)
     return (parts[..., 0] + parts[..., 1]) / 2
 
 
 def _far(picture: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """How far each pixel is from a colour, in the channel in which it is farthest."""
+    """Return the distance of each pixel from a colour.
+
+    It is measured in the channel in which the pixel is farthest from the colour.
+    """
     channels = (np.abs(picture[:, :, channel] - np.float32(value)) for channel, value in enumerate(colour))
     return reduce(np.maximum, channels)
 
@@ -287,7 +329,11 @@ def _luma(colour: np.ndarray) -> float:
 
 
 def _masses(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Connected masses: each pixel's number, 0 where there is none, and the sizes in pixels by number, of 0 as 0."""
+    """Label the connected masses of a mask.
+
+    Returns the number of the mass at each pixel, 0 where there is none, and the size of each mass in pixels, indexed by
+    its number. The size at index 0 is 0.
+    """
     labels, _ = ndimage.label(mask, EIGHT)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
@@ -295,16 +341,29 @@ def _masses(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _longer_side(mask: np.ndarray) -> int:
-    """Of the box around what is true, in pixels."""
+    """Return the longer side of the mask's bounding box.
+
+    In pixels. The box is around everything that is true in the mask.
+    """
     return max(np.ptp(np.flatnonzero(mask.any(axis))) + 1 for axis in (0, 1)) if mask.any() else 0
 
 
 def _framed(ink: np.ndarray) -> np.ndarray:
-    """Cropped to the letter and stretched to the frame, uint8 (28, 28).
+    """Crop to the letter and stretch it to the frame.
 
-    Of real letters the longer side has 28 pixels in 96 %, the shorter one 26 at least in 96 %; but an I without serifs
-    is a white square then. Right of 2,400 by avg and max on real letters and avg on embedded ones: at a `STRETCH` of 0,
-    which keeps the shape, 2,184, 2,144 and 2,193; at 0.65 2,325, 2,336 and 2,208; at 1 2,325, 2,218 and 1,966.
+    Returns uint8 (28, 28).
+
+    In 96 % of the real letters the longer side has 28 pixels, and in 96 % the shorter side has at least 26. So they
+    fill the frame, but an I without serifs is a white square then. A `STRETCH` of 0 keeps the shape. The right answers
+    of three models, of 2,400 images:
+
+    | `STRETCH` | avg, real letters | max, real letters | avg, embedded letters |
+    |---|---|---|---|
+    | 0 | 2,184 | 2,144 | 2,193 |
+    | 0.65 | 2,325 | 2,336 | 2,208 |
+    | 1 | 2,325 | 2,218 | 1,966 |
+
+    The column names say the pooling of a model and the letters that it was trained on.
     """
     rows, columns = (np.flatnonzero((ink > EDGE).any(axis)) for axis in (1, 0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -325,7 +384,10 @@ def _resized(image: np.ndarray, height: int, width: int, filter: Image.Resamplin
 
 
 def table(predictions: Iterable[Prediction]) -> str:
-    """For a terminal, a line for each image."""
+    """Return the predictions as a table for a terminal.
+
+    It has one line for each image.
+    """
     rows = [("image", "letter", "probability", "or", "probability", "")]
     for p in predictions:
         turned = "dark on bright" if p.inverted else ""
@@ -343,7 +405,10 @@ def table(predictions: Iterable[Prediction]) -> str:
 
 
 def csv_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
-    """A header and a line for each image, each with its line end."""
+    """Yield the predictions as lines of CSV.
+
+    The first line is a header. Then comes one line for each image. Each line ends with a newline.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Prediction)], lineterminator="\n")
     writer.writeheader()

@@ -1,4 +1,7 @@
-"""Which version of `poolnet` becomes champion: decided by a paired test on the same validation examples."""
+"""Decide which version of `poolnet` becomes champion.
+
+A paired test on the same validation examples decides.
+"""
 
 import contextlib
 import dataclasses
@@ -27,7 +30,11 @@ REMEMBERED = 100  # champions before the present one, as far as a tag of MLflow 
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-    """Two models on the same `n` examples: what the challenger has over the champion, in points and in nats."""
+    """A comparison of champion and challenger on the same examples.
+
+    There are `n` examples. `points` and `nats` are the difference of the challenger from the champion: in accuracy
+    (points) and in loss (nats).
+    """
 
     n: int
     points: Effect
@@ -50,7 +57,10 @@ class Paired:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """`kind` is first, better, not worse, forced, rollback, or, where nothing changes, refused or unchanged."""
+    """A decision about which version holds an alias.
+
+    `kind` is first, better, not worse, forced or rollback. If nothing changes, it is refused or unchanged.
+    """
 
     alias: str
     kind: str
@@ -96,10 +106,13 @@ def _p(p: float) -> str:
 
 
 def decide(client: MlflowClient, uri: str, alias: str, margin: float | None, force: bool) -> Decision:
-    """Whether the model at `uri`, or the newest version, becomes the alias's champion; nothing is changed yet.
+    """Decide whether a model becomes champion of the alias.
 
-    Refused are models that are no version of `poolnet` or cannot be loaded without pickle, other pools than the alias
-    names, and other data than the champion's.
+    The model is the one at `uri`, or the newest version if `uri` is empty. Nothing is changed yet.
+
+    Raises `InputError` if the model is no version of `poolnet` or cannot be loaded without pickle, if it has another
+    pool than the alias names, or if it was trained on other data than the champion. With `force`, other data are no
+    error.
     """
     _check_alias(alias)
     challenger, pool = _challenger(client, uri, alias)
@@ -130,13 +143,19 @@ def decide(client: MlflowClient, uri: str, alias: str, margin: float | None, for
 
 
 def _check_alias(alias: str) -> None:
-    """MLflow's own rules, before anything is written down."""
+    """Refuse an alias that MLflow would not accept.
+
+    These are MLflow's own rules. They are checked before anything is written.
+    """
     if not re.fullmatch(r"[\w-]+", alias) or re.fullmatch(r"v\d+|latest", alias.lower()):
         raise InputError(f"--alias: found {alias!r}, expected letters, digits, - and _, as in champion-max")
 
 
 def _challenger(client: MlflowClient, uri: str, alias: str) -> tuple[ModelVersion, str]:
-    """The version that is to be promoted, and its pool, as the model itself has it."""
+    """Return the version to be promoted, and its pool.
+
+    The pool is the one that the model itself has.
+    """
     pool = alias.removeprefix("champion-")
     newest = "" if uri else registry.newest(client, pool=pool if pool in POOLS else "").version
     loaded = registry.load(uri or f"models:/{NAME}/{newest}", check_export=True)
@@ -151,7 +170,10 @@ def _challenger(client: MlflowClient, uri: str, alias: str) -> tuple[ModelVersio
 def _paired(
     client: MlflowClient, champion: ModelVersion, challenger: ModelVersion, split: str, margin: float | None
 ) -> Paired:
-    """Both models' own predictions, compared example by example."""
+    """Compare the predictions of both models example by example.
+
+    These are the predictions that the runs of the two models logged.
+    """
     runs = [_run(client, version) for version in (champion, challenger)]
     digests = [run.data.tags.get("poolnet.data_sha256", "") for run in runs]
     if not all(digests) or digests[0] != digests[1]:
@@ -194,7 +216,10 @@ def _run(client: MlflowClient, version: ModelVersion) -> Run:
 
 
 def rollback(client: MlflowClient, alias: str) -> Decision:
-    """The return of the champion before the present one; again, of the one before that."""
+    """Decide to give the alias back to the previous champion.
+
+    A second rollback gives it to the champion before that one.
+    """
     _check_alias(alias)
     present = champions.holder(client, alias)
     earlier = champions.before(client, alias, present)
@@ -210,7 +235,10 @@ def rollback(client: MlflowClient, alias: str) -> Decision:
 
 
 def enact(client: MlflowClient, decision: Decision) -> None:
-    """Write the decision down, and carry it out; `RunError` if another one has come first."""
+    """Write the decision on the version and carry it out.
+
+    Raises `RunError` if another decision has come first.
+    """
     alias, version, over = decision.alias, decision.version, decision.over
     if decision.kind == "unchanged":
         replaced = decision.earlier[-1] if decision.earlier else None
@@ -230,7 +258,10 @@ def enact(client: MlflowClient, decision: Decision) -> None:
 
 
 def _tags(decision: Decision) -> dict[str, str]:
-    """The decision and its numbers, as tags of the version; few, since the registry's page shows them all."""
+    """Return the decision and its numbers as version tags.
+
+    They are few, because the page of the registry shows them all.
+    """
     tags: dict[str, object] = {"decision": decision.kind, "over": decision.over or "none"}
     if decision.val:
         points, p = decision.val.points, decision.val.mcnemar.p
@@ -244,7 +275,11 @@ def _tags(decision: Decision) -> dict[str, str]:
 
 
 def publish(client: MlflowClient, decision: Decision) -> None:
-    """Under `mlflow run`, say in the run that it has made what was decided; else the version says it."""
+    """Log the decision to the run that `mlflow run` made.
+
+    The run then says that it has made this decision. Without `mlflow run` nothing is done here, and only the version
+    says it.
+    """
     if not os.environ.get("MLFLOW_RUN_ID"):
         return
     tags = {"poolnet.promotion": decision.kind, "mlflow.note.content": marked(decision.sentence)}

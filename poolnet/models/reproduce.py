@@ -1,4 +1,8 @@
-"""A recorded run trained again: what differs in data, code and environment, and whether it comes to the same."""
+"""Train a recorded run again and compare the results.
+
+The result says what differs in code, device and environment, and whether both runs come to the same figures. Other data
+are refused.
+"""
 
 import contextlib
 import dataclasses
@@ -30,7 +34,10 @@ TOLERANCE = {"loss": 1e-5, "accuracy": 1e-3, "logit or weight": 1e-3}
 
 @dataclasses.dataclass(frozen=True)
 class Original:
-    """What the server has of the run: its record, its metrics by step, its logits by split, its weights by name."""
+    """A finished training run as the tracking server has it.
+
+    It holds the record of the run, its metrics by step, its logits by split and its weights by name.
+    """
 
     run: Run
     record: dict
@@ -46,7 +53,11 @@ class Original:
 
 @dataclasses.dataclass(frozen=True)
 class Reproduction:
-    """`circumstances` are what differs here from when the run was trained, `first` the first figure that differs."""
+    """The result of training a run again.
+
+    `circumstances` are the differences between now and the time when the run was trained. `first` is the first figure
+    that differs.
+    """
 
     original: Original
     again: RunRecord
@@ -63,7 +74,10 @@ class Reproduction:
 
 
 def find(client: MlflowClient, name: str) -> Original:
-    """A finished run by its id or name, with all that is to be compared; `InputError` where the server lacks some."""
+    """Fetch a finished training run by id or name.
+
+    Everything that is to be compared is fetched too. Raises `InputError` if the server lacks some of it.
+    """
     run = servers.look_up(client, name)
     if not run:
         raise InputError(f"{name}: no such run on the tracking server")
@@ -118,7 +132,11 @@ def _metrics(client: MlflowClient, run: Run) -> dict[int, dict[str, float]]:
 
 
 def reproduce(original: Original, data: str, publisher: Publisher, say: Say = print, warn: Say = print) -> Reproduction:
-    """Train the run again, on the data set at its recorded place or at `data`, and compare all of it."""
+    """Train the run again and compare all its figures.
+
+    The data set is read from its recorded place, or from `data` if that is given. If no file is at the recorded place,
+    the `data` setting of the run is used. Raises `InputError` if the data are not the same.
+    """
     config, differences = _settings(original.record, data)
     splits, pooled = _open(original, config, data, say)
     differences += _code_differences(original) + provenance.differences(original.record)
@@ -144,7 +162,11 @@ def reproduce(original: Original, data: str, publisher: Publisher, say: Say = pr
 
 
 def _settings(record: dict, data: str) -> tuple[TrainConfig, list[str]]:
-    """The recorded settings, on the recorded device or else on one that is here; not to be registered once more."""
+    """Return the recorded settings, adapted to this machine.
+
+    The device is the recorded one. If it is not available, it is one that this machine has, and the second value names
+    the difference. The model is not registered once more.
+    """
     config = TrainConfig(**{**record["config"], "device": record["device"], "register": False})
     config = dataclasses.replace(config, data=data or config.data)
     try:
@@ -183,7 +205,10 @@ def _code_differences(original: Original) -> list[str]:
 
 
 def _differences(original: Original, again: RunRecord) -> Iterable[tuple[bool, str]]:
-    """Each figure that differs: whether it is within tolerance, and what it is. Epochs come first, in their order."""
+    """Yield each figure that differs between the two runs.
+
+    Each item says whether the difference is within tolerance, and what differs. Epochs come first, in their order.
+    """
     steps = again.by_step()
     for step in sorted(steps, key=lambda step: step or np.inf):
         for name, value in _compared(steps[step]).items():
@@ -205,7 +230,11 @@ def _compared(values: dict[str, float]) -> dict[str, float]:
 
 
 def _tolerance(name: str) -> float:
-    """For a metric. Epochs, such as `best_val_epoch`, follow from accuracies, which have their own."""
+    """Return the allowed difference for a metric.
+
+    Metrics that name an epoch, such as `best_val_epoch`, may differ by any number. They follow from accuracies, which
+    have their own tolerance.
+    """
     if name.endswith("_epoch"):
         return np.inf
     kind = "loss" if name.endswith(("loss", "gap")) else "accuracy" if name.endswith("acc") else ""
@@ -226,7 +255,10 @@ def _array_differences(name: str, before: np.ndarray, after: np.ndarray) -> Iter
 
 
 def publish(client: MlflowClient, found: Reproduction, run_id: str) -> None:
-    """Say in the new run what it came to, and in the old one where it was reproduced."""
+    """Record the reproduction in both runs on the server.
+
+    The new run says what it came to. The old run says which run reproduced it.
+    """
     original = found.original.run.info
     link = f"[{found.original.name}](#/experiments/{original.experiment_id}/runs/{original.run_id})"
     lines = [f"**Reproduction of {link}.** {found.sentence}."]
@@ -239,7 +271,10 @@ def publish(client: MlflowClient, found: Reproduction, run_id: str) -> None:
 
 
 def contents(found: Reproduction) -> dict:
-    """All that is found, under the names of its JSON."""
+    """Return the whole result as a dictionary for JSON.
+
+    The keys are the names in the JSON output.
+    """
     return {
         "verdict": found.verdict,
         "sentence": found.sentence,

@@ -1,6 +1,7 @@
-"""Every figure, drawn without a display and without matplotlib's global state.
+"""Draw the figures of a run.
 
-Places are fixed and a grid of images is one image: to lay out axes and to draw forty of them took ten times as long.
+They need no display and do not use matplotlib's global state. The places of axes are fixed, and a grid of images is
+drawn as one image. To lay out axes automatically and to draw forty of them took ten times as long.
 """
 
 from collections.abc import Iterable
@@ -27,7 +28,10 @@ TRAIN, VAL, TEST = "#0072b2", "#d55e00", "#333333"  # told apart by the colour-b
 
 
 def of_run(config: TrainConfig, splits: Dataset, result: FitResult, optimum: LowestLoss | None) -> dict[str, Figure]:
-    """The figures of a finished run, by file name."""
+    """Return the figures of a finished run.
+
+    The keys are the file names, without `.png`.
+    """
     title = drawable(f"{config.pool} on {splits.name}, seed {config.seed}")
     weight = result.model.classifier.weight.detach().cpu().numpy()
     worst = f"{title}: highest test losses, true letter and what is said"
@@ -46,12 +50,19 @@ def save_all(folder: Path, figures: dict[str, Figure]) -> None:
 
 
 def drawable(text: str) -> str:
-    """The text as a figure can draw it: a `$` begins no formula, and what has no glyph is escaped."""
+    """Escape text so that matplotlib can draw it.
+
+    A `$` does not begin a formula. Characters for which the font has no glyph are escaped.
+    """
     return "".join(char if ord(char) in _GLYPHS else ascii(char)[1:-1] for char in text).replace("$", r"\$")
 
 
 def learning_curves(history: Iterable[EpochRecord], test: Evaluation, optimum: LowestLoss | None, title: str) -> Figure:
-    """Loss and accuracy over the epochs, train and val, with the test score and the lowest train loss as levels."""
+    """Draw loss and accuracy over the epochs.
+
+    The curves are for train and val. Horizontal lines show the test score and, if `optimum` is given, the lowest train
+    loss.
+    """
     figure = Figure(figsize=(10, 4))
     figure.subplots_adjust(left=0.07, right=0.98, bottom=0.13, top=0.88, wspace=0.2)
     figure.suptitle(title)
@@ -75,7 +86,10 @@ def learning_curves(history: Iterable[EpochRecord], test: Evaluation, optimum: L
 
 
 def confusion_matrix(evaluation: Evaluation, title: str) -> Figure:
-    """Rows are the true letters; shades are shares of a row, numbers are images."""
+    """Draw the confusion matrix of an evaluation.
+
+    Rows are the true letters. Shades are shares of a row. Numbers are counts of images.
+    """
     size = len(LETTERS)
     counts = scores.confusion(evaluation.logits, evaluation.y)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -95,7 +109,11 @@ def confusion_matrix(evaluation: Evaluation, title: str) -> Figure:
 
 
 def classifier_weights(weight: np.ndarray, title: str) -> Figure:
-    """The linear layer (10, channels * 49) as a 7x7 image a letter; several channels by their L2 norm."""
+    """Draw the classifier weights as one image per letter.
+
+    `weight` is that of the linear layer, (10, channels * 49). The image of a letter is 7x7. Several channels are shown
+    by their L2 norm.
+    """
     maps = weight.reshape(len(LETTERS), -1, 7, 7)
     signed = maps.shape[1] == 1
     maps = maps[:, 0] if signed else np.sqrt((maps**2).sum(1))
@@ -110,7 +128,10 @@ def classifier_weights(weight: np.ndarray, title: str) -> Figure:
 
 
 def worst_mistakes(evaluation: Evaluation, split: Split, title: str, rows: int = 4, columns: int = 8) -> Figure:
-    """The images with the highest loss: what each is said to be, and what the model says with which probability."""
+    """Draw the images with the highest loss.
+
+    The title of an image has its label, the letter that the model predicts, and the probability of this letter.
+    """
     logits = evaluation.logits.astype(np.float64)
     top = logits.max(1, keepdims=True)
     log_probs = logits - top - np.log(np.exp(logits - top).sum(1, keepdims=True))
@@ -139,9 +160,9 @@ def grid(
     fontsize: float = 12,
     **options: object,
 ) -> AxesImage:
-    """Draw images (N, H, W) as one, each below its title.
+    """Draw a grid of images as one image.
 
-    `gap` is the pixels between them, across and down.
+    `images` is (N, H, W). Each image is below its title. `gap` is the number of pixels between images, across and down.
     """
     (height, width), (across, down) = images.shape[1:], gap
     rows = max(-(-len(images) // columns), 1)

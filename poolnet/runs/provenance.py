@@ -1,4 +1,7 @@
-"""What a run rests on besides its data: the code and the environment."""
+"""The code and the environment that a run depends on.
+
+A run also depends on its data, which are not described here.
+"""
 
 import getpass
 import importlib.metadata
@@ -11,7 +14,10 @@ DECIDE = ("python", "numpy", "torch", "machine")  # what of the environment the 
 
 
 def differences(record: dict) -> list[str]:
-    """In what this environment differs from the recorded one, as far as figures depend on it."""
+    """Return how this environment differs from the recorded one.
+
+    Only the parts that figures depend on are compared.
+    """
     begun, here = record["environment"], environment()
     return [f"{name} {begun[name]} (here {here[name]})" for name in DECIDE if begun[name] != here[name]]
 
@@ -35,7 +41,12 @@ def user() -> str:
 
 
 def code_state() -> tuple[str | None, str, bytes]:
-    """The commit that runs, whether tracked files differ from it (`true`, `false`, `unknown`), and how they differ."""
+    """Return the commit of the code and its changes.
+
+    The result has three parts: the commit that runs, whether tracked files differ from it (`true`, `false`, `unknown`),
+    and how they differ, as a diff. If the package is installed outside its repository, or git is missing, the result is
+    None, `unknown` and no diff.
+    """
     if not _git("ls-files", "--error-unmatch", "__init__.py"):  # installed, or no git here
         return None, "unknown", b""
     diff = _git("diff", "HEAD", "--binary", "--no-ext-diff", "--no-textconv", "--no-color")
@@ -43,7 +54,10 @@ def code_state() -> tuple[str | None, str, bytes]:
 
 
 def _git(*args: str) -> bytes:
-    """What git prints for the package's own repository; nothing where there is none."""
+    """Return the output of git for the package's repository.
+
+    The output is empty if there is no repository.
+    """
     try:
         return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

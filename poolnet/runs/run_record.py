@@ -1,19 +1,23 @@
-"""The crash-safe record of one run on disk, `POOLNET_HOME/runs/NAME/`, written before anything else hears of the run.
+"""The crash-safe record of one run on disk.
+
+It is the folder `POOLNET_HOME/runs/NAME/`. The record is written before anything else is told of the run.
 
     record.json          what the run is: settings, data digest, code, environment; written once
-    metrics.jsonl        a line a step, {"t": ms since 1970, "step": epoch, "metrics": {...}, "crc32": of the rest};
+    metrics.jsonl        one line per step, {"t": ms since 1970, "step": epoch, "metrics": {...}, "crc32": of the rest};
                          epoch 0 is the whole run
     checkpoint-[01].safetensors
                          the last two states of training, each replaced whole
-    git.diff             in what the code differs from its commit
+    git.diff             how the code differs from its commit
     model.safetensors    the final weights, and two images as an example
     predictions/ figures/
     end.json             how the run ended; absent while it is trained, or when its process died
     published.json       what tracking servers already hold (see publication.py)
 
-Whatever is cut off at any moment leaves each file whole, the old or the new one, or a last line that is recognised as
-torn and dropped. Each file carries a checksum: what is damaged is named, with the command that makes it again to the
-same figures. Nothing is pickled.
+A process may be killed at any moment. After that, the JSON files, checkpoints, weights and predictions are whole: each
+is the old file or the new one. The last line of metrics.jsonl may be torn. Such a line is recognised and dropped. All
+these files carry checksums. Figures may be cut off, and are drawn again when the run is resumed. If metrics, weights or
+predictions are damaged, the error names the file, and the command that makes it again with the same figures. Nothing is
+pickled.
 """
 
 import contextlib
@@ -66,7 +70,10 @@ STATUSES = ("FINISHED", "KILLED", "FAILED")
 
 
 class RunRecord:
-    """One run's folder. Opening it reads and checks `record`; one that is damaged or newer is an `InputError`."""
+    """The folder of one run, with its record.
+
+    Opening it reads and checks `record`. Raises `InputError` if the record is damaged or of a newer version.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.name = folder, folder.name
@@ -79,9 +86,13 @@ class RunRecord:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Held by the one process that trains the run, and let go of by the operating system when that process dies.
+        """Lock the run for the process that trains it.
 
-        What ends the block early is recorded as the end of the run; an end that cannot be is found out by `sync`.
+        Only one process can hold the lock. The operating system releases it when that process dies. Raises `InputError`
+        if another process is training the run.
+
+        If the block raises, the run is saved as FAILED or KILLED. If that fails too, `poolnet sync` marks it later. If
+        the block raises `InputError` and the run had ended before, the earlier end stays.
         """
         with contextlib.ExitStack() as held:
             with self._looking():
@@ -110,13 +121,19 @@ class RunRecord:
             return self._is_locked()
 
     def mark_if_dead(self) -> None:
-        """A run whose process died without a word is KILLED, and can be resumed."""
+        """Mark the run as KILLED if its process died.
+
+        This is for a process that died and did not record the end of the run. The run can be resumed.
+        """
         with self._looking():
             if not self._is_locked() and not self.ended():
                 self.end("KILLED", "its process died")
 
     def _is_locked(self) -> bool:
-        """Whether somebody trains the run. Only while `_looking`."""
+        """Whether a process is training the run.
+
+        Call it only inside `_looking`.
+        """
         try:
             with FileLock(self.folder / "lock", timeout=0):
                 return False
@@ -124,24 +141,37 @@ class RunRecord:
             return True
 
     def _looking(self) -> contextlib.AbstractContextManager:
-        """One process at a time: who looks holds the run's lock for a moment, and must not be taken for its trainer."""
+        """Let only one process at a time check the lock.
+
+        A process that checks holds the run's lock for a moment. Another process must not take it for the one that
+        trains.
+        """
         return locked(self.folder / "look", poll=0.001)
 
     # --- metrics --------------------------------------------------------------------------------------------------
 
     def metrics(self) -> list[dict]:
-        """Every record, in order. One that is damaged is a `RunError`."""
+        """Return all records of metrics.jsonl, in order.
+
+        Raises `RunError` if one is damaged.
+        """
         records = self._lines()
         if None in records:
             raise self._damage(self.folder / "metrics.jsonl", f"line {records.index(None) + 1} is ")
         return records
 
     def by_step(self) -> dict[int, dict[str, float]]:
-        """The metrics of each epoch, and under 0 those of the whole run."""
+        """Return the metrics of each epoch.
+
+        Epoch 0 has the metrics of the whole run.
+        """
         return {record["step"]: record["metrics"] for record in self.metrics()}
 
     def append(self, step: int, metrics: dict[str, float]) -> dict:
-        """Record a step once: one that is there already stays as it is. Returns the record. Only while `training`."""
+        """Record the metrics of a step once.
+
+        If the step is recorded already, its record stays as it is. Returns the record. Call it only while `training`.
+        """
         if step in self._steps:
             return self._steps[step]
         record = {"t": self._time(), "step": step, "metrics": metrics}
@@ -151,12 +181,18 @@ class RunRecord:
         return record
 
     def _time(self) -> int:
-        """Now, but never before the last record: whatever the clock does, times are in the order of records."""
+        """Return the time now, never before the last record.
+
+        So the times are in the order of the records, even if the clock goes back.
+        """
         last = next(reversed(self._steps.values()), None) or next(filter(None, reversed(self._lines())), None)
         return max(now(), last["t"] if last else self.record["started"])
 
     def _lines(self) -> list[dict | None]:
-        """The record of each line of metrics.jsonl, None where it is damaged; without a last line that is torn."""
+        """Return the record of each line of metrics.jsonl.
+
+        A damaged line gives None. A torn last line is left out.
+        """
         try:
             data = (self.folder / "metrics.jsonl").read_bytes()
         except FileNotFoundError:
@@ -165,7 +201,10 @@ class RunRecord:
         return [_parsed(line, number) for number, line in enumerate(whole, 1)]
 
     def _mend_metrics(self) -> None:
-        """Drop what is torn or damaged, which is trained again. What is left has its checksums."""
+        """Drop torn and damaged lines from metrics.jsonl.
+
+        Their epochs are trained again. The lines that are left have checksums afterwards.
+        """
         path = self.folder / "metrics.jsonl"
         data = b"".join(_line(record) for record in self._lines() if record)
         if path.exists() and path.read_bytes() != data:
@@ -175,16 +214,19 @@ class RunRecord:
     # --- files that are replaced whole ----------------------------------------------------------------------------
 
     def save_checkpoint(self, state: dict[str, np.ndarray]) -> None:
-        """Keep a state of training beside the one before it. Only while `training`."""
+        """Save a training state as a checkpoint.
+
+        The checkpoint before it is kept. Call it only while `training`.
+        """
         self._serial += 1
         self.save_tensors(f"checkpoint-{self._serial % 2}", {**state, "serial": np.array(self._serial)})
 
     def checkpoints(self) -> list[dict[str, np.ndarray]]:
-        """The states that are whole, the newest first."""
+        """Return the training states that are whole, newest first."""
         return [state for _, state in sorted(self._slots(), key=lambda slot: -slot[0])]
 
     def _slots(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """The number of each such state, and the state."""
+        """Yield the number and state of each whole checkpoint."""
         for slot in (0, 1):
             state = self.load_tensors(f"checkpoint-{slot}") or {}
             serial = state.pop("serial", None)
@@ -192,7 +234,10 @@ class RunRecord:
                 yield int(serial), state
 
     def save_tensors(self, name: str, arrays: dict[str, np.ndarray]) -> None:
-        """A `.safetensors` file, with a checksum, since its format has none."""
+        """Save arrays as a `.safetensors` file with a checksum.
+
+        The file format itself has no checksum.
+        """
         arrays = {key: np.asarray(array, order="C") for key, array in arrays.items()}
         data = safetensors.numpy.save({**arrays, "crc32": np.array(_checksum(arrays))})
         path, part = self.folder / f"{name}.safetensors", self.folder / f".{name}.part"
@@ -201,7 +246,10 @@ class RunRecord:
             replace(part, path)
 
     def load_tensors(self, name: str) -> dict[str, np.ndarray] | None:
-        """The arrays of such a file; None where it is absent or damaged."""
+        """Load the arrays of a file that `save_tensors` wrote.
+
+        The result is None if the file is absent or damaged.
+        """
         try:
             arrays = safetensors.numpy.load((self.folder / f"{name}.safetensors").read_bytes())
         except (OSError, KeyError, safetensors.SafetensorError):  # KeyError: of a type that numpy does not have
@@ -215,7 +263,10 @@ class RunRecord:
             np.savez(file, logits=logits, y=y)
 
     def check_results(self) -> None:
-        """Raise `RunError` where metrics, weights or predictions are not all there, or damaged."""
+        """Refuse results that are incomplete or damaged.
+
+        Raises `RunError` if metrics, weights or predictions are missing or damaged.
+        """
         if not {*range(self.record["config"]["epochs"] + 1)} <= self.by_step().keys():
             raise self._damage(self.folder / "metrics.jsonl", "some lines are missing, ")
         if self.load_tensors("model") is None:
@@ -231,7 +282,7 @@ class RunRecord:
                 raise self._damage(path)
 
     def has_results(self) -> bool:
-        """Whether metrics, weights and predictions are all there and whole."""
+        """Whether metrics, weights and predictions are complete and undamaged."""
         try:
             self.check_results()
         except RunError:
@@ -242,12 +293,19 @@ class RunRecord:
         return RunError(f"{path}: {what}damaged; made again by: {resume_command(self.name)}")
 
     def end(self, status: str, error: str = "") -> None:
-        """`FINISHED`, `KILLED` (interrupted, or its process died) or `FAILED`; the latter two can be resumed."""
+        """Record how the run ended.
+
+        The status is `FINISHED`, `KILLED` (interrupted, or its process died) or `FAILED`. After `KILLED` and `FAILED`,
+        the run can be resumed.
+        """
         with self.writing():
             write_json(self.folder / "end.json", {"t": self._time(), "status": status, "error": error})
 
     def ended(self) -> dict | None:
-        """How the run ended: `t`, `status` and `error`; None while it has not, or its end.json is damaged."""
+        """Return how the run ended, or None.
+
+        The result has `t`, `status` and `error`. It is None if the run has not ended or its end.json is damaged.
+        """
         found = read_json(self.folder / "end.json")
         return found if type(found.get("t")) is int and found.get("status") in STATUSES else None
 
@@ -259,17 +317,23 @@ class RunRecord:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """What the disk refuses meanwhile is one line, with the command that goes on."""
+        """Turn disk errors in the block into a one-line `RunError`.
+
+        The line has the command that resumes the run.
+        """
         try:
             yield
         except OSError as error:
             raise RunError(
-                f"{self.folder}: the journal cannot be written ({error}); once it can: {resume_command(self.name)}"
+                f"{self.folder}: the record cannot be written ({error}); once it can: {resume_command(self.name)}"
             ) from error
 
     def _write(self, path: Path, mode: str, data: bytes) -> None:
-        """In one piece, and only into the operating system's buffers: what a power cut takes away is trained again,
-        to the same figures. Metrics that are published are flushed before (see publication.py)."""
+        """Write data to a file in one piece.
+
+        The data go only into the buffers of the operating system. If a power cut loses them, the epochs are trained
+        again, to the same figures. Metrics are flushed before they are published (see publication.py).
+        """
         with path.open(mode, buffering=0) as file:
             if file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, "the last bytes found no room")
@@ -287,8 +351,11 @@ def _line(record: dict) -> bytes:
 
 
 def _parsed(line: bytes, number: int) -> dict | None:
-    """The record of a line; None if it is damaged. One of an earlier version, without a checksum, must be what the
-    line of that number can only be."""
+    """Parse a line of metrics.jsonl, or return None.
+
+    The result is None if the line is damaged. A line of an earlier version has no checksum. Then its keys, its step and
+    its values must be possible for the line with this number.
+    """
     try:
         found = json.loads(line)
         record = unsealed(found)
@@ -309,7 +376,10 @@ def _is_metric(name: str, value: object) -> bool:
 
 
 def _read_record(folder: Path) -> dict:
-    """The checked record of a run, with the defaults of what it does not have."""
+    """Read and check the record of a run.
+
+    Settings that it does not have get their defaults. Raises `InputError` if it is damaged or of a newer version.
+    """
     try:
         found = json.loads((folder / "record.json").read_text(encoding="utf-8"))
         if not isinstance(found, dict) or not unsealed(found):
@@ -328,13 +398,16 @@ def _read_record(folder: Path) -> dict:
         ) from None
     if newer:
         raise InputError(
-            f"{folder}: found journal format {record['format']}, expected at most {FORMAT}; update poolnet"
+            f"{folder}: found record format {record['format']}, expected at most {FORMAT}; update poolnet"
         )
     return record
 
 
 def _problem(found: object, form: object, where: str = "") -> str:
-    """What in `found` is not of that form; empty if all is."""
+    """Return what in `found` does not fit the form.
+
+    The text is empty if everything fits.
+    """
     if isinstance(form, dict) and isinstance(found, dict):
         missing = next((f"{where}{key}: missing" for key in form if key not in found), "")
         problems = (_problem(found[key], part, f"{where}{key}.") for key, part in form.items() if key in found)
@@ -349,7 +422,11 @@ def _problem(found: object, form: object, where: str = "") -> str:
 
 
 def create(stem: str, record: dict, diff: bytes = b"") -> RunRecord:
-    """A new run, named `STEM-` and eight random digits. `record` is completed with format and start."""
+    """Create the record of a new run.
+
+    The run is named `STEM-` and eight random hexadecimal digits. `record` is completed with the format and the start
+    time. Raises `InputError` if the record cannot be written.
+    """
     path = folder() / f"{stem}-{uuid.uuid4().hex[:8]}"
     try:
         path.mkdir(parents=True)
@@ -358,12 +435,15 @@ def create(stem: str, record: dict, diff: bytes = b"") -> RunRecord:
         write_json(path / "record.json", {"format": FORMAT, "started": now(), **record})
     except OSError as error:
         shutil.rmtree(path, ignore_errors=True)
-        raise InputError(f"{path}: the journal cannot be written ({error}); set POOLNET_HOME elsewhere") from None
+        raise InputError(f"{path}: the record cannot be written ({error}); set POOLNET_HOME elsewhere") from None
     return RunRecord(path)
 
 
 def names() -> list[str]:
-    """Every run that has a record, the oldest first."""
+    """Return the names of all runs, oldest first.
+
+    These are the runs that have a record.
+    """
     times = {}
     for path in folder().glob("*/record.json"):
         with contextlib.suppress(FileNotFoundError):  # another process may have just removed it
@@ -372,7 +452,10 @@ def names() -> list[str]:
 
 
 def find(run: str) -> RunRecord | None:
-    """The run of that name, or of that MLflow run id."""
+    """Find a run by name or MLflow run id.
+
+    The result is None if there is no such run.
+    """
     if is_name(run) and (folder() / run / "record.json").exists():
         return RunRecord(folder() / run)
     for name in names():
@@ -384,7 +467,10 @@ def find(run: str) -> RunRecord | None:
 
 
 def is_name(text: str) -> bool:
-    """Whether a run may be called that: nothing that could lead out of the folder of runs."""
+    """Whether a run may have this name.
+
+    Such a name cannot lead out of the folder of runs.
+    """
     return re.fullmatch(r"\w+-seed\d+-[0-9a-f]{8}", text) is not None
 
 
@@ -393,10 +479,13 @@ def resume_command(name: str) -> str:
 
 
 def now() -> int:
-    """Milliseconds since 1970, as MLflow counts time."""
+    """Return the time in milliseconds since 1970.
+
+    MLflow counts time in the same way.
+    """
     return time.time_ns() // 1_000_000
 
 
 def folder() -> Path:
-    """Where the journals lie."""
+    """Return the folder that holds all run records."""
     return home() / "runs"

@@ -1,6 +1,7 @@
-"""Train one recorded run, from its data to its last file.
+"""Train one run and write all its files.
 
-This is what `poolnet train` does. All of it is recorded on disk; nothing is published here.
+This is what `poolnet train` does, from the data to the last file. Everything is recorded on disk. Nothing is published
+here.
 """
 
 import dataclasses
@@ -36,7 +37,10 @@ def run(
     say: Say = print,
     warn: Say = print,
 ) -> RunRecord:
-    """A new run, from its data to its last file. `server` as in its record."""
+    """Train a new run and write all its files.
+
+    `server` says where the run is tracked, as in its record.
+    """
     train_loop.resolve_device(config.device)
     splits, pooled = open_data(config, cache, say)
     if splits.overlap:
@@ -58,7 +62,11 @@ def resume(
     say: Say = print,
     warn: Say = print,
 ) -> RunRecord:
-    """Go on with a run, by its name or MLflow run id, and end as if nothing had happened."""
+    """Continue a run, to the same result.
+
+    `name` is the name or the MLflow run id of the run. The result is the same as if the run had not stopped. Raises
+    `InputError` if there is no such run, or if the `given` options contradict its record.
+    """
     old = run_record.find(name)
     if not old:
         raise InputError(
@@ -85,7 +93,10 @@ def resume(
 
 
 def open_data(config: TrainConfig, cache: bool, say: Say, path: Path | None = None) -> tuple[Dataset, Pooled]:
-    """The data set of the settings, or that at `path`."""
+    """Open the data set and its pooled features.
+
+    The data set is that of the settings, or the one at `path`. There are no features (None) for pool `conv`.
+    """
     path = path or dataset.locate(config.data, say=say)
     if config.pool == "conv":
         return dataset.open_splits(path), None
@@ -101,9 +112,10 @@ def create(
     reproduces: str = "",
     threads: int = train_loop.CONV_THREADS,
 ) -> RunRecord:
-    """The record of a new run, which may belong to a sweep, or reproduce the run of an id with its threads.
+    """Create the record of a new run.
 
-    `server` says where it is to be tracked: `uri` and the others of `run_record.FORM`.
+    The run may belong to a sweep. Or it may reproduce the run with the id `reproduces`, with the `threads` of that run.
+    `server` says where the run is tracked: `uri` and the other keys of `tracking` in `run_record.FORM`.
     """
     commit, dirty, diff = provenance.code_state()
     record = {
@@ -121,7 +133,10 @@ def create(
 
 
 def settings(run: RunRecord) -> TrainConfig:
-    """The settings of a run that is to be trained; `InputError` if they are not this version's."""
+    """Return the settings in the record of a run.
+
+    The run is one that is to be trained. Raises `InputError` if this version does not know a setting.
+    """
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := run.record["config"].keys() - known:
         raise InputError(f"{run.name}: {', '.join(sorted(unknown))}: no setting of this version; update poolnet")
@@ -129,7 +144,10 @@ def settings(run: RunRecord) -> TrainConfig:
 
 
 def check_options(run: RunRecord, given: dict[str, object]) -> None:
-    """Refuse options that contradict the record of a run that is to go on."""
+    """Refuse options that contradict the record of a run.
+
+    This is for a run that is resumed. Raises `InputError`.
+    """
     recorded = run.record["config"] | {"optimum": run.record["optimum"]}
     for name, value in given.items():
         if value != recorded[name]:
@@ -139,7 +157,10 @@ def check_options(run: RunRecord, given: dict[str, object]) -> None:
 
 
 def open_recorded_data(run: RunRecord, cache: bool, say: Say) -> tuple[Dataset, Pooled]:
-    """The data set that a run was begun with, which must still be what it was."""
+    """Open the data set that a run began with.
+
+    Raises `InputError` if the data set has changed since then.
+    """
     recorded = run.record["data"]
     path = Path(recorded["path"])
     config = settings(run)
@@ -160,7 +181,7 @@ def carry_out(
     say: Say = print,
     warn: Say = print,
 ) -> None:
-    """Train what is left of a run, and write its results."""
+    """Train the rest of a run and write its results."""
     result, best = _train(run, splits, pooled, check, say, warn)
     say(f"TEST: loss={result.test.loss:.4f}, acc={result.test.acc:.4f}")
     if best:
@@ -191,7 +212,7 @@ def _train(
     def on_epoch(record: EpochRecord) -> None:
         values = dataclasses.asdict(record)
         known = run.append(values.pop("epoch"), values)["metrics"]
-        say(record)  # after the journal: a screen that is gone must not cost the record
+        say(record)  # after the record: a screen that is gone must not cost the record
         for name in ("train_loss", "train_acc", "val_loss", "val_acc"):
             if known.get(name) != values[name]:
                 raise RunError(
@@ -211,21 +232,30 @@ def _train(
 
 
 def _form(state: State) -> dict[str, tuple]:
-    """Names, types and shapes, which two states of one training share."""
+    """Return names, types and shapes of a state's arrays.
+
+    Two states of the same training have the same form.
+    """
     # Earlier versions wrote states within an epoch too, with its `parts`, of which those at an end have none.
     old = {"spent"} if len(state.get("parts", ())) else {"spent", "parts"}
     return {name: (array.dtype, array.shape) for name, array in state.items() if name not in old}
 
 
 def _differences(run: RunRecord) -> str:
-    """In what the environment and the code differ from those that a run was begun with."""
+    """Return how environment and code differ from the record.
+
+    The record has the environment and the code that the run began with.
+    """
     begun, here = run.record["code"]["commit"], provenance.code_state()[0]
     commit = [f"commit {begun} (here {here})"] if begun != here else []
     return ", ".join([*commit, *provenance.differences(run.record)])
 
 
 def _write_result(run: RunRecord, splits: Dataset, result: FitResult, best: fast_step.LowestLoss | None) -> None:
-    """Weights, predictions and scores first: the publisher takes them up while the figures are drawn."""
+    """Write predictions, scores, weights and then the figures.
+
+    The figures come last, so that the publisher can upload the rest while they are drawn.
+    """
     from poolnet.runs import figures  # matplotlib takes a second
 
     for name, evaluation in (("val", result.val), ("test", result.test)):

@@ -1,1 +1,1 @@
-"""Statistics: arrays in, numbers out."""
+"""Statistics of comparisons and scores: arrays in, numbers out."""

@@ -1,8 +1,10 @@
-"""How sure a difference between two arms is, where seeds and test examples both vary.
+"""Test differences between two arms, over seeds and examples.
 
-Arms A and B are trained with the same S seeds and scored on the same N examples, so what is judged is the paired
-difference d = B - A: (S,) by seed, (N,) by example, or (S, N). The S x N cells are not S x N observations: those of one
-seed share its training, those of one example its difficulty. Intervals are of level 95 %, p-values two-sided.
+The functions say how sure a difference is if both seeds and test examples vary. Arms A and B are trained with the same
+S seeds and scored on the same N examples. So the functions judge the paired difference d = B - A: (S,) by seed, (N,) by
+example, or (S, N). The S x N cells are not S x N independent observations: the cells of one seed share its training,
+and the cells of one example share its difficulty. Intervals have a level of 95 %. P-values are two-sided unless stated
+otherwise.
 """
 
 from collections.abc import Iterator
@@ -20,7 +22,10 @@ CELLS = 1_000_000  # numbers drawn at a time, 8 MB: bounds the memory of a boots
 
 @dataclass(frozen=True)
 class Effect:
-    """A mean, its 95 % interval and its standard error, in the unit of the input; `p` tests it against 0."""
+    """A mean with its interval, standard error and p-value.
+
+    The mean, the 95 % interval and the standard error are in the unit of the input. `p` tests the mean against 0.
+    """
 
     estimate: float
     low: float
@@ -32,7 +37,10 @@ class Effect:
 
 @dataclass(frozen=True)
 class McNemar:
-    """How many examples only one arm has right, and the p-value of these two counts."""
+    """The result of a McNemar test on two arms.
+
+    It holds how many examples only one arm has right, and the p-value of these two counts.
+    """
 
     only_a: int
     only_b: int
@@ -41,7 +49,10 @@ class McNemar:
 
 @dataclass(frozen=True)
 class ClassEffect:
-    """The difference on the `n` examples of one class; `p_holm` is `effect.p` adjusted for all classes with any."""
+    """The difference between two arms on one class.
+
+    The class has `n` examples. `p_holm` is `effect.p` adjusted for the number of all classes that have a p-value.
+    """
 
     label: int
     n: int
@@ -51,7 +62,10 @@ class ClassEffect:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Expected calibration error, and for each bin (bins,) its examples, mean confidence and accuracy."""
+    """The expected calibration error of a model, with its bins.
+
+    For each bin, (bins,), it holds the number of examples, their mean confidence and their accuracy.
+    """
 
     ece: float
     counts: np.ndarray
@@ -60,15 +74,22 @@ class Calibration:
 
 
 def over_seeds(d: ArrayLike) -> Effect:
-    """Student's t interval (Student 1908) of the mean of d (S,), one difference a seed. Fewer than 2: `ValueError`."""
+    """Return the mean over seeds with Student's t interval.
+
+    d (S,) has one difference per seed. The interval is from Student (1908). Fewer than 2 seeds raise `ValueError`.
+    """
     d = _values(d, "seeds")
     return _effect(d.mean(), scipy.stats.sem(d), len(d) - 1) if np.ptp(d) else _effect(d[0], 0.0, len(d) - 1)
 
 
 def sign_flip(d: ArrayLike, rng: np.random.Generator) -> float:
-    """p of d (S,) when each sign is as likely as its opposite (Fisher 1935), which asks for no normality.
+    """Return the p-value of the sign-flip test over seeds.
 
-    Up to S = 16 every flip is tried; beyond, 2**16 are drawn. No p is below 2 / 2**S: with 5 seeds 0.0625 is the least.
+    d (S,) has one difference per seed. The null hypothesis is that each sign is as likely as its opposite (Fisher
+    1935). The test does not assume a normal distribution.
+
+    Up to S = 16 every flip is tried. For larger S, 2**16 flips are drawn. No p is below 2 / 2**S: with 5 seeds, the
+    smallest p is 0.0625.
     """
     d = _values(d, "seeds")
     return float(
@@ -85,9 +106,11 @@ def sign_flip(d: ArrayLike, rng: np.random.Generator) -> float:
 
 
 def mcnemar(right_a: ArrayLike, right_b: ArrayLike) -> McNemar:
-    """Exact test (McNemar 1947) that of the examples (N,) one arm has right and the other wrong, half are each arm's.
+    """Test whether two trained models are equally often right.
 
-    It is about two trained models, not about training. Without such examples p is 1.
+    This is the exact test (McNemar 1947). Its null hypothesis: among the examples (N,) that one arm has right and the
+    other wrong, half belong to each arm. The test is about two trained models, not about training. Without such
+    examples p is 1.
     """
     right_a, right_b = np.asarray(right_a), np.asarray(right_b)
     if right_a.dtype != bool or right_b.dtype != bool or right_a.shape != right_b.shape or right_a.ndim != 1:
@@ -98,10 +121,13 @@ def mcnemar(right_a: ArrayLike, right_b: ArrayLike) -> McNemar:
 
 
 def over_examples(d: ArrayLike, rng: np.random.Generator, resamples: int = 9999) -> Effect:
-    """Percentile bootstrap (Efron 1979) of the mean of d (N,): differences, or one arm's own correctness or NLL.
+    """Return the mean over examples with a bootstrap interval.
 
-    It speaks of these trained models on other examples. `p` is the normal one of estimate / se, with the bootstrap's
-    se, and so agrees with the interval but for the skewness that only the interval follows. N < 2: `ValueError`.
+    d (N,) holds differences, or the correctness or NLL of one arm. The method is the percentile bootstrap (Efron 1979).
+    The interval is about these trained models on other examples.
+
+    `p` is the normal p-value of estimate / se, with the se of the bootstrap. So p agrees with the interval, except for
+    skewness, which only the interval takes into account. N < 2 raises `ValueError`.
     """
     d = _values(d, "examples")
     if not np.ptp(d):
@@ -123,12 +149,17 @@ def over_examples(d: ArrayLike, rng: np.random.Generator, resamples: int = 9999)
 
 @threadpool_limits.wrap(limits=1, user_api="blas")  # whose digits depend on their number
 def two_way(d: ArrayLike, rng: np.random.Generator, resamples: int = 2000) -> Effect:
-    """Mean of d (S, N) over other seeds and other examples, by the pigeonhole bootstrap of Owen (2007).
+    """Return the mean over seeds and examples with its interval.
 
-    Seeds and examples are resampled independently. S - 1 of S seeds and N - 1 of N examples are drawn, which keeps the
-    variance between few seeds unbiased (Rao & Wu 1988). What only the cells vary by is counted up to three times
-    (Owen 2007), so the interval is wide rather than narrow where that is all there is. Percentiles of so few seeds are
-    too narrow; the interval is estimate +- t se, with df by `_two_way_df`. S < 2 or N < 2: `ValueError`.
+    d is (S, N). The interval is about other seeds and other examples. It uses the pigeonhole bootstrap of Owen (2007),
+    which resamples seeds and examples independently. S - 1 of S seeds and N - 1 of N examples are drawn. This keeps the
+    variance between few seeds unbiased (Rao & Wu 1988).
+
+    Variation of single cells, beyond that of seeds and examples, is counted up to three times (Owen 2007). If there is
+    no other variation, the interval is too wide rather than too narrow.
+
+    Percentiles from so few seeds are too narrow. Therefore the interval is estimate +- t se, with the df of
+    `_two_way_df`. S < 2 or N < 2 raises `ValueError`.
     """
     d = _values(d, "seeds", "examples")
     S, N = d.shape
@@ -141,7 +172,10 @@ def two_way(d: ArrayLike, rng: np.random.Generator, resamples: int = 2000) -> Ef
 
 
 def _weights(S: int, N: int, resamples: int, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Weights of seeds (k, S) and of examples (k, N) in k resamples at a time; each row sums to 1."""
+    """Yield bootstrap weights of seeds and of examples.
+
+    Each item has the weights of k resamples: (k, S) for seeds and (k, N) for examples. Each row sums to 1.
+    """
     size = max(1, CELLS // max(S, N))
     for start in range(0, resamples, size):
         k = min(size, resamples - start)
@@ -149,19 +183,25 @@ def _weights(S: int, N: int, resamples: int, rng: np.random.Generator) -> Iterat
 
 
 def _draw(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
-    """k times n - 1 of n things, with replacement: the share of each, (k, n)."""
+    """Draw n - 1 of n things, k times.
+
+    The draws are with replacement. Returns the share of each thing, (k, n).
+    """
     drawn = rng.integers(n, size=(k, n - 1))
     drawn += n * np.arange(k)[:, None]
     return np.bincount(drawn.ravel(), minlength=k * n).reshape(k, n) / (n - 1)
 
 
 def _two_way_df(d: np.ndarray) -> float:
-    """df at which t's quantile gives the half-width of Banerjee (1960), t_S^2 v_S + t_N^2 v_N = t^2 (v_S + v_N).
+    """Return the degrees of freedom for the two-way t interval.
 
-    v_S and v_N are the squared standard errors of seed means and of example means, t_S and t_N the quantiles of S - 1
-    and N - 1 df. The level then holds whatever the two are. Satterthwaite's (1946) df fall short of it with 2 to 4
-    seeds: 0.86 to 0.95 covered with 2, 0.92 to 0.95 with 3. S - 1 df are safe too, but with 3 seeds twice as wide as
-    need be where examples are all that varies.
+    With this df, the t quantile gives the half-width of Banerjee (1960): t_S^2 v_S + t_N^2 v_N = t^2 (v_S + v_N). v_S
+    and v_N are the squared standard errors of the seed means and of the example means. t_S and t_N are the quantiles
+    for S - 1 and N - 1 df. The level then holds for all values of v_S and v_N.
+
+    Satterthwaite's (1946) df do not reach the level with 2 to 4 seeds: the coverage is 0.86 to 0.95 with 2 seeds, and
+    0.92 to 0.95 with 3. S - 1 df are safe too. But with 3 seeds, their interval is twice as wide as necessary if only
+    the examples vary.
     """
     S, N = d.shape
     variances = np.array([d.mean(1).var(ddof=1) / S, d.mean(0).var(ddof=1) / N])
@@ -174,7 +214,10 @@ def _two_way_df(d: np.ndarray) -> float:
 
 
 def holm(p: ArrayLike) -> np.ndarray:
-    """p-values (K,) adjusted for their number (Holm 1979), in the same order. NaN stays NaN and is not counted."""
+    """Adjust p-values for their number with Holm's method.
+
+    p is (K,), and the result has the same order (Holm 1979). NaN stays NaN and is not counted.
+    """
     p = np.asarray(p, np.float64)
     if p.ndim != 1 or ((p < 0) | (p > 1)).any():
         raise ValueError(f"expected p-values (K,) between 0 and 1, found {p}")
@@ -187,9 +230,13 @@ def holm(p: ArrayLike) -> np.ndarray:
 def per_class(
     d: ArrayLike, y: ArrayLike, rng: np.random.Generator, classes: int = 10, resamples: int = 2000
 ) -> tuple[ClassEffect, ...]:
-    """The mean of d (S, N) over the examples of each class of y (N,), by `two_way`, or by `over_examples` if S is 1.
+    """Return the mean difference between the arms for each class.
 
-    A class of fewer than 2 examples has no interval: its effect is NaN throughout, and Holm does not count it.
+    It is the mean of d (S, N) over the examples of each class of y (N,). The method is `two_way`, or `over_examples` if
+    S is 1.
+
+    A class with fewer than 2 examples has no interval. All values of its effect are NaN, and Holm's method does not
+    count it.
     """
     d, y = np.asarray(d), np.asarray(y)
     if d.ndim != 2 or y.shape != d.shape[1:] or not np.isin(y, np.arange(classes)).all():
@@ -208,19 +255,23 @@ def _of_class(d: np.ndarray, rng: np.random.Generator, resamples: int) -> Effect
 
 
 def per_example(logits: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """From logits (N, K) and labels y (N,): which examples are right, (N,) bool, and their NLL in nats, (N,) float64.
+    """Return the correctness and the NLL of each example.
 
-    Among equal top logits the first is the prediction.
+    The input is logits (N, K) and labels y (N,). The first result tells which examples are right, (N,) bool. The second
+    is the NLL in nats, (N,) float64. If several top logits are equal, the first one is the prediction.
     """
     logits, y = _logits(logits, y)
     return logits.argmax(1) == y, -log_softmax(logits, axis=1)[np.arange(len(y)), y]
 
 
 def calibration(logits: ArrayLike, y: ArrayLike, bins: int = 15) -> Calibration:
-    """Expected calibration error (Naeini et al. 2015; Guo et al. 2017) of logits (N, K), labels y (N,): the mean of
-    |accuracy - confidence| over bins of the top probability, weighted by their examples.
+    """Return the expected calibration error and its bins.
 
-    Bins are equally wide and closed on the right, (0, 1/bins] first. An empty one has NaN confidence and accuracy.
+    The input is logits (N, K) and labels y (N,). The error (Naeini et al. 2015; Guo et al. 2017) is the mean of
+    |accuracy - confidence| over bins of the top probability, weighted by the number of examples in each bin.
+
+    The bins have equal widths and are closed on the right. The first is (0, 1/bins]. An empty bin has NaN as confidence
+    and accuracy.
     """
     logits, y = _logits(logits, y)
     if bins < 1:
@@ -235,10 +286,13 @@ def calibration(logits: ArrayLike, y: ArrayLike, bins: int = 15) -> Calibration:
 
 
 def ece_if_calibrated(logits: ArrayLike, rng: np.random.Generator, bins: int = 15, draws: int = 2000) -> float:
-    """The 95 % quantile of the ECE of logits (N, K) whose top probabilities are the chances of being right.
+    """Return the highest ECE to expect from a calibrated model.
 
-    Even then it is above 0 (Broecker & Smith 2007), so only an ECE beyond this is a finding. The right answers of a bin
-    are drawn as normal, with the variance that they have as a sum of Bernoulli variables.
+    It is the 95 % quantile of the ECE of logits (N, K), if their top probabilities are the true chances of being right.
+    Even then the ECE is above 0 (Broecker & Smith 2007). So only an ECE above this value is a finding.
+
+    The number of right answers in a bin is drawn from a normal distribution. Its variance is that of a sum of Bernoulli
+    variables.
     """
     top, index = _binned(np.asarray(logits, np.float64), bins)
     sd = np.sqrt(np.bincount(index, top * (1 - top), bins))
@@ -246,16 +300,19 @@ def ece_if_calibrated(logits: ArrayLike, rng: np.random.Generator, bins: int = 1
 
 
 def _binned(logits: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """The top probability of each example, and its bin."""
+    """Return the top probability of each example and its bin."""
     top = softmax(logits, axis=1).max(1)
     return top, np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], top, side="left")
 
 
 def non_inferiority(test: McNemar, n: int, margin: float) -> float:
-    """One-sided p that arm B is worse than A by `margin` (a share, not points) or more on n paired examples: the score
-    test of Tango (1998), which keeps its level where few examples or none are discordant.
+    """Return the p-value of a non-inferiority test.
 
-    With the share of examples only A has right estimated under p_B - p_A = -margin.
+    The test is one-sided, on n paired examples. Its null hypothesis is that arm B is worse than arm A by `margin` or
+    more. `margin` is a share, not points. This is the score test of Tango (1998), which keeps its level even if few or
+    no examples are discordant.
+
+    The share of examples that only A has right is estimated under p_B - p_A = -margin.
     """
     if not 0 < margin < 1:
         raise ValueError(f"expected a margin between 0 and 1, found {margin}")
@@ -266,9 +323,13 @@ def non_inferiority(test: McNemar, n: int, margin: float) -> float:
 
 
 def equivalence(effect: Effect, margin: float) -> float:
-    """p that the true effect is not within +-margin, by two one-sided t tests (Schuirmann 1987).
+    """Return the p-value of an equivalence test.
 
-    It is below 0.05 where estimate +- t se at level 90 % lies within the margin. A margin not above 0: `ValueError`.
+    The null hypothesis is that the true effect is not within +-margin. The method is two one-sided t tests (Schuirmann
+    1987).
+
+    p is below 0.05 if estimate +- t se at level 90 % lies within the margin. A margin that is not above 0 raises
+    `ValueError`.
     """
     if not margin > 0:
         raise ValueError(f"expected a margin above 0, found {margin}")
@@ -278,10 +339,13 @@ def equivalence(effect: Effect, margin: float) -> float:
 
 
 def smallest_effect(se: float, df: float, power: float = 0.8, alpha: float = 0.05) -> float:
-    """The true difference that a two-sided t test with this standard error finds with this power (Cohen 1988).
+    """Return the smallest true difference that a test detects.
 
-    t with noncentrality delta exceeds its quantile, either way, as often as its square does, which is noncentral F
-    with (1, df) and delta^2, or noncentral chi^2 where df is inf; SciPy's noncentral t is NaN in its far tail.
+    A two-sided t test with this standard error finds this difference with this power (Cohen 1988).
+
+    A t variable with noncentrality delta is beyond its quantile, on either side, as often as its square is beyond the
+    squared quantile. The square is noncentral F with (1, df) and delta^2, or noncentral chi^2 if df is inf. SciPy's
+    noncentral t is not used, because it is NaN in its far tail.
     """
     if not (se >= 0 and df > 0 and 0 < alpha < power < 1):
         raise ValueError(f"expected se >= 0, df > 0, 0 < alpha < power < 1, found {se}, {df}, {alpha}, {power}")
@@ -302,7 +366,10 @@ def _quantile(df: float | np.ndarray) -> float | np.ndarray:
 
 
 def _effect(estimate: float, se: float, df: float) -> Effect:
-    """estimate +- t se. Without variance the interval has no width, and p is 1 if the estimate is 0, else 0."""
+    """Build an effect with the interval estimate +- t se.
+
+    If se is 0, the interval has no width. Then p is 1 if the estimate is 0, else 0.
+    """
     if se == 0:
         p, reach = float(estimate == 0), 0.0
     else:
@@ -311,7 +378,11 @@ def _effect(estimate: float, se: float, df: float) -> Effect:
 
 
 def _values(d: ArrayLike, *axes: str) -> np.ndarray:
-    """d in float64, with one axis for each name, each of length 2 or more, all finite; else `ValueError`."""
+    """Return d in float64 after a check of its shape.
+
+    d must have one axis for each name, each of length 2 or more, and all values must be finite. Otherwise `ValueError`
+    is raised.
+    """
     d = np.asarray(d, np.float64)
     if d.ndim != len(axes) or min(d.shape) < 2 or not np.isfinite(d).all():
         raise ValueError(f"expected finite values, 2 or more {' x '.join(axes)}, found {_form(d)}")
@@ -319,7 +390,10 @@ def _values(d: ArrayLike, *axes: str) -> np.ndarray:
 
 
 def _logits(logits: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Logits in float64 and labels, if they fit each other; else `ValueError`."""
+    """Return logits in float64 and labels after a check.
+
+    Raises `ValueError` if they do not fit each other.
+    """
     logits, y = np.asarray(logits, np.float64), np.asarray(y)
     fits = logits.ndim == 2 and y.shape == logits.shape[:1] and len(y) and np.issubdtype(y.dtype, np.integer)
     if not (fits and np.isfinite(logits).all() and 0 <= y.min() <= y.max() < logits.shape[1]):

@@ -1,6 +1,7 @@
-"""What one model's logits (N, K) and the labels (N,) say of it, with 95 % intervals over other examples.
+"""Compute the scores of one model, with 95 % intervals.
 
-Shares have Wilson's (1927) interval, which needs no simulation and stays within 0..1.
+The input is the model's logits (N, K) and the labels (N,). The intervals are about other examples. Shares have Wilson's
+(1927) interval, which needs no simulation and stays within 0..1.
 """
 
 import math
@@ -16,7 +17,10 @@ from poolnet.stats.paired import Calibration, Effect
 
 @dataclass(frozen=True)
 class Share:
-    """A proportion and its interval; NaN throughout where there is nothing to be a share of."""
+    """A proportion and its 95 % interval.
+
+    All three values are NaN if there are no examples to take a share of.
+    """
 
     estimate: float
     low: float
@@ -25,7 +29,11 @@ class Share:
 
 @dataclass(frozen=True)
 class ClassScore:
-    """One class of `n` examples: precision is the share of right answers among what was said to be it."""
+    """The precision, recall and F1 of one class.
+
+    The class has `n` examples. Precision is the share of right answers among the examples that are predicted as this
+    class.
+    """
 
     label: int
     n: int
@@ -36,8 +44,11 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """`confusion` (K, K) counts examples, rows the true class. `ece_if_calibrated` is what the ECE of a model whose
-    probabilities are true stays under in 95 % of samples of this size."""
+    """All scores of one model.
+
+    `confusion` (K, K) counts examples, and its rows are the true classes. `ece_if_calibrated` is a limit for the ECE:
+    if a model's probabilities are true, its ECE stays below this limit in 95 % of samples of this size.
+    """
 
     n: int
     loss: Effect  # nats
@@ -49,7 +60,10 @@ class Scores:
 
 
 def of(logits: ArrayLike, y: ArrayLike, seed: int = 0) -> Scores:
-    """All scores; `seed` is that of the bootstrap of the loss and of the simulated ECE. N < 2: `ValueError`."""
+    """Compute all scores of a model.
+
+    `seed` is the seed of the bootstrap of the loss and of the simulated ECE. N < 2 raises `ValueError`.
+    """
     rng = np.random.default_rng(seed)
     right, nll = paired.per_example(logits, y)
     counts = confusion(logits, y)
@@ -65,7 +79,10 @@ def of(logits: ArrayLike, y: ArrayLike, seed: int = 0) -> Scores:
 
 
 def wilson(successes: int, n: int) -> Share:
-    """A share of n independent examples."""
+    """Return a share of n examples with Wilson's interval.
+
+    The examples are independent.
+    """
     if not n:
         return Share(*[np.nan] * 3)
     share, z = successes / n, float(ndtri(0.975))
@@ -76,15 +93,21 @@ def wilson(successes: int, n: int) -> Share:
 
 
 def confusion(logits: ArrayLike, y: ArrayLike) -> np.ndarray:
-    """Counts (K, K): true class by predicted class."""
+    """Return the confusion matrix as counts (K, K).
+
+    Rows are true classes, columns are predicted classes.
+    """
     logits, y = np.asarray(logits), np.asarray(y)
     K = logits.shape[1]
     return np.bincount(K * y + logits.argmax(1), minlength=K * K).reshape(K, K)
 
 
 def per_class(confusion: np.ndarray) -> tuple[ClassScore, ...]:
-    """Scores of each class. F1 is 2 J / (1 + J) of J, the share of hits among the examples that are of the class or
-    said to be (Hand, Christen & Kirielle 2021), and so are the ends of its interval."""
+    """Return the scores of each class.
+
+    F1 is 2 J / (1 + J). J is the number of hits as a share of the examples that are of the class or predicted as it
+    (Hand, Christen & Kirielle 2021). The ends of F1's interval are computed in the same way from those of J.
+    """
     found = []
     for label, hits in enumerate(confusion.diagonal().tolist()):
         n, said = int(confusion[label].sum()), int(confusion[:, label].sum())

@@ -1,1 +1,1 @@
-"""Many runs: sweep, select, compare, report."""
+"""Work with many runs: sweep, select, compare and report."""

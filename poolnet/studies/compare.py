@@ -1,4 +1,7 @@
-"""Two arms compared, from what the tracking server has of their runs: params, datasets, histories and predictions."""
+"""Compare two arms with data from the tracking server.
+
+The data are the params, data sets, histories and predictions of the arms' runs.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,8 +24,11 @@ HISTORIES = ("train_loss", "train_acc", "val_loss", "val_acc")
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """What one arm's runs gave, one run a seed: `right` (S, N) bool, `nll` (S, N) nats, `logits` (S, N, 10) on test,
-    and histories (S, epochs) by metric."""
+    """The results of one arm, with one run per seed.
+
+    On the test split, `right` is (S, N) bool, `nll` is (S, N) in nats, and `logits` is (S, N, 10). `histories` has an
+    array (S, epochs) for each metric.
+    """
 
     name: str
     runs: tuple[TrainingRun, ...]
@@ -35,7 +41,10 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What arm `b` has over arm `a` on the test split. Accuracies are in points, losses in nats."""
+    """The comparison of two arms on the test split.
+
+    Differences are arm `b` minus arm `a`. Accuracies are in points, losses in nats.
+    """
 
     question: str
     a: Arm
@@ -69,7 +78,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """`better`, `equivalent` or `inconclusive`."""
+        """Return `better`, `equivalent` or `inconclusive`."""
         if self.equivalence_p < 0.05:
             return "equivalent"
         return "better" if self.acc.low > 0 or self.acc.high < 0 else "inconclusive"
@@ -82,7 +91,10 @@ class Comparison:
 
     @property
     def varied(self) -> str:
-        """What the interval speaks of."""
+        """Name the sources of variation that the interval covers.
+
+        They are seeds and examples, or only examples if there is one seed.
+        """
         return "seeds and examples" if len(self.seeds) > 1 else "examples"
 
     @property
@@ -107,11 +119,16 @@ def _count(n: int, what: str) -> str:
 
 
 def compare(study_or_runs: str | Path | Sequence[str], margin: float | None = None, seed: int = 0) -> Comparison:
-    """Compare the arms of a study file, or two runs by name or id, from what the tracking server has of them.
+    """Compare the arms of a study file, or two runs.
 
-    `margin` is in points of accuracy, `seed` that of the bootstraps. Raises `InputError` and `RunError`.
+    The two runs are given by name or id. All results come from the tracking server. `margin` is in points of accuracy.
+    `seed` is the seed of the bootstraps. Raises `InputError` and `RunError`.
     """
     study = read(Path(study_or_runs)) if isinstance(study_or_runs, (str, Path)) else None
+    if margin is None:
+        margin = study.margin if study else MARGIN
+    if not 0 < margin < 100:
+        raise InputError(f"margin: found {margin}, expected points of accuracy above 0")
     uri = addresses.own()
     addresses.check(uri)
     with servers.asked(uri), servers.as_environment(uri):
@@ -122,13 +139,14 @@ def compare(study_or_runs: str | Path | Sequence[str], margin: float | None = No
             selected = selection.of_runs(client, study_or_runs)
         else:
             raise InputError(f"compare: found {len(study_or_runs)} runs, expected a study file or two runs")
-        return of_selected(
-            client, selected, study.question if study else "", margin or (study.margin if study else MARGIN), seed
-        )
+        return of_selected(client, selected, study.question if study else "", margin, seed)
 
 
 def of_selected(client: MlflowClient, selected: Selected, question: str, margin: float, seed: int) -> Comparison:
-    """The comparison of two arms that may be compared; `seed` is that of the bootstraps."""
+    """Check two selected arms and compare them.
+
+    `seed` is the seed of the bootstraps. Raises `InputError` if the arms must not be compared.
+    """
     groups, notes = selection.checked(selected)
     (a, y), (b, other_y) = (_arm(client, name, runs) for name, runs in groups.items())
     if not np.array_equal(y, other_y):
@@ -164,7 +182,10 @@ def of_selected(client: MlflowClient, selected: Selected, question: str, margin:
 
 
 def _arm(client: MlflowClient, name: str, runs: Sequence[TrainingRun]) -> tuple[Arm, np.ndarray]:
-    """An arm's results, and the labels that all its runs were tested on."""
+    """Load an arm's results and its test labels.
+
+    All runs of the arm are tested on these labels. Otherwise `InputError` is raised.
+    """
     predicted = (training_runs.predictions(client, run.run_id, run.name, "test") for run in runs)
     logits, labels = zip(*predicted, strict=True)
     for run, y in zip(runs, labels, strict=True):

@@ -1,4 +1,7 @@
-"""The figures of a comparison: two arms, the same colours throughout, and what the second has over the first."""
+"""Draw the figures of a comparison of two arms.
+
+Each arm has the same colour in all figures. Differences are the second arm minus the first.
+"""
 
 import textwrap
 
@@ -16,7 +19,10 @@ A, B, BOTH = "#0072b2", "#d55e00", "#333333"  # told apart by the colour-blind t
 
 
 def of_comparison(c: Comparison, images: np.ndarray | None = None) -> dict[str, Figure]:
-    """By file name. `images` are those of `disagreements(c)`, (k, 28, 28), if the data set is at hand."""
+    """Draw all figures of a comparison, by file name.
+
+    The file names have no suffix. `images` are those of `disagreements(c)`, (k, 28, 28), if the data set is available.
+    """
     drawn = {
         "seeds": seeds(c),
         "per_class": per_class(c),
@@ -36,7 +42,11 @@ def _difference(c: Comparison) -> str:
 
 
 def seeds(c: Comparison) -> Figure:
-    """Accuracy and loss, a dot for each training, those of one seed joined; and the difference with its interval."""
+    """Draw accuracy, loss and accuracy difference of each seed.
+
+    Each training is a dot, and a line joins the two trainings of one seed. The last panel shows the difference in
+    accuracy with its interval.
+    """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     accuracy, loss, difference = figure.subplots(1, 3)
     _paired(accuracy, c, [100 * arm.right.mean(1) for arm in (c.a, c.b)], "test accuracy (%)")
@@ -55,7 +65,10 @@ def seeds(c: Comparison) -> Figure:
 
 
 def _spread_out(n: int) -> np.ndarray:
-    """Places beside each other, so that equal values do not hide one another."""
+    """Return horizontal positions for n dots side by side.
+
+    So equal values do not hide one another.
+    """
     return np.linspace(-0.2, 0.2, n) if n > 1 else np.zeros(1)
 
 
@@ -70,7 +83,7 @@ def _paired(axes: Axes, c: Comparison, values: list[np.ndarray], label: str) -> 
 
 
 def per_class(c: Comparison) -> Figure:
-    """The difference in accuracy for each letter, with its interval."""
+    """Draw each letter's difference in accuracy with its interval."""
     figure = Figure(figsize=(10, 3.8))
     axes = figure.add_axes((0.07, 0.13, 0.92, 0.79))
     axes.axhline(0, color=BOTH, linewidth=0.8)
@@ -90,7 +103,10 @@ def per_class(c: Comparison) -> Figure:
 
 
 def learning_curves(c: Comparison) -> Figure:
-    """Mean over seeds, and the band from the lowest to the highest seed."""
+    """Draw loss and accuracy of both arms by epoch.
+
+    A line is the mean over seeds. A band goes from the lowest to the highest seed.
+    """
     figure = Figure(figsize=(10, 4))
     figure.subplots_adjust(left=0.06, right=0.995, bottom=0.13, top=0.97, wspace=0.15)
     for axes, kind, label in zip(figure.subplots(1, 2), ("loss", "acc"), ("loss (nats)", "accuracy"), strict=True):
@@ -108,7 +124,11 @@ def learning_curves(c: Comparison) -> Figure:
 
 
 def confusion_difference(c: Comparison) -> Figure:
-    """How many test images more `b` puts where, a run on average; the diagonal is what it gets right."""
+    """Draw the difference of the arms' confusion matrices.
+
+    Each cell shows how many more test images `b` puts there than `a`, as an average per run. The diagonal shows right
+    answers.
+    """
     difference = _confusion(c.b, c.y) - _confusion(c.a, c.y)
     limit = max(np.abs(difference).max(), 1)
     figure = Figure(figsize=(7.4, 6.2))
@@ -136,7 +156,11 @@ def _confusion(arm: Arm, y: np.ndarray) -> np.ndarray:
 
 
 def calibration(c: Comparison) -> Figure:
-    """How often each arm is right when it is so sure, and how often it is that sure; all seeds together."""
+    """Draw the calibration of both arms.
+
+    The upper panel shows how often an arm is right at each level of confidence. The lower panel shows how often it has
+    this confidence. All seeds are taken together.
+    """
     figure = Figure(figsize=(7.4, 5.6))
     figure.subplots_adjust(left=0.1, right=0.98, bottom=0.1, top=0.94, hspace=0.08)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
@@ -162,13 +186,20 @@ def calibration(c: Comparison) -> Figure:
 
 
 def disagreements(c: Comparison, k: int = 24) -> np.ndarray:
-    """The test examples (k,) whose true letter the arms give the most different probability, seeds averaged."""
+    """Return the test examples on which the arms disagree most.
+
+    The result has their row numbers (k,). On these examples the probability of the true letter, averaged over seeds,
+    differs most between the arms.
+    """
     a, b = (_probabilities(arm)[np.arange(len(c.y)), c.y] for arm in (c.a, c.b))
     return np.argsort(-np.abs(b - a), kind="stable")[:k]
 
 
 def said(arm: Arm, row: int) -> tuple[str, float]:
-    """What an arm says of a test example: a letter and its probability, seeds averaged."""
+    """Return an arm's prediction for one test example.
+
+    It is a letter and its probability, averaged over seeds.
+    """
     mean = softmax(arm.logits[:, row].astype(np.float64), axis=-1).mean(0)
     return LETTERS[mean.argmax()], float(mean.max())
 
@@ -178,7 +209,7 @@ def _probabilities(arm: Arm) -> np.ndarray:
 
 
 def disagreement_images(c: Comparison, images: np.ndarray, columns: int = 8) -> Figure:
-    """The true letter, and what each arm says."""
+    """Draw images with the true letter and both predictions."""
     titles = []
     for row in disagreements(c, len(images)):
         (one, p), (other, q) = said(c.a, row), said(c.b, row)

@@ -1,4 +1,7 @@
-"""A comparison told: to the terminal, in Markdown, as a page by itself, as JSON, and as a run in MLflow."""
+"""Write the report of a comparison in several formats.
+
+They are text for a terminal, Markdown, a self-contained HTML page, JSON, and a run in MLflow.
+"""
 
 import base64
 import io
@@ -62,7 +65,10 @@ def _arms(c: Comparison) -> list[list[str]]:
 
 
 def _scores(arm: Arm) -> dict[str, list[float]]:
-    """A value a seed."""
+    """Return the scores of an arm by name.
+
+    Each list has one value per seed.
+    """
     return {
         "test_acc": arm.right.mean(1).tolist(),
         "test_loss": arm.nll.mean(1).tolist(),
@@ -72,7 +78,10 @@ def _scores(arm: Arm) -> dict[str, list[float]]:
 
 
 def _named_effects(c: Comparison) -> dict[str, tuple[str, Effect]]:
-    """Each effect with what it speaks of. The first two are the verdict's."""
+    """Return each effect by name, with a label.
+
+    The label says what the effect is about. The first two effects are those of the verdict.
+    """
     found = {
         "acc": (f"accuracy, points: other {c.varied}", c.acc),
         "nll": (f"loss, nats: other {c.varied}", c.nll),
@@ -97,7 +106,7 @@ def _effects(c: Comparison) -> list[list[str]]:
 
 
 def _p(p: float) -> str:
-    return "-" if math.isnan(p) else "<\u00a00.0001" if p < 0.0001 else f"{p:.4f}"
+    return "-" if math.isnan(p) else "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 def _tests(c: Comparison) -> list[str]:
@@ -118,7 +127,10 @@ def _tests(c: Comparison) -> list[str]:
 
 
 def _range(values: list) -> str:
-    """From the first of some sorted values to the last."""
+    """Return the range of some sorted values as text.
+
+    It goes from the first value to the last.
+    """
     return f"{values[0]} to {values[-1]}" if values[0] != values[-1] else f"{values[0]}"
 
 
@@ -159,7 +171,7 @@ def _design(c: Comparison) -> list[str]:
 
 
 def table(c: Comparison) -> str:
-    """For a terminal."""
+    """Return the report as text for a terminal."""
     return "\n".join(
         [
             *aligned(_arms(c)),
@@ -175,7 +187,10 @@ def table(c: Comparison) -> str:
 
 
 def markdown(c: Comparison) -> str:
-    """The description of the run in MLflow."""
+    """Return the report in Markdown.
+
+    It is the description of the run in MLflow.
+    """
     runs = [
         f"[{run.name}](#/experiments/{run.experiment_id}/runs/{run.run_id})" for arm in (c.a, c.b) for run in arm.runs
     ]
@@ -186,7 +201,10 @@ def markdown(c: Comparison) -> str:
 
 
 def html(c: Comparison, pngs: dict[str, bytes], links: dict[str, str]) -> str:
-    """A page that needs nothing else: figures by name as PNG, `links` to run pages by run id."""
+    """Return the report as a self-contained HTML page.
+
+    `pngs` are the figures by name, as PNG. `links` are the addresses of run pages by run id.
+    """
     figures = [
         {"name": name, "title": HOW[name][0], "how": HOW[name][1], "png": base64.b64encode(png).decode()}
         for name, png in pngs.items()
@@ -216,7 +234,10 @@ def _disagreements(c: Comparison) -> list[list[str]]:
 
 
 def contents(c: Comparison) -> dict:
-    """All that the comparison says, under the names of its JSON."""
+    """Return the whole comparison as a dictionary for JSON.
+
+    The keys are the names in the JSON file.
+    """
     arms = [
         {
             "name": arm.name,
@@ -257,7 +278,10 @@ def contents(c: Comparison) -> dict:
 
 
 def publish(client: MlflowClient, uri: str, experiment_id: str, c: Comparison) -> str:
-    """A run that holds the comparison. Returns its id."""
+    """Save the comparison as a run in MLflow.
+
+    Returns the id of this run.
+    """
     tags = {TAG: c.verdict, "poolnet.data_sha256": c.data_sha256, "mlflow.note.content": markdown(c)}
     params = {"arm_a": c.a.name, "arm_b": c.b.name, "verdict": c.verdict}
     with tempfile.TemporaryDirectory() as scratch:
@@ -269,7 +293,7 @@ def publish(client: MlflowClient, uri: str, experiment_id: str, c: Comparison) -
 
 
 def _write(c: Comparison, folder: Path, uri: str) -> None:
-    """The artifacts: page, numbers, figures."""
+    """Write the run's artifacts: page, numbers and figures."""
     links = {run.run_id: servers.page_of(uri, run.experiment_id, run.run_id) for arm in (c.a, c.b) for run in arm.runs}
     pngs = _drawn(c)
     (folder / "figures").mkdir()
@@ -302,7 +326,10 @@ def _drawn(c: Comparison) -> dict[str, bytes]:
 
 
 def _images(c: Comparison) -> np.ndarray | None:
-    """The images on which the arms disagree most, if the data set that the runs name is here and is still the same."""
+    """Return the images on which the arms disagree most.
+
+    Returns None if the data set that the runs name is not on this machine, or is no longer the same.
+    """
     try:
         splits = dataset.open_splits(dataset.locate(c.a.runs[0].config.data))
     except InputError:

@@ -1,4 +1,7 @@
-"""Which runs a comparison compares: two arms, from a study, an experiment or two runs, with all else held equal."""
+"""Select the runs of two arms for a comparison.
+
+The arms come from a study, an experiment or two runs. All other settings are held equal.
+"""
 
 import itertools
 import operator
@@ -21,7 +24,10 @@ Selected = tuple[Arms, set[str]]  # and the options by which the arms may differ
 
 
 def of_study(client: MlflowClient, experiment_ids: list[str], study: Study) -> Selected:
-    """The newest finished run of each arm and seed on the study's data; of device `auto` see `_device`."""
+    """Select the runs of a study's arms.
+
+    For each arm and seed, it takes the newest finished run on the study's data. For device `auto` see `_device`.
+    """
     configs = {arm: study.arm(arm) for arm in study.arms}
     sha256 = _digest_here(study.data) or _digest_by_name(client, experiment_ids, study)
     found = training_runs.finished(client, experiment_ids, sha256)
@@ -49,8 +55,11 @@ def _key(config: TrainConfig, auto: str, data_sha256: str) -> tuple:
 
 
 def _device(configs: list[TrainConfig], runs: Collection[TrainingRun]) -> str:
-    """With device `auto` a study's runs are those of this machine's device, as a sweep here would make them; where some
-    are missing there, those of another device that has them all."""
+    """Choose the device whose runs stand for device `auto`.
+
+    It is the device of this machine, as for a sweep here. If some of the study's runs are missing there, it is another
+    device that has all of them.
+    """
     keys = {run.key for run in runs}
     sha256 = next(iter(runs)).data_sha256 if runs else ""
     devices = sorted({run.device for run in runs})
@@ -64,7 +73,10 @@ def _device(configs: list[TrainConfig], runs: Collection[TrainingRun]) -> str:
 
 
 def _digest_here(name: str) -> str:
-    """The SHA-256 of a data set, if it is on this machine."""
+    """Return the SHA-256 of a data set on this machine.
+
+    The text is empty if the data set is not here.
+    """
     try:
         path = dataset.locate(name)
     except InputError:
@@ -73,7 +85,10 @@ def _digest_here(name: str) -> str:
 
 
 def _digest_by_name(client: MlflowClient, experiment_ids: list[str], study: Study) -> str:
-    """The SHA-256 that the study's finished runs have on data of its name; they must agree on it."""
+    """Return the data set's SHA-256 from a study's finished runs.
+
+    It looks at runs on data of the same name. They must agree on the SHA-256. Otherwise `InputError` is raised.
+    """
     wanted = {_key(config, "", "") for arm in study.arms for config in study.arm(arm)}
     runs = [
         run
@@ -91,19 +106,28 @@ def _digest_by_name(client: MlflowClient, experiment_ids: list[str], study: Stud
 
 
 def _say_nothing(warning: str) -> None:
-    """What was left out is said by another search."""
+    """Ignore a warning about runs that are left out.
+
+    Another search gives this warning.
+    """
 
 
 def _is_on(run: TrainingRun, name: str) -> bool:
-    """Whether a run was on a data set of that name, in whatever folder."""
+    """Whether a run used a data set of this name.
+
+    The folder of the data set does not matter.
+    """
     return Path(run.config.data).stem == Path(name).stem
 
 
 def of_experiment(
     client: MlflowClient, experiment_ids: list[str], by: str, names: Sequence[str], data: str = ""
 ) -> Selected:
-    """The runs of an experiment, or those of them on `data`, by the value of one option: the two values that there are,
-    or those named."""
+    """Select the runs of an experiment by one option.
+
+    The runs that have the same value of option `by` are an arm. The arms are the only two values, or those in `names`.
+    With `data`, only runs on that data set count.
+    """
     if by not in SAME_RUN[:-1]:
         raise InputError(f"--by: found {by!r}, expected one of {', '.join(SAME_RUN[:-1])}")
     if len(set(names)) < len(names):
@@ -125,7 +149,7 @@ def of_experiment(
 
 
 def of_runs(client: MlflowClient, names: Sequence[str]) -> Selected:
-    """Two runs, by run id or the name of their journal."""
+    """Select two runs by run id or record name."""
     runs = []
     for name in names:
         found = servers.look_up(client, name)
@@ -147,8 +171,12 @@ def of_runs(client: MlflowClient, names: Sequence[str]) -> Selected:
 
 
 def checked(selected: Selected) -> tuple[Arms, list[str]]:
-    """The arms with one run a seed, in the order of seeds, and what a reader should know. Refuses, naming runs, what
-    must not be mixed: unfinished runs, other data, other settings than the arm, seeds without a partner."""
+    """Check that the selected arms can be compared.
+
+    Returns the arms with one run per seed, in the order of seeds, and notes for the reader. Refuses runs that must not
+    be mixed, and names them: unfinished runs, other data, settings that differ besides the arm, seeds without a
+    partner.
+    """
     arms, free = selected
     arms, notes = _finished(arms)
     runs = list(itertools.chain(*arms.values()))
@@ -174,7 +202,10 @@ def checked(selected: Selected) -> tuple[Arms, list[str]]:
 
 
 def _finished(arms: Arms) -> tuple[Arms, list[str]]:
-    """The arms without the runs that did not finish, each of which another one must stand for."""
+    """Return the arms without runs that did not finish.
+
+    For each unfinished run, a finished run with the same settings must exist.
+    """
     runs = list(itertools.chain(*arms.values()))
     finished = {run.key for run in runs if run.status == "FINISHED"}
     left_out = [run for run in runs if run.status != "FINISHED"]

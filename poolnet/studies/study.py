@@ -1,14 +1,16 @@
-"""Studies: a question, and the runs that answer it. One TOML file each, see `experiments/`.
+"""Studies: a question and the runs that answer it.
+
+A study is one TOML file, see `experiments/`:
 
 question = "Which pooling loses less?"
 data = "glyphs"                # as for `poolnet train --data`
-seeds = [1, 2, 3]              # the same ones for every arm, so that runs are compared in pairs
-margin = 0.5                   # points of accuracy, within which the arms count as equivalent
+seeds = [1, 2, 3]              # the same for each arm, so that runs are compared in pairs
+margin = 0.5                   # points of accuracy: within this margin, the arms count as equivalent
 
-[grid]                         # options of `poolnet train`, each one value or a list of them
+[grid]                         # options of `poolnet train`, each with one value or a list of values
 pool = ["max", "avg"]
 
-[arms]                         # what is compared, the second with the first
+[arms]                         # the two arms: the second is compared with the first
 max = { pool = "max" }
 avg = { pool = "avg" }
 """
@@ -36,7 +38,10 @@ Point = dict[str, object]  # a value for each option that the study sets
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """`grid` holds the values of each option, `arms` two points of it; both arms have all `seeds`."""
+    """A study as read from its TOML file.
+
+    `grid` holds the values of each option. `arms` are two points of this grid. Both arms have all `seeds`.
+    """
 
     path: Path
     text: str  # of the file
@@ -52,18 +57,25 @@ class Study:
         return self.path.stem
 
     def configs(self) -> list[TrainConfig]:
-        """Every combination, seed by seed, so that a sweep that is cut off has pairs."""
+        """Return the settings of every combination and seed.
+
+        They are ordered seed by seed. So a sweep that is cut off has pairs of runs.
+        """
         points = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
         return [TrainConfig(data=self.data, seed=seed, **point) for seed in self.seeds for point in points]
 
     def arm(self, name: str) -> list[TrainConfig]:
-        """The runs of an arm, by seed."""
+        """Return the settings of an arm's runs, by seed."""
         single = {option: values[0] for option, values in self.grid.items() if len(values) == 1}
         return [TrainConfig(data=self.data, seed=seed, **single | self.arms[name]) for seed in self.seeds]
 
 
 def read(path: Path, data: str = "") -> Study:
-    """The study in a file, on its own data or on others. Raises `InputError` with file, line or key, and the cure."""
+    """Read and check a study file.
+
+    `data` names another data set than the study's own. Raises `InputError`, which names the file, the line or key, and
+    the remedy.
+    """
     text = _read_text(path)
     try:
         return _checked(path, text, tomllib.loads(text), data)
@@ -161,7 +173,10 @@ def _arm(name: str, arm: object, grid: dict) -> Point:
 
 
 def _values(key: str, found: object, kind: type) -> tuple:
-    """One value, or a list of different ones."""
+    """Return the checked values of a key as a tuple.
+
+    `found` is one value, or a list of different values.
+    """
     values = tuple(_typed(key, value, kind) for value in (found if isinstance(found, list) else [found]))
     if not values:
         raise InputError(f"{key}: found an empty list, expected at least one value")

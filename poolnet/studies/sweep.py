@@ -1,7 +1,7 @@
-"""A study's runs, those that are missing: trained by worker processes, published as the children of one parent run.
+"""Train the missing runs of a study and publish them.
 
-What is left to do follows from the tracking server and the journals, so that whatever was cut off goes on with the
-same command.
+Worker processes train the runs. They are published as the children of one parent run. The tracking server and the run
+records on disk show what is left to do. So the same command continues a sweep that was cut off.
 """
 
 import contextlib
@@ -39,11 +39,14 @@ Say = Callable[[str], object]
 
 @dataclasses.dataclass
 class Result:
-    """A combination of the study and its run. `status` is FINISHED, or `missing`, or how the run ended."""
+    """One combination of options and seed, with its run.
+
+    `status` is FINISHED, or `missing`, or how the run ended. It is RUNNING while another process trains the run.
+    """
 
     config: TrainConfig
     status: str = "missing"
-    run: str = ""  # the name of its journal
+    run: str = ""  # its name
     run_id: str = ""  # in MLflow, once it is published
     scores: dict[str, float] = dataclasses.field(default_factory=dict)
     trained: bool = False  # now, and not before
@@ -56,13 +59,13 @@ class Result:
 
 @dataclasses.dataclass
 class Sweep:
-    """A study on one data set, and where it stands."""
+    """A study on one data set, with its progress."""
 
     study: Study
     path: Path  # of the data
     data_sha256: str
     uri: str  # of the tracking server
-    results: dict[tuple, Result]  # by `recorded.key`, in the order of the study
+    results: dict[tuple, Result]  # by `training_runs.key`, in the order of the study
     look: str = ""  # at the parent run, where there is one
     trouble: str | None = None  # what stands in the way of publishing
     patience: float = ASK_SECONDS  # seconds that the server has for an answer
@@ -83,7 +86,10 @@ class Sweep:
 
 
 def opened(study: Study, say: Say, warn: Say) -> Sweep:
-    """The sweep of a study, nothing of which is known yet."""
+    """Open a study's data set and return its sweep.
+
+    In the sweep, all runs are still `missing`.
+    """
     path = dataset.locate(study.data, say=say)
     splits = dataset.open_splits(path)
     if splits.overlap:
@@ -94,9 +100,12 @@ def opened(study: Study, say: Say, warn: Say) -> Sweep:
 
 
 def carry_out(sweep: Sweep, workers: int, publisher: Publisher, say: Say, warn: Say) -> None:
-    """Train what is missing, and publish it. Of one study and data set, one process at a time."""
+    """Train the missing runs of a sweep and publish them.
+
+    Only one process at a time can do this for one study and data set.
+    """
     with _alone(sweep), _described(sweep, warn):
-        begun = _look_at_journals(sweep, publisher, warn)
+        begun = _look_at_records(sweep, publisher, warn)
         if sweep.missing:
             _train(sweep, begun, workers, publisher, say, warn)
         if publisher.journals:
@@ -108,7 +117,10 @@ def carry_out(sweep: Sweep, workers: int, publisher: Publisher, say: Say, warn: 
 
 @contextlib.contextmanager
 def _alone(sweep: Sweep) -> Iterator[None]:
-    """Held by the one process that sweeps. Raises `InputError`, as for a run that another process trains."""
+    """Hold the lock of a sweep during the block.
+
+    Raises `InputError` if another process holds it, as for a run that another process trains.
+    """
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(sweep_run.folder() / f"{sweep.name}.lock", wait=1))
@@ -121,14 +133,20 @@ def _alone(sweep: Sweep) -> Iterator[None]:
 
 
 def _ask_server(sweep: Sweep, warn: Say) -> None:
-    """All that is asked before training: which runs there are, and that the parent run says so."""
+    """Look up finished runs and update the parent run.
+
+    These are all requests to the server before training.
+    """
     _look_at_server(sweep, warn)
     with _warned(sweep, OUTDATED, warn):  # which is no reason to train again what the server has
         _describe(sweep, "RUNNING")
 
 
 def _look_at_server(sweep: Sweep, warn: Say) -> None:
-    """Finished runs of the same data and settings, whoever made them."""
+    """Take the results of finished runs from the server.
+
+    They are runs of the same data and settings, whoever made them.
+    """
     client = servers.client_of(sweep.uri)
     for key, run in training_runs.finished(client, [servers.own_experiment(client)], sweep.data_sha256, warn).items():
         result = sweep.results.get(key)
@@ -137,13 +155,14 @@ def _look_at_server(sweep: Sweep, warn: Say) -> None:
             result.scores = {name: run.metrics[name] for name in SCORES}
 
 
-def _look_at_journals(sweep: Sweep, publisher: Publisher, warn: Say) -> dict[tuple, str]:
-    """Take what the server does not have yet.
+def _look_at_records(sweep: Sweep, publisher: Publisher, warn: Say) -> dict[tuple, str]:
+    """Take results from run records that the server lacks.
 
-    Returns the runs of this sweep that were cut off or are damaged, by key.
+    Finished runs also go to the publisher. Returns the runs of this sweep that were cut off or are damaged: their names
+    by key.
     """
     begun = {}
-    for key, run in _journals(sweep, warn):
+    for key, run in _records(sweep, warn):
         result, mine = sweep.results[key], run.record.get("sweep") == sweep.name
         if mine:
             _wait_for_orphan(run)
@@ -157,8 +176,11 @@ def _look_at_journals(sweep: Sweep, publisher: Publisher, warn: Say) -> dict[tup
     return begun
 
 
-def _journals(sweep: Sweep, warn: Say) -> Iterator[tuple[tuple, RunRecord]]:
-    """The records on this disk of what is missing, on this sweep's data and for its server and experiment."""
+def _records(sweep: Sweep, warn: Say) -> Iterator[tuple[tuple, RunRecord]]:
+    """Yield the run records on disk of missing runs.
+
+    Only records on this sweep's data, and for its server and experiment, are included. Each comes with its key.
+    """
     unknown = {}
     for name in run_record.names():
         try:
@@ -190,7 +212,7 @@ def _wait_for_orphan(run: RunRecord) -> None:
 
 
 def _take(result: Result, run: RunRecord) -> None:
-    """The result as the journal has it."""
+    """Fill in a result from its run record."""
     records = run.by_step()
     scores = records.get(max(records, default=0), {}) | records.get(0, {})
     result.run, result.status = run.name, (run.ended() or {"status": "KILLED"})["status"]
@@ -204,7 +226,10 @@ def _take(result: Result, run: RunRecord) -> None:
 
 
 def _train(sweep: Sweep, begun: dict[tuple, str], count: int, publisher: Publisher, say: Say, warn: Say) -> None:
-    """Seed by seed, so that a sweep that is cut off has pairs."""
+    """Train the missing runs, seed by seed.
+
+    So a sweep that is cut off has pairs of runs.
+    """
     left = [result for result in sweep.missing if result.status != "RUNNING"]
     todo = deque((result.config, begun.get(sweep.key(result.config), "")) for result in left)
     total, began = len(left), time.monotonic()
@@ -229,7 +254,10 @@ def _train(sweep: Sweep, begun: dict[tuple, str], count: int, publisher: Publish
 
 
 def _heard(sweep: Sweep, todo: deque[tuple[TrainConfig, str]], count: int) -> Iterator[tuple[Worker, str, str | int]]:
-    """What workers say while they train `todo`, in its order. One that dies is replaced, its run is not tried again."""
+    """Train `todo` with worker processes and yield their messages.
+
+    The order of `todo` is kept. If runs are left, a worker that dies is replaced. Its run is not tried again.
+    """
     workers = [Worker(sweep.path, sweep.name) for _ in range(count)]
     idle, busy = deque(workers), {}
     try:
@@ -273,7 +301,10 @@ OUTDATED = "the sweep's own run is not up to date; sweep again to mend that"
 
 @contextlib.contextmanager
 def _described(sweep: Sweep, warn: Say) -> Iterator[None]:
-    """The parent run says that the sweep is under way, and in the end where it stands."""
+    """Keep the parent run up to date during the block.
+
+    At the start, the parent run says that the sweep is running. At the end, it says how far the sweep has come.
+    """
     status = "FAILED"
     try:
         with _warned(sweep, "cannot be asked which runs it has; going by the records on disk alone", warn):
@@ -290,7 +321,10 @@ def _described(sweep: Sweep, warn: Say) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _warned(sweep: Sweep, what: str, warn: Say) -> Iterator[None]:
-    """What goes wrong with the server meanwhile is a warning: a later call has it all again."""
+    """Turn tracking server errors in the block into warnings.
+
+    A warning is enough, because a later call does everything again.
+    """
     try:
         with servers.within(sweep.patience):
             yield
@@ -308,7 +342,10 @@ def _describe(sweep: Sweep, status: str) -> None:
 
 
 def arms(sweep: Sweep) -> dict[str, dict[str, list[float]]]:
-    """The scores of each arm, by name, a value a seed, as far as there are."""
+    """Return each arm's scores, by arm and score name.
+
+    There is one value for each seed that is finished so far.
+    """
     runs = {arm: [sweep.result(config) for config in sweep.study.arm(arm)] for arm in sweep.study.arms}
     done = {arm: [result.scores for result in results if result.done] for arm, results in runs.items()}
     return {arm: {name: [scores[name] for scores in found] for name in SCORES} for arm, found in done.items()}
@@ -326,7 +363,7 @@ def _metrics(sweep: Sweep) -> dict[str, float]:
 
 
 def _note(sweep: Sweep, experiment_id: str) -> str:
-    """The parent's description, in Markdown."""
+    """Return the description of the parent run in Markdown."""
     study, spreads = sweep.study, _spreads(sweep)
     for letter, row in zip("ab", spreads[1:], strict=True):
         row[0] = f"{letter}: {row[0]}"
@@ -358,7 +395,10 @@ def _note(sweep: Sweep, experiment_id: str) -> str:
 
 
 def _spreads(sweep: Sweep) -> list[list[str]]:
-    """The arms, means and standard deviations over seeds."""
+    """Return table rows with the scores of each arm.
+
+    Scores are means and standard deviations over seeds.
+    """
     rows = [["arm", "n", "val acc", "test acc", "test loss"]]
     for arm, scores in arms(sweep).items():
         spreads = (spread(scores[name]) for name in ("val_acc", "test_acc", "test_loss"))
@@ -367,10 +407,13 @@ def _spreads(sweep: Sweep) -> list[list[str]]:
 
 
 def table(sweep: Sweep) -> str:
-    """The arms for a terminal."""
+    """Return the table of arms for a terminal."""
     return "\n".join(aligned(_spreads(sweep)))
 
 
 def default_workers(study: Study) -> int:
-    """One a core for pooled models; a convolutional one takes all cores by itself."""
+    """Return the default number of worker processes.
+
+    It is one per core for pooled models. It is 1 for a convolutional model, which uses all cores by itself.
+    """
     return 1 if "conv" in study.grid.get("pool", ()) else cores()

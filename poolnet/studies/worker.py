@@ -1,4 +1,7 @@
-"""A process that trains one run of a sweep after the other, and pays for its imports and features once."""
+"""A worker process that trains runs of a sweep.
+
+It trains one run after the other. So imports and features cost time only once.
+"""
 
 import contextlib
 import multiprocessing
@@ -12,7 +15,10 @@ from poolnet.training.config import TrainConfig
 
 
 class Worker:
-    """Such a process, from outside, and what it has in hand: settings and, once begun, a journal."""
+    """A worker process, as the sweep sees it.
+
+    It also holds the worker's current task: the settings and, once the run has begun, the name of its record.
+    """
 
     def __init__(self, path: Path, sweep: str):
         context = multiprocessing.get_context("spawn")  # the same on every system
@@ -23,13 +29,19 @@ class Worker:
         self.config, self.run, self.epoch = None, "", 0
 
     def take(self, config: TrainConfig, begun: str) -> None:
-        """Train this, or go on with the run of that name."""
+        """Give the worker a run to train.
+
+        The run is new, or it is the run named `begun`, which the worker continues.
+        """
         self.config, self.run, self.epoch = config, "", 0
         with contextlib.suppress(OSError):  # it is dead, and will be heard of
             self.connection.send((config, begun))
 
     def hear(self) -> tuple[str, str | int]:
-        """What it says, see `_work`; ("died", why) when it has."""
+        """Return the next message of the worker.
+
+        For the messages see `_work`. If the worker has died, the message is ("died", reason).
+        """
         try:
             kind, value = self.connection.recv()
         except (EOFError, OSError):
@@ -40,7 +52,10 @@ class Worker:
         return kind, value
 
     def stop(self) -> None:
-        """See that it ends, which it was asked to."""
+        """Make sure that the worker process ends.
+
+        The caller has already asked it to end. After 10 seconds it is killed.
+        """
         self.process.join(10)
         self.process.kill()
         self.process.join()
@@ -48,8 +63,11 @@ class Worker:
 
 
 def _work(connection: Connection, path: Path, sweep: str) -> None:
-    """Takes (settings, name of the journal to go on with or ""), answers ("begun", name), ("epoch", number) for each,
-    and ("ended", "" or what went wrong)."""
+    """Train the runs that arrive over the connection.
+
+    The process receives (settings, name of the run record to continue, or ""). For each, it answers ("begun", name),
+    ("epoch", number), and at last ("ended", error). The error is "" if nothing went wrong.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to answer
     process.install()
     threading.Thread(target=_stop_with_parent, daemon=True).start()
@@ -63,7 +81,10 @@ def _work(connection: Connection, path: Path, sweep: str) -> None:
 def _train(
     connection: Connection, opened: dict[str, tuple], path: Path, config: TrainConfig, name: str, sweep: str
 ) -> str:
-    """What went wrong, if anything. `opened` keeps data and features by pooling."""
+    """Train one run and return the error, if any.
+
+    The text is empty if nothing went wrong. `opened` keeps data and features by pooling.
+    """
     from poolnet.runs import run_record, train_run
     from poolnet.tracking import addresses
     from poolnet.training.train_loop import EpochRecord
@@ -86,6 +107,9 @@ def _train(
 
 
 def _stop_with_parent() -> None:
-    """A sweep that is killed takes its workers along: what they have is in the journal."""
+    """Stop this worker when its parent process dies.
+
+    So a sweep that is killed stops its workers too. Their training so far is in the run record.
+    """
     wait([multiprocessing.parent_process().sentinel])
     signal.raise_signal(signal.SIGTERM)

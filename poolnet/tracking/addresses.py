@@ -1,7 +1,8 @@
-"""Addresses of tracking servers and stores: read, completed, checked, and shown without their secrets.
+"""Read, complete, check and show tracking server addresses.
 
-An SQLite address may be percent-encoded or not: `mlflow run` hands its child an encoded one, users type plain ones.
-What exists on the disk decides. No MLflow is imported here, since a training looks at its address first.
+Addresses are shown without their secrets. An SQLite address may be percent-encoded or not: `mlflow run` gives its child
+an encoded one, users type plain ones. The files that exist on the disk decide how it is read. This module does not
+import MLflow, since a training checks its address first.
 """
 
 import importlib.metadata
@@ -28,9 +29,9 @@ PROBE_SECONDS = 2  # that a training waits to hear whether there is a server
 
 
 def own() -> str:
-    """The address that this process is told to use, complete.
+    """Return the complete tracking address of this process.
 
-    Raises `InputError` where a setting of MLflow's is not UTF-8.
+    It is the address that this process is told to use. Raises `InputError` if a setting of MLflow is not UTF-8.
     """
     for name, value in os.environ.items():
         if name.startswith("MLFLOW_") and value != value.encode(errors="replace").decode():
@@ -39,7 +40,11 @@ def own() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Where this process is told to track its runs, as a run's record has it: as MLflow reads it, without secrets."""
+    """Return the tracking settings of this process.
+
+    They are part of a run's record. They say where the environment tells this process to track its runs, as MLflow
+    reads it, without secrets.
+    """
     return {
         "uri": shown(os.environ.get("MLFLOW_TRACKING_URI", "")),
         "folder": str(Path.cwd()),  # in which MLflow's default lies
@@ -50,7 +55,10 @@ def environment() -> dict[str, str]:
 
 
 def absolute(uri: str, folder: Path) -> str:
-    """The address with the whole path of an SQLite file, as SQLAlchemy reads it. Others stay as they are."""
+    """Return the address with an absolute SQLite path.
+
+    The path is written as SQLAlchemy reads it. Other addresses stay as they are.
+    """
     path = sqlite_file(uri or DEFAULT, folder)
     if not path:
         return uri
@@ -59,7 +67,10 @@ def absolute(uri: str, folder: Path) -> str:
 
 
 def of_file(path: Path) -> str:
-    """The address of an SQLite file, as SQLAlchemy reads it."""
+    """Return the SQLite address of a file.
+
+    It is written as SQLAlchemy reads it.
+    """
     text = path.as_posix()
     if unquote(text) != text or "?" in text:
         text = text.replace("%", "%25").replace("?", "%3F")
@@ -67,7 +78,10 @@ def of_file(path: Path) -> str:
 
 
 def sqlite_file(uri: str, folder: Path | None = None) -> Path | None:
-    """The file that an SQLite address means; None where it means none, or is no such address."""
+    """Return the file of an SQLite address, or None.
+
+    The result is None if the address means no file, or is not an SQLite address.
+    """
     url = _parsed(uri)
     if not url or not _is_sqlite(url) or _why_no_file(url):
         return None
@@ -90,7 +104,10 @@ def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
 
 
 def check(uri: str, source: str = "MLFLOW_TRACKING_URI") -> None:
-    """Refuse an address that can never work. Raises `InputError`, which says what to write instead."""
+    """Refuse a tracking address that can never work.
+
+    Raises `InputError`, which says what to write instead. The folder of an SQLite file is created if it is missing.
+    """
     scheme, url = uri.partition(":")[0].lower(), _parsed(uri)
     if url and _is_sqlite(url):
         problem = _why_no_file(url) or _why_not_writable(sqlite_file(uri))
@@ -109,7 +126,11 @@ def check(uri: str, source: str = "MLFLOW_TRACKING_URI") -> None:
 
 
 def unreachable(uri: str) -> str | None:
-    """Why nobody can be reached at the address, as far as two seconds tell; None where somebody can."""
+    """Return why the address cannot be reached, or None.
+
+    The check waits two seconds at most. The result is None if somebody can be reached, or if the address has no host to
+    ask.
+    """
     url = _parsed(for_mlflow(uri))
     if not url or not url.host or _is_sqlite(url):
         return None
@@ -132,9 +153,11 @@ def unreachable(uri: str) -> str | None:
 
 
 def for_mlflow(uri: str) -> str:
-    """The address with its password escaped, psycopg 3 as the driver of `postgresql`, and a file's escapes understood.
+    """Return the address in the form that MLflow needs.
 
-    MLflow makes a folder of the text after `sqlite:///` as it stands, escapes and all, unless a driver is named.
+    The password is escaped. The driver of `postgresql` is psycopg 3, unless only psycopg2 is installed. The driver of
+    an SQLite address with escapes is named, so that the escapes are understood: without a driver, MLflow makes a folder
+    from the text after `sqlite:///` without decoding it.
     """
     if "%" in uri:
         uri = re.sub("^sqlite:", "sqlite+pysqlite:", uri)
@@ -147,7 +170,10 @@ def for_mlflow(uri: str) -> str:
 
 
 def shown(uri: str) -> str:
-    """The address without its password and other secrets: it may be shown and stored."""
+    """Return the address without its password and other secrets.
+
+    The result may be shown and stored.
+    """
     if uri.startswith("sqlite"):
         return uri
     without = re.sub(r"([?&;])([^?&;=]*)=[^&;]*", lambda pair: pair[1] if SECRET.search(pair[2]) else pair[0], uri)
@@ -157,7 +183,10 @@ def shown(uri: str) -> str:
 
 
 def hidden(text: str) -> str:
-    """A message without the secrets of the addresses in it, and of this process's own."""
+    """Remove secrets of tracking addresses from a message.
+
+    These are the secrets of the addresses in the message, and of this process's own address.
+    """
     own_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     text = text.replace(own_uri, shown(own_uri)) if own_uri else text
     for secret in sorted(_secrets(own_uri), key=len, reverse=True):
@@ -167,7 +196,10 @@ def hidden(text: str) -> str:
 
 
 def _secrets(uri: str) -> set[str]:
-    """What must not be seen of an address, as it is written there and as it is meant."""
+    """Return the secrets in an address, encoded and decoded.
+
+    They are given as they are written in the address, and as they are meant.
+    """
     match = USER.match(uri)
     pairs = [pair.partition("=") for pair in re.split("[?&;]", uri.partition("?")[2])]
     found = [value for key, _, value in pairs if SECRET.search(key)] + ([match[2]] if match else [])

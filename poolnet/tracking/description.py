@@ -41,5 +41,5 @@ def of_run(run: RunRecord, version: int | None) -> str:
         )
     if version:
         model = f"models:/{registry.NAME}/{version}"
-        lines.append(f'- Use: `poolnet evaluate {model}`, or in Python `poolnet.registry.load("{model}").net`')
+        lines.append(f'- Use: `poolnet evaluate {model}`, or in Python `poolnet.load_model("{model}")`')
     return "\n".join(lines)

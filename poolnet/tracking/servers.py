@@ -1,4 +1,7 @@
-"""Tracking servers and stores: their addresses, what is on them, and local ones made whole."""
+"""Connect to tracking servers and read what they hold.
+
+This module also finds their addresses and creates local SQLite stores, so that each store is complete.
+"""
 
 import _thread
 import contextlib
@@ -51,14 +54,20 @@ STORE_SECONDS = 20  # that a process waits while others make the same SQLite sto
 
 
 def home_of(run: RunRecord) -> str:
-    """The address of the server that a run belongs to, with the password if the environment has it."""
+    """Return the address of a run's tracking server.
+
+    It has the password if the environment has it.
+    """
     home = published(run).home or recorded_home(run.record)
     return addresses.own() if addresses.shown(addresses.own()) == home else home
 
 
 @contextlib.contextmanager
 def as_environment(uri: str) -> Iterator[None]:
-    """With this address in the environment: MLflow's own registry store looks there for the models of its runs."""
+    """Set `MLFLOW_TRACKING_URI` to this address inside the block.
+
+    MLflow's own registry store looks there for the models of its runs.
+    """
     before = os.environ.get("MLFLOW_TRACKING_URI")
     os.environ["MLFLOW_TRACKING_URI"] = addresses.for_mlflow(uri)
     try:
@@ -70,7 +79,10 @@ def as_environment(uri: str) -> Iterator[None]:
 
 
 def recorded_home(record: dict) -> str:
-    """Where a run was to be tracked when it began; MLflow's default is a store in the working folder."""
+    """Return the tracking address that a run began with.
+
+    The default of MLflow is a store in the working folder.
+    """
     return addresses.absolute(record["tracking"]["uri"], Path(record["tracking"]["folder"]))
 
 
@@ -78,7 +90,10 @@ def recorded_home(record: dict) -> str:
 
 
 class _Silence(BaseException):
-    """Nobody answers. No `Exception`: MLflow would try again."""
+    """Signal that a server does not answer.
+
+    It is not an `Exception`, because MLflow would catch that and try again.
+    """
 
 
 _limit: float | None = None  # seconds that a call may take; None: for ever
@@ -90,7 +105,10 @@ _timer: threading.Timer | None = None  # there
 
 
 def limit(seconds: float) -> None:
-    """From now on a server that is silent for so long is given up, with `NoAnswer`."""
+    """Set how long to wait for a silent server.
+
+    From now on, a call of a server that is silent for `seconds` is given up with `NoAnswer`.
+    """
     global _limit
     _limit = seconds
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(max(1, math.ceil(seconds))))  # where no alarm ends a call
@@ -99,7 +117,10 @@ def limit(seconds: float) -> None:
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """All calls meanwhile have so many seconds together, and no more than those of a block around this one."""
+    """Limit the total time of server calls in a block.
+
+    All calls in the block have `seconds` together. They do not get more time than an outer block leaves.
+    """
     global _deadline, _limit
     before = (_deadline, _limit)
     _deadline = min(_deadline, time.monotonic() + seconds)
@@ -112,7 +133,11 @@ def within(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def answering(uri: str) -> Iterator[None]:
-    """A call of the server. Raises `NoAnswer` where it is silent, and at once if it was before."""
+    """Limit the waiting time of one server call.
+
+    Raises `NoAnswer` if the server is silent. If it was silent before, this is raised at once. There is no limit for
+    SQLite files, in other threads than the main one, and before `limit` or `within` sets one.
+    """
     global _calls
     if _limit is None or addresses.sqlite_file(uri) or threading.current_thread() is not threading.main_thread():
         yield
@@ -137,7 +162,10 @@ def answering(uri: str) -> Iterator[None]:
 
 
 def gave_up() -> bool:
-    """Whether a server was silent, for which threads of MLflow may still wait."""
+    """Whether a server was silent for too long.
+
+    Threads of MLflow may still wait for it.
+    """
     return bool(_silent)
 
 
@@ -147,7 +175,10 @@ def _ring(signum: int, frame: object) -> None:
 
 
 def _set_alarm() -> None:
-    """Let `_Silence` be raised in the main thread when the time is over."""
+    """Set an alarm that raises `_Silence` in the main thread.
+
+    The alarm rings when the time for the call is over.
+    """
     global _timer
     seconds = max(0.001, min(_limit, _deadline - time.monotonic()))
     signal.signal(_ALARM, _ring)
@@ -168,7 +199,10 @@ def _clear_alarm() -> None:
 
 
 class Client(MlflowClient):
-    """MLflow's client, each call of which ends."""
+    """An MLflow client whose calls have a time limit.
+
+    Each call runs inside `answering`.
+    """
 
     def __init__(self, uri: str):
         self.uri = uri
@@ -188,7 +222,10 @@ class Client(MlflowClient):
 
 
 def client_of(uri: str) -> Client:
-    """A client of this server or store. Raises `InputError` where the address can never work."""
+    """Return a client of this server or store.
+
+    Raises `InputError` if the address can never work.
+    """
     addresses.check(uri)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs what it raises, pages of it
@@ -207,10 +244,11 @@ def client_of(uri: str) -> Client:
 
 @functools.cache
 def _create_store(uri: str, path: Path) -> None:
-    """Create the SQLite file if it is missing. Raises `MlflowException` if it cannot be used.
+    """Create the SQLite file if it is missing.
 
-    Under a lock, and whole or not at all: two processes that make one at once break it for good, and so does one that
-    is killed before it has made all the tables.
+    A lock lets only one process create it. The file appears when it is complete. Without this, two processes that
+    create a store at the same time break it for good. A process that is killed before it has made all the tables breaks
+    it too. Raises `MlflowException` if the file cannot be used.
     """
     with files.locked(path.with_name(f"{path.name}.lock"), STORE_SECONDS):
         if not path.exists():
@@ -226,7 +264,10 @@ def _create_store(uri: str, path: Path) -> None:
 
 
 def _remove_misnamed(path: Path) -> None:
-    """Remove the empty folders that `mlflow run` has made of the address, whose escapes it does not read."""
+    """Remove the empty folders with escaped names.
+
+    `mlflow run` makes them from the address, because it does not decode the escapes in it.
+    """
     folder = Path(quote(path.parent.as_posix(), safe="/:"))
     while folder != path.parent and "%" in str(folder):
         try:
@@ -237,7 +278,10 @@ def _remove_misnamed(path: Path) -> None:
 
 
 def own_client() -> MlflowClient:
-    """A client of the server that this process is told to use. Raises `RunError` where no MLflow answers."""
+    """Return a client of this process's own tracking server.
+
+    It is the server that this process is told to use. Raises `RunError` if no MLflow server answers there.
+    """
     client = client_of(addresses.own())
     if client.uri.startswith("http") and not client.search_experiments(view_type=ViewType.ALL, max_results=1):
         raise RunError(
@@ -251,14 +295,21 @@ def own_client() -> MlflowClient:
 
 
 def own_experiment(client: MlflowClient) -> str:
-    """The id of the experiment that this process is told to use, made if it is only named."""
+    """Return the experiment id that this process must use.
+
+    An experiment that is given by its name is created if it is missing.
+    """
     if number := os.environ.get("MLFLOW_EXPERIMENT_ID"):
         return _active(client.get_experiment(number))
     return experiment(client, os.environ.get("MLFLOW_EXPERIMENT_NAME", ""))
 
 
 def experiment_named(client: MlflowClient, name: str) -> str:
-    """The id of the experiment of that name, or of that id, or by default this process's own; it must be there."""
+    """Return the id of an existing experiment.
+
+    `name` is the name or the id of the experiment. If it is empty, the experiment is this process's own. An experiment
+    that is named must exist, otherwise this raises `InputError`.
+    """
     if not name:
         return own_experiment(client)
     found = client.get_experiment_by_name(name)
@@ -272,7 +323,10 @@ def experiment_named(client: MlflowClient, name: str) -> str:
 
 
 def experiment(client: MlflowClient, name: str) -> str:
-    """The id of the experiment of that name, made if it is not there; MLflow's own is `Default`."""
+    """Return the id of an experiment, created if missing.
+
+    An empty name means `Default`, which is MLflow's own experiment.
+    """
     name = name or "Default"
     found = client.get_experiment_by_name(name)
     try:
@@ -284,7 +338,10 @@ def experiment(client: MlflowClient, name: str) -> str:
 
 
 def _active(found: Experiment) -> str:
-    """The id of an experiment, which must not be deleted."""
+    """Return the id of an experiment that is not deleted.
+
+    Raises `InputError` if it is deleted.
+    """
     if found.lifecycle_stage == "deleted":
         raise InputError(_deleted(found.experiment_id))
     return found.experiment_id
@@ -295,7 +352,10 @@ def _deleted(number: str) -> str:
 
 
 def experiments(client: MlflowClient) -> list[Experiment]:
-    """All that are there and not deleted, however many."""
+    """Return all experiments that are not deleted.
+
+    There is no limit on their number.
+    """
     found, token = [], None
     while token is None or token:
         page = client.search_experiments(page_token=token)
@@ -304,7 +364,10 @@ def experiments(client: MlflowClient) -> list[Experiment]:
 
 
 def look_up(client: MlflowClient, name: str) -> mlflow.entities.Run | None:
-    """A run by its id, or by the name of its journal, in any experiment."""
+    """Find a run on the server by id or name.
+
+    The name is that of its record. All experiments are searched. The result is None if there is no such run.
+    """
     if re.fullmatch("[0-9a-f]{32}", name):
         with contextlib.suppress(MlflowException):
             return client.get_run(name)
@@ -318,7 +381,10 @@ def look_up(client: MlflowClient, name: str) -> mlflow.entities.Run | None:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong and what to do, in one line that fits a screen and holds no password."""
+    """Explain an error and its cure in one line.
+
+    The line says what went wrong and, where that is known, what to do. It fits a screen and holds no password.
+    """
     text = addresses.hidden(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, ImportError) and error.name:
         name = error.name.partition(".")[0]
@@ -342,7 +408,10 @@ def reason(error: Exception) -> str:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether the same request would fail again, as far as what a server or a library says tells."""
+    """Whether the same request would fail again.
+
+    This is judged from the message of the server or of a library.
+    """
     if isinstance(error, MlflowException) and error.error_code in REFUSALS:
         return True
     text, status = str(error), r"4(?!08|25|29)\d\d"
@@ -352,7 +421,7 @@ def is_refusal(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def asked(uri: str) -> Iterator[None]:
-    """What goes wrong with a server meanwhile is one line."""
+    """Turn server errors in the block into a one-line `RunError`."""
     try:
         yield
     except (MlflowException, NoAnswer) as error:
@@ -363,7 +432,10 @@ def asked(uri: str) -> Iterator[None]:
 
 
 def page_of(uri: str, experiment_id: str, run_id: str) -> str:
-    """The link of a run's page, or the command that serves it and the link."""
+    """Return the link to a run's page.
+
+    If the address is not an HTTP server, the text is the command that serves the page, and the link.
+    """
     page = f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
     if uri.startswith(("http://", "https://")):
         server = re.sub("//[^/@]*@", "//", addresses.shown(uri))

@@ -1,4 +1,7 @@
-"""Journals and servers brought together, when no training is under way: caught up with, and pruned."""
+"""Publish run records to tracking servers, and prune them.
+
+This is for runs that are not being trained: it publishes what a server lacks, and removes local folders.
+"""
 
 import dataclasses
 import filecmp
@@ -26,13 +29,19 @@ DAMAGED = (AttributeError, LookupError, TypeError, ValueError)  # what a record 
 
 
 def is_final(error: Exception) -> bool:
-    """Whether trying again is of no use: the server refuses, something is missing here, or the run is damaged."""
+    """Whether publishing again would fail in the same way.
+
+    This is so if the server refuses, if something is missing here, or if the run is damaged.
+    """
     ours = isinstance(error, (*DAMAGED, RunError)) and not isinstance(error, (files.Locked, NoAnswer))
     return ours or servers.is_refusal(error)
 
 
 def said(error: Exception, where: str = "") -> str:
-    """What went wrong, in one line; of a server, with its address."""
+    """Return an error as one line of text.
+
+    The line of a server error begins with the address of the server, if it is given as `where`.
+    """
     if isinstance(error, (InputError, RunError)):
         return str(error)
     if isinstance(error, DAMAGED):
@@ -41,7 +50,10 @@ def said(error: Exception, where: str = "") -> str:
 
 
 def find(name: str) -> RunRecord:
-    """The run of that name or MLflow run id."""
+    """Find a run by name or MLflow run id.
+
+    Raises `InputError` if there is no such run.
+    """
     run = run_record.find(name)
     if not run:
         raise InputError(f"{name}: no such run in {run_record.folder()}")
@@ -53,7 +65,10 @@ def find(name: str) -> RunRecord:
 
 @dataclasses.dataclass
 class Row:
-    """What `poolnet sync` found of a run, and did."""
+    """One run in the table of `poolnet sync`.
+
+    It says what the command found for the run and what it did.
+    """
 
     run: str
     state: str = "unreadable"  # or training, FINISHED, KILLED, FAILED, removed
@@ -64,7 +79,10 @@ class Row:
 
 
 def sync(name: str, to: str | None = None, dry_run: bool = False, prune: bool = False) -> Row:
-    """Publish what is outstanding of a run, to its own server or to another. Whatever goes wrong is in the row."""
+    """Publish everything that a server lacks of a run.
+
+    The server is the run's own, or the one at the address `to`. All errors are caught and put into the row.
+    """
     row = Row(name)
     try:
         run = find(name)
@@ -85,7 +103,10 @@ def sync(name: str, to: str | None = None, dry_run: bool = False, prune: bool = 
 
 
 def check_input(runs: Iterable[str], to: str | None) -> None:
-    """Refuse names that no run has, and an address that is none."""
+    """Refuse unknown run names and a wrong address.
+
+    Raises `InputError`.
+    """
     for name in runs:
         if not (run_record.folder() / name / "record.json").exists():  # else its row says whether it can be read
             find(name)
@@ -94,7 +115,7 @@ def check_input(runs: Iterable[str], to: str | None) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows for a terminal."""
+    """Return the rows as a table for the terminal."""
     if not rows:
         return f"No runs in {run_record.folder()}"
     heads = ("run", "state", "outstanding", "done", "server")
@@ -140,7 +161,11 @@ def _publish(row: Row, run: RunRecord, to: str | None, prune: bool) -> None:
 
 
 def _remove(row: Row, run: RunRecord) -> None:
-    """Out of sight at once, so that a kill leaves no half of a run; then piece by piece, with what a kill has left."""
+    """Remove the local folder of a run.
+
+    The folder is first moved out of the folder of runs. So a process that is killed leaves no half of a run there. Then
+    the files are deleted one by one, together with what earlier killed processes have left.
+    """
     gone = home() / "pruned"
     gone.mkdir(exist_ok=True)
     run.folder.rename(gone / run.name)
@@ -152,10 +177,11 @@ def _remove(row: Row, run: RunRecord) -> None:
 
 
 def lacking(publication: Publication, every_byte: bool = False) -> dict[str, list[str]]:
-    """What the journal has and the server has not, by step of the publication, in words.
+    """Return what the server lacks of a run.
 
-    What is not published yet goes by what is remembered, the rest by what the server lists; with `every_byte`, by what
-    it gives back. A handful of calls.
+    The result maps each step of the publication with missing parts to words for these parts. Steps that are not
+    published yet are judged by what is remembered here. The other steps are judged by what the server lists, which
+    takes a handful of calls. With `every_byte`, they are judged by the contents that the server returns.
     """
     steps = (*publication.steps(), "metrics", "status")
     found = publication.find()
@@ -176,7 +202,7 @@ def _listed(left: dict[str, list[str]]) -> str:
 
 
 def _lacks(publication: Publication, found: Run, model: LoggedModel | None, step: str, every_byte: bool) -> list[str]:
-    """What of a step the server has not, in words."""
+    """Return in words what the server lacks of a step."""
     run, client = publication.run, publication.client
     match step:
         case "start":
@@ -210,7 +236,10 @@ def _has_files(client: MlflowClient, model: LoggedModel) -> bool:
 
 
 def _differs(run: RunRecord, model: LoggedModel) -> bool:
-    """Whether the weights of a model, as it is loaded, are not those of the run."""
+    """Whether the server's model has other weights than the run.
+
+    The weights are those of the model as it is loaded. A model that cannot be loaded counts as different.
+    """
     try:
         net = registry.load(f"models:/{model.model_id}").net
     except (InputError, MlflowException, OSError):
@@ -223,7 +252,10 @@ def _differs(run: RunRecord, model: LoggedModel) -> bool:
 
 
 def _lacks_metrics(client: MlflowClient, run: RunRecord, found: Run, every_value: bool) -> list[str]:
-    """Of the metrics the names; by the last value of each, or by all of them."""
+    """Return the names of metrics that the server lacks.
+
+    The last value of each metric is compared. With `every_value`, all values are compared.
+    """
     expected: dict[str, list] = {}
     for record in sorted(run.metrics(), key=lambda record: record["step"]):
         for metric in as_metrics(record):
@@ -239,7 +271,10 @@ def _lacks_metrics(client: MlflowClient, run: RunRecord, found: Run, every_value
 def _lacks_files(
     client: MlflowClient, run_id: str, paths: list[tuple[Path, str | None]], every_byte: bool
 ) -> list[str]:
-    """Of the files the names; by their sizes, or by what they hold."""
+    """Return the names of files that the server lacks.
+
+    The sizes of the files are compared. With `every_byte`, their contents are compared too.
+    """
     listed = {file.path: file.file_size for _, folder in paths[:1] for file in client.list_artifacts(run_id, folder)}
     missing = []
     for path, folder in paths:

@@ -1,4 +1,7 @@
-"""Train one network and record it in MLflow, as `poolnet train` does."""
+"""Train one network as `poolnet train` does.
+
+The run is recorded in MLflow.
+"""
 
 import functools
 import os
@@ -16,7 +19,10 @@ from poolnet.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run: its record on disk, and what the tracking server has of it."""
+    """A finished run and what the server holds.
+
+    `run` is its record on disk. `server` is what the tracking server has of it.
+    """
 
     run: RunRecord
     server: Held
@@ -33,10 +39,11 @@ def train(
     say: Callable[[object], object] = print,
     warn: Callable[[str], object] = warn,
 ) -> Trained:
-    """Train one network, record it on disk, and publish it to the tracking server.
+    """Train a network, record it and publish it.
 
-    `resume` names a run to go on with instead, whose record `given` settings may not contradict. The server is given up
-    after `timeout` seconds without progress. Raises `InputError` and `RunError`.
+    The record is on disk. It is published to the tracking server. If `resume` names a run, this run is continued
+    instead. Then the `given` settings may not contradict its record. The server is given up after `timeout` seconds
+    without progress. Raises `InputError` and `RunError`.
     """
     if optimum and config.pool == "conv":
         raise InputError("--optimum: found pool conv, expected max or avg, whose loss has a single minimum")
@@ -59,7 +66,10 @@ def train(
 
 
 def look_ahead(warn: Callable[[str], object]) -> None:
-    """Refuse a tracking address that can never work, and warn of a server that is down, before anything is trained."""
+    """Check the tracking address before anything is trained.
+
+    An address that can never work is refused with `InputError`. If the server is down, there is a warning.
+    """
     uri = addresses.own()
     addresses.check(uri)
     if problem := addresses.unreachable(uri):

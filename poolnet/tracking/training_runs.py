@@ -1,4 +1,7 @@
-"""Runs as a tracking server has them: what was set, on which data, how it ended, and what came of it."""
+"""Read training runs from a tracking server.
+
+A run has its settings, its data, how it ended, and its results.
+"""
 
 import contextlib
 import dataclasses
@@ -28,11 +31,14 @@ OPTIONS |= {"resume", "optimum", "no_cache", "timeout", "drain_timeout"}
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun:
-    """A run of `poolnet train`. `metrics` are the last values."""
+    """A run of `poolnet train` on a tracking server.
+
+    `metrics` has the last value of each metric.
+    """
 
     run_id: str
     experiment_id: str
-    name: str  # of its journal
+    name: str  # of its record
     status: str
     started: int  # ms since 1970
     config: TrainConfig
@@ -48,14 +54,21 @@ class TrainingRun:
 
 
 def key(config: TrainConfig, device: str, data_sha256: str) -> tuple:
-    """What two runs share if they must give the same figures."""
+    """Return the values that decide a run's figures.
+
+    Two runs with the same key must give the same figures.
+    """
     return (*(getattr(config, name) for name in SAME_RUN), device, data_sha256)
 
 
 def finished(
     client: MlflowClient, experiment_ids: list[str], data_sha256: str, warn: Callable[[str], object] = warn
 ) -> dict[tuple, TrainingRun]:
-    """The newest finished run of each key, on this data: what a sweep need not train, and a comparison compares."""
+    """Return the newest finished run of each key.
+
+    The runs are on the data set with this digest, and have all metrics in `SCORES`. A sweep need not train these runs
+    again, and a comparison compares them.
+    """
     query = f"attributes.status = 'FINISHED' AND tags.`poolnet.data_sha256` = '{data_sha256}'"
     runs = [run for run in search(client, experiment_ids, query, warn) if set(SCORES) <= set(run.metrics)]
     return {run.key: run for run in reversed(runs)}
@@ -64,8 +77,11 @@ def finished(
 def search(
     client: MlflowClient, experiment_ids: list[str], query: str = "", warn: Callable[[str], object] = warn
 ) -> Iterator[TrainingRun]:
-    """The runs of poolnet in these experiments that fit an MLflow filter, the newest first; not those that only
-    reproduce another, which would count twice, nor those with settings of another version."""
+    """Yield the poolnet runs of experiments that match a query.
+
+    `query` is an MLflow filter. The newest run comes first. Runs that only reproduce another run are left out, because
+    they would count twice. Runs with settings of another version are left out too, with one warning for all of them.
+    """
     token, unknown = None, {}
     while token is None or token:
         page = client.search_runs(experiment_ids, query, max_results=1000, page_token=token)
@@ -80,7 +96,11 @@ def search(
 
 
 def warn_of_unknown(unknown: dict[str, Exception], warn: Callable[[str], object]) -> None:
-    """Say once which runs, by name, were left out, and why the first was."""
+    """Warn once about runs that were left out.
+
+    The warning has the name of the first run, the number of the others, and why the first was left out. `unknown` maps
+    the names of the runs to their errors.
+    """
     if unknown:
         name, error = next(iter(unknown.items()))
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
@@ -88,12 +108,18 @@ def warn_of_unknown(unknown: dict[str, Exception], warn: Callable[[str], object]
 
 
 def is_training_run(run: Run) -> bool:
-    """Whether `poolnet train` or a sweep made it, and not MLflow or somebody else."""
+    """Whether `poolnet train` or a sweep made the run.
+
+    Otherwise MLflow or somebody else made it.
+    """
     return "poolnet.run" in run.data.tags
 
 
 def of(run: Run) -> TrainingRun:
-    """Raises `InputError` where the run has settings that this version does not know."""
+    """Return the `TrainingRun` of an MLflow run.
+
+    Raises `InputError` if the run has settings that this version does not know.
+    """
     tags = run.data.tags
     for name in run.data.params:
         if name.replace("-", "_") not in OPTIONS:
@@ -115,7 +141,10 @@ def of(run: Run) -> TrainingRun:
 
 
 def config(run: Run) -> TrainConfig:
-    """The settings in a run's params, which `mlflow run` records as they were typed. Raises `InputError`."""
+    """Return the settings in the params of a run.
+
+    `mlflow run` records the params as they were typed. Raises `InputError` if they are not valid settings.
+    """
     params = run.data.params
     fields = [field for field in dataclasses.fields(TrainConfig) if field.name in params]
     try:
@@ -125,7 +154,11 @@ def config(run: Run) -> TrainConfig:
 
 
 def predictions(client: MlflowClient, run_id: str, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The logits (N, 10) and labels (N,) that a run logged of `split`, val or test; `name` is for the refusal."""
+    """Download the logits and labels that a run logged.
+
+    Returns logits (N, 10) and labels (N,) of `split`, which is val or test. `name` is the name of the run in the error
+    message. Raises `InputError` if the file is missing or not readable.
+    """
     from poolnet.stats import paired  # and with it scipy.stats, for which a sweep need not wait
 
     file = f"predictions/{split}.npz"

@@ -1,4 +1,7 @@
-"""The other end of `publisher.py`: the process that carries journals to MLflow while they are written."""
+"""The process that uploads run records during training.
+
+It publishes the records to MLflow while they are written. `publisher.py` is the other end.
+"""
 
 import copy
 import dataclasses
@@ -16,14 +19,14 @@ from poolnet.tracking import addresses, servers, sync
 from poolnet.tracking.publication import Publication, Refused
 from poolnet.tracking.publisher import ASK
 
-POLL_SECONDS = 1  # between two looks at the journals
+POLL_SECONDS = 1  # between two looks at the records
 
 Say = Callable[[str], object]
 
 
 @dataclasses.dataclass
 class Followed:
-    """A run, and where its publication stands."""
+    """A run and the state of its upload."""
 
     name: str
     carrier: str
@@ -33,11 +36,17 @@ class Followed:
 
 
 def follow(lines: Iterable[str], drain_timeout: float, say: Say, answer: Callable[[], object]) -> int:
-    """Publish the runs that the lines name, `NAME CARRIER`, until the lines end and all is published.
+    """Publish the runs that the input lines name.
 
-    Each run by itself: what stands in the way of one does not concern the others. After the last line it gives up
-    `drain_timeout` seconds after the last progress. Returns the exit code: 3 if something is left, 2 if the only run
-    was refused. `answer` is called when the line `ASK` has come, and when nothing speaks against a new run.
+    Each line is `NAME CARRIER`. The function returns when the lines have ended and all is published. Each run is
+    handled separately: a problem with one does not affect the others. After the last line, the function gives up
+    `drain_timeout` seconds after the last progress.
+
+    The line `ASK` asks whether a new run may be recorded in the run `MLFLOW_RUN_ID`. `answer` is called when this line
+    has come, and again if nothing speaks against the new run.
+
+    Returns the exit code: 3 if something is not published, 2 if the only run is refused, if a run is refused while it
+    is trained, or if the answer to `ASK` is a refusal, and otherwise 0.
     """
     inbox, runs = _read(lines), {}
     closed, progress = False, time.monotonic()
@@ -68,7 +77,10 @@ def follow(lines: Iterable[str], drain_timeout: float, say: Say, answer: Callabl
 
 
 def _read(lines: Iterable[str]) -> queue.SimpleQueue:
-    """The lines, and None behind the last."""
+    """Read the lines into a queue, in a thread.
+
+    None follows the last line.
+    """
     inbox: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def feed() -> None:
@@ -88,7 +100,10 @@ def _next(inbox: queue.SimpleQueue) -> str | None:
 
 
 def _step(run: Followed, closed: bool, say: Say) -> bool:
-    """Publish what the journal has by now. Returns whether that came any further."""
+    """Publish what the record of a run has now.
+
+    Returns whether this made progress.
+    """
     before, known = run.publication and copy.deepcopy(run.publication.held), str(run.trouble)
     try:
         _advance(run, closed)
@@ -118,7 +133,10 @@ def _advance(run: Followed, closed: bool) -> None:
 
 
 def _refusal(run_id: str) -> str:
-    """Why a new run cannot be recorded in this one, as far as its server says so."""
+    """Return why `MLFLOW_RUN_ID` cannot take a new run.
+
+    The text is empty if the server does not say that this run holds the record of another one.
+    """
     try:
         name = servers.own_client().get_run(run_id).data.tags.get("poolnet.run")
     except MlflowException:  # found out when there is something to publish

@@ -1,1 +1,1 @@
-"""Networks trained and evaluated in memory."""
+"""Train and evaluate networks in memory."""

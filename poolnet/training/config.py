@@ -1,6 +1,7 @@
 """The settings of one training run.
 
-Apart from the training, because the command line needs the defaults before it may afford to import torch.
+They are kept apart from the training because the command line needs the defaults before it imports torch, which is
+slow.
 """
 
 import dataclasses
@@ -17,7 +18,10 @@ POOLS = ("max", "avg", "conv")  # conv: the two strided convolutions that poolin
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. The one home of the defaults, which are those of the reference experiment."""
+    """The settings of one training run, with their defaults.
+
+    The defaults are written down only here. They are those of the reference experiment.
+    """
 
     data: str = dataclasses.field(default="glyphs", metadata={"help": "glyphs, notmnist, or the path of an .npz file."})
     pool: str = dataclasses.field(default="max", metadata={"help": "max, avg, or conv (the baseline)."})
@@ -47,7 +51,10 @@ class TrainConfig:
 
 
 def _typed(field: dataclasses.Field, value: object) -> object:
-    """The value as its field's own type, as NumPy's numbers become Python's."""
+    """Convert a value to the type of its field.
+
+    NumPy's numbers become Python's. Raises `InputError` for a wrong type.
+    """
     expected = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}[field.type]
     try:
         if isinstance(value, bool) != (field.type is bool):

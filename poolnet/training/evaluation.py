@@ -1,4 +1,7 @@
-"""A model on a split: loss, accuracy and logits, in a stream of batches. No files, no MLflow."""
+"""Evaluate a model on a split, batch by batch.
+
+The result is loss, accuracy and logits. No files and no MLflow are used.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -17,7 +20,10 @@ EVAL_BATCH = 4096  # images; bounds memory, changes no figure
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A split seen by a model: mean loss in nats, accuracy, and `logits` (N, 10) float32 beside `y` (N,) int64."""
+    """Loss, accuracy and logits of a model on a split.
+
+    The loss is the mean in nats. `logits` is (N, 10) float32, `y` is (N,) int64.
+    """
 
     loss: float
     acc: float
@@ -27,10 +33,10 @@ class Evaluation:
 
 @contextlib.contextmanager
 def threads(torch_threads: int = 1) -> Iterator[None]:
-    """Compute with so many torch threads, and one of BLAS, on any machine.
+    """Set torch to `torch_threads` and BLAS to one thread.
 
-    Digits depend on their number. And a second thread gains nothing on a pooled model's small arrays: it takes eight
-    times as long, or forty when another process holds its core.
+    These numbers hold on any machine, since the digits of results depend on them. And a second thread gains nothing on
+    a pooled model's small arrays: it takes eight times as long, or forty times when another process holds its core.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(torch_threads)
@@ -45,9 +51,10 @@ Fetch = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def fetcher(split: Split, device: torch.device) -> Fetch:
-    """`fetch(rows)` gives those images (n, 1, 28, 28) float32 and labels (n,) on `device`.
+    """Return a function that fetches images and labels.
 
-    To another device than the CPU the split is copied once, and stays.
+    It takes rows and returns the images (n, 1, 28, 28) float32 and the labels (n,) on `device`. On a device other than
+    the CPU, the split is copied once and stays there.
     """
     if device.type == "cpu":
         return lambda rows: (torch.from_numpy(split.images(rows.numpy())), torch.from_numpy(split.y[rows.numpy()]))
@@ -65,7 +72,10 @@ def fetcher(split: Split, device: torch.device) -> Fetch:
 @threads()
 @torch.inference_mode()
 def evaluate(model: nn.Module, split: Split, fetch: Fetch | None = None) -> Evaluation:
-    """Loss and accuracy over the whole split, by a module or an exported program as it stands, on its own device."""
+    """Compute loss and accuracy of a model on a split.
+
+    The whole split is used. The model is a module or an exported program. It is used as it is, on its own device.
+    """
     device = next(model.parameters()).device
     fetch = fetch or fetcher(split, device)
     rows = torch.arange(len(split), device=device)
@@ -74,6 +84,9 @@ def evaluate(model: nn.Module, split: Split, fetch: Fetch | None = None) -> Eval
 
 
 def score_logits(logits: np.ndarray, y: np.ndarray) -> Evaluation:
-    """What (N, 10) logits say about labels (N,): summed in double precision, whatever the logits are in."""
+    """Compute loss and accuracy from logits and labels.
+
+    `logits` is (N, 10), `y` is (N,). Sums are in double precision, whatever the type of the logits.
+    """
     loss = F.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(y)).item()
     return Evaluation(loss, float((logits.argmax(1) == y).mean()), logits, y)

@@ -1,9 +1,9 @@
-"""The fast step: softmax regression on pooled features, with the gradient written out and nothing allocated.
+"""Train softmax regression on pooled features, fast.
 
-It takes the same initial weights, the same batches and the same updates as `train.fit` does for a pooled model, and
-must give the same figures; `train_loop.py` is the readable reference. On the CPU the step is 19 NumPy calls into
-buffers, each about a microsecond, where autograd and an optimiser object take ten times as long for the same
-arithmetic.
+The gradient is written out and the step allocates nothing. It takes the same initial weights, the same batches and the
+same updates as `train_loop.fit` does for a pooled model, and must give the same figures. `train_loop.py` is the
+readable reference. On the CPU the step is 19 NumPy calls into buffers, each about a microsecond. Autograd and an
+optimiser object take ten times as long for the same arithmetic.
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,10 @@ def fit(
     on_state: OnState = lambda state: None,
     go_on: GoOn = lambda state: None,
 ) -> FitResult:
-    """As `train.fit`, from the feature array (N, 50) of each split. For `max` and `avg` only."""
+    """Train a pooled model on its feature arrays.
+
+    It does the same as `train_loop.fit`, from the feature array (N, 50) of each split. For `max` and `avg` only.
+    """
     device = resolve_device(config.device)
     model = build_model(config.pool, config.seed).to(device)
     if device.type == "cpu":
@@ -57,14 +60,21 @@ def fit(
 
 
 def fetcher_of_features(features: np.ndarray, y: np.ndarray, device: torch.device) -> Fetch:
-    """As `evaluate.fetcher`, for the classifier: the 49 features (n, 49) of those images, and their labels."""
+    """Return a function that fetches features and labels.
+
+    It is like `evaluation.fetcher`, for the classifier: it returns the 49 features (n, 49) of the images, and their
+    labels.
+    """
     x, labels = torch.tensor(features[:, :-1], device=device), torch.tensor(y, device=device)
     return lambda rows: (x[rows], labels[rows])
 
 
 @dataclass(frozen=True)
 class LowestLoss:
-    """The lowest train loss that any weights reach, in nats, and how far above it the trained ones are."""
+    """The lowest train loss that any weights can reach.
+
+    `train_loss` is in nats. `gap` is how far the loss of the trained weights is above it.
+    """
 
     train_loss: float
     gap: float
@@ -72,9 +82,10 @@ class LowestLoss:
 
 
 def lowest_train_loss(result: FitResult, train: Split, features: np.ndarray) -> LowestLoss:
-    """The global minimum of the train loss on these features, which is convex, by L-BFGS from the trained weights.
+    """Find the global minimum of the train loss.
 
-    Features are scaled to unit variance meanwhile, which changes the path and not the minimum, and sums are double.
+    The loss on these features is convex. L-BFGS starts from the trained weights. The features are scaled to unit
+    variance meanwhile, which changes the path and not the minimum. Sums are in double precision.
     """
     from scipy.optimize import minimize  # half a second, for those who ask for it; and a BLAS of its own, to be limited
 
@@ -97,7 +108,10 @@ def lowest_train_loss(result: FitResult, train: Split, features: np.ndarray) -> 
 def _loss_and_gradient(
     weights: np.ndarray, features: np.ndarray, y: np.ndarray, scale: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """Mean cross-entropy over all images, and its gradient, (500,) float64, summed block by block."""
+    """Compute the mean cross-entropy and its gradient.
+
+    Both are over all images. The gradient is (500,) float64, summed block by block.
+    """
     W = weights.reshape(WIDTH, -1) * scale[:, None]
     loss, gradient = 0.0, np.zeros_like(W)
     for start in range(0, len(y), BLOCK):
@@ -113,17 +127,22 @@ def _loss_and_gradient(
 
 
 def _weights(model: nn.Module) -> torch.Tensor:
-    """Weight and bias of the classifier as one array, (50, 10), the bias last."""
+    """Return weight and bias of the classifier as one array.
+
+    It is (50, 10), with the bias last.
+    """
     fc = model.classifier
     return torch.cat([fc.weight.detach().T, fc.bias.detach()[None]]).cpu()
 
 
 class FastSoftmaxRegression:
-    """The classifier of `model` as one array `W` (50, 10), its last row the bias, trained by Adam on the CPU.
+    """Softmax regression, trained by Adam in NumPy buffers.
+
+    The classifier of `model` is held as one array `W` (50, 10) with the bias in its last row. It runs on the CPU.
 
     Adam (Kingma & Ba, 2015) divides m / (1 - b1^t) by sqrt(v / (1 - b2^t)) + eps, where m and v are running means of
-    the gradient g and of its square. Kept here are M = m / (1 - b1) and V = v / (1 - b2), which grow by plain addition:
-    M <- b1 M + g and V <- b2 V + g^2. With q_t = sqrt((1 - b2) / (1 - b2^t)) the same step reads
+    the gradient g and of its square. This class stores M = m / (1 - b1) and V = v / (1 - b2), which grow by plain
+    addition: M <- b1 M + g and V <- b2 V + g^2. With q_t = sqrt((1 - b2) / (1 - b2^t)) the same step reads
 
         W <- W - rate_t M / (sqrt(V) + eps_t),   rate_t = lr (1 - b1) / ((1 - b1^t) q_t),   eps_t = eps / q_t
     """
@@ -134,8 +153,11 @@ class FastSoftmaxRegression:
         self.M, self.V, self.t = np.zeros_like(self.W), np.zeros_like(self.W), 0
 
     def train_epoch(self, order: torch.Tensor, batch_size: int) -> Iterator[Part]:
-        """One step a batch, in this order. Yields for each block of batches its size, its mean loss and how many were
-        right, each batch before its step."""
+        """Take one step for each batch, in this order.
+
+        For each block of batches it yields the size, the mean loss and the number of right answers. They are measured
+        before the step of each batch.
+        """
         for x, y in self._gathered(order.numpy(), batch_size):
             with np.errstate(all="ignore"):  # a loss that is not finite is reported for the whole epoch
                 loss, right = self._steps(x, y)
@@ -143,9 +165,10 @@ class FastSoftmaxRegression:
         self._to_model()
 
     def _gathered(self, order: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Some batches at a time, x (k, n, 50), y (k, n); the last, short one by itself.
+        """Gather the features and labels of several batches.
 
-        While one block is in use, another thread gathers the next: that is waiting for memory, not arithmetic.
+        Yields x (k, n, 50) and y (k, n) for k batches of n images. The last, shorter batch comes by itself. While one
+        block is in use, another thread gathers the next: this waits for memory, it does not compute.
         """
         whole = len(order) - len(order) % batch_size
         size = max(1, BLOCK // batch_size) * batch_size
@@ -169,10 +192,12 @@ class FastSoftmaxRegression:
                 yield block
 
     def _steps(self, x: np.ndarray, y: np.ndarray) -> tuple[float, int]:
-        """A step for each batch of x (k, n, 50), y (k, n); their mean loss, and how many were right.
+        """Take a step for each of k batches.
 
-        Logits and what follows from them stand letters first, (10, n), so that sums over letters run along memory. The
-        logits of all k batches are kept, and turned into loss and accuracy at the end.
+        x is (k, n, 50) and y is (k, n). Returns the mean loss of the batches and how many answers were right.
+
+        Logits and what is computed from them have the letters first, (10, n), so that sums over letters run along
+        memory. The logits of all k batches are kept, and converted to loss and accuracy at the end.
         """
         k, n, _ = x.shape
         W, M, V = self.W, self.M, self.V
@@ -211,7 +236,7 @@ class FastSoftmaxRegression:
         return float(losses.mean(dtype=np.float64)), int((right >= top).sum())
 
     def _schedule(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """rate_t and eps_t of the next k steps."""
+        """Compute rate_t and eps_t of the next k steps."""
         t = np.arange(self.t + 1, self.t + k + 1, dtype=np.float64)
         self.t += k
         q = np.sqrt((1 - BETA2) / (1 - BETA2**t))

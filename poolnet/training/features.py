@@ -1,8 +1,8 @@
-"""The pooled features: 784 pixels become 49 numbers once, since the poolings have no weights to learn.
+"""Pool each image once into features, and cache them.
 
-A feature array is (N, 50) float32: the 49 features of each image, and the constant 1 that carries the bias. It is
-computed in a stream, in the pass that digests the images, and cached by what it is made of:
-`POOLNET_HOME/features/POOL-DIGEST-CHECKSUM.npy`.
+The poolings have no weights to learn, so 784 pixels become 49 numbers once. A feature array is (N, 50) float32: the 49
+features of each image, and the constant 1 that carries the bias. It is computed window by window, in the pass that
+digests the images. Its cache file is named after what it is made of: `POOLNET_HOME/features/POOL-DIGEST-CHECKSUM.npy`.
 """
 
 import contextlib
@@ -28,7 +28,10 @@ CACHE_LIMIT = 4 << 30  # bytes; the reference experiment takes 95 MB a pooling
 def open_pooled(
     path: Path, pool: str, cache: bool = True, say: Callable[[str], None] = lambda line: None
 ) -> tuple[Dataset, dict[str, np.ndarray]]:
-    """The data set, opened as `open_splits` does, and the feature array of each split by its name."""
+    """Open a data set and return its pooled features.
+
+    The data set is opened as by `open_splits`. The features are a dictionary from split name to feature array.
+    """
     if cache:
         splits = open_splits(path, keep=KEPT)
         known = {split.name: _load(split, pool) for split in splits}
@@ -48,7 +51,10 @@ def open_pooled(
 
 
 def of_dataset(data: Dataset, pool: str) -> dict[str, np.ndarray]:
-    """The feature array of each split by its name, from the images in memory."""
+    """Compute the features of images in memory.
+
+    The result is a dictionary from split name to feature array.
+    """
     net = SimplePoolNet(pool)
     starts = {split.name: range(0, len(split), WINDOW) for split in data}
     return {
@@ -59,7 +65,10 @@ def of_dataset(data: Dataset, pool: str) -> dict[str, np.ndarray]:
 
 @torch.inference_mode()
 def pooled(net: SimplePoolNet, window: np.ndarray) -> np.ndarray:
-    """The features of some stored images, (n, 50), by the network's own `features`."""
+    """Compute the features of some stored images.
+
+    The result is (n, 50). The network's own `features` computes them.
+    """
     array = np.ones((len(window), WIDTH), np.float32)
     array[:, :-1] = net.features(torch.from_numpy(as_images(window))).numpy()
     return array
@@ -72,7 +81,10 @@ def _folder() -> Path:
 
 
 def _load(split: Split, pool: str) -> np.ndarray | None:
-    """The cached array, if it is there and every bit is right. One that is damaged is removed."""
+    """Return the cached feature array of a split, if valid.
+
+    Every bit must be right. A damaged file is removed.
+    """
     header = _header(len(split))
     for path in _folder().glob(f"{pool}-{split.sha256}-*.npy"):
         with contextlib.suppress(OSError):
@@ -104,7 +116,7 @@ def _save(array: np.ndarray, split: Split, pool: str) -> None:
 
 
 def _header(size: int) -> bytes:
-    """What stands before the numbers in the file of so many images."""
+    """Return the `.npy` header for an array of `size` images."""
     header = io.BytesIO()
     about = {"descr": "<f4", "fortran_order": False, "shape": (size, WIDTH)}
     np.lib.format.write_array_header_1_0(header, about)
@@ -116,7 +128,7 @@ def _checksum(array: np.ndarray) -> str:
 
 
 def _evict(keep: Path) -> None:
-    """Remove the arrays not used for longest until the rest fits."""
+    """Remove the least recently used arrays until the rest fits."""
     files = _files()
     for path in sorted(files, key=lambda path: files[path].st_mtime):
         if _size() <= CACHE_LIMIT:
@@ -127,7 +139,7 @@ def _evict(keep: Path) -> None:
 
 
 def _size() -> int:
-    """The bytes of all cached arrays."""
+    """Return the bytes of all cached arrays."""
     return sum(stat.st_size for stat in _files().values())
 
 

@@ -1,4 +1,7 @@
-"""Train one network in memory, the fast way where there is one."""
+"""Train one network in memory.
+
+It uses the fast step unless the pooling is `conv`.
+"""
 
 from poolnet.data.dataset import Dataset
 from poolnet.training import fast_step, features, train_loop
@@ -7,9 +10,10 @@ from poolnet.training.train_loop import FitResult, OnEpoch
 
 
 def fit(config: TrainConfig, data: Dataset, on_epoch: OnEpoch = lambda record: None) -> FitResult:
-    """Train on `data`, pooling each image once where the pooling has no weights.
+    """Train a network on a data set in memory.
 
-    Nothing is written or published. `on_epoch` is given the `EpochRecord` of each epoch.
+    If the pooling has no weights, each image is pooled once. Nothing is written or published. `on_epoch` gets the
+    `EpochRecord` of each epoch.
     """
     if config.pool == "conv":
         return train_loop.fit(config, data, on_epoch)

@@ -1,6 +1,7 @@
-"""The models, and the only place that knows their architecture.
+"""Define the pooling networks and the convolutional baseline.
 
-Input (N, 1, 28, 28) float32, output logits (N, 10). `features(x)` is what the linear `classifier` sees.
+This is the only module that knows their architecture. Input is (N, 1, 28, 28) float32, output is logits (N, 10).
+`features(x)` is what the linear `classifier` sees.
 """
 
 import torch
@@ -13,7 +14,11 @@ POOLINGS = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
 
 
 class _TwoLayerNet(nn.Module):
-    """Two layers that halve the side, each with ReLU, then one linear layer: 28x28 -> 14x14 -> 7x7 -> 10 logits."""
+    """A network of two halving layers and a classifier.
+
+    Each of the two layers halves the side and is followed by ReLU. One linear layer follows: 28x28 -> 14x14 -> 7x7 ->
+    10 logits.
+    """
 
     def __init__(self, layer1: nn.Module, layer2: nn.Module, channels: int, num_classes: int):
         super().__init__()
@@ -27,7 +32,10 @@ class _TwoLayerNet(nn.Module):
         return self.fc
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, 1, 28, 28) -> (N, channels * 49)."""
+        """Compute the input of the classifier.
+
+        (N, 1, 28, 28) -> (N, channels * 49).
+        """
         x = self.act(self.layer1(x))
         x = self.act(self.layer2(x))
         return torch.flatten(x, 1)
@@ -37,7 +45,10 @@ class _TwoLayerNet(nn.Module):
 
 
 class SimplePoolNet(_TwoLayerNet):
-    """Two 2x2 poolings, free of weights: only the linear layer learns."""
+    """A network with two 2x2 poolings without weights.
+
+    Only the linear layer learns.
+    """
 
     def __init__(self, pool_type: str, num_classes: int = 10):
         if pool_type not in POOLINGS:
@@ -47,7 +58,10 @@ class SimplePoolNet(_TwoLayerNet):
 
 
 class SimpleConvNet(_TwoLayerNet):
-    """The baseline: the two strided 3x3 convolutions that pooling replaced."""
+    """The baseline network with two strided 3x3 convolutions.
+
+    They are what pooling replaced.
+    """
 
     def __init__(self, channels: tuple[int, int] = (16, 32), num_classes: int = 10):
         first, second = channels
@@ -57,7 +71,10 @@ class SimpleConvNet(_TwoLayerNet):
 
 
 class Checked(nn.Module):
-    """A network as it is served: pixels that no image has are an error, and not logits of nothing."""
+    """A network that refuses impossible pixels, as it is served.
+
+    Pixels that no image has are an error. Otherwise the logits would mean nothing.
+    """
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -70,7 +87,10 @@ class Checked(nn.Module):
 
 
 def build_model(pool: str, seed: int) -> SimplePoolNet | SimpleConvNet:
-    """The network for `--pool` with torch's own initial weights for `seed`; the global generator is left as it was."""
+    """Build the network for `--pool` with its initial weights.
+
+    The weights are torch's own for `seed`. The global generator is left as it was.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return SimpleConvNet() if pool == "conv" else SimplePoolNet(pool)

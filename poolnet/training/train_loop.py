@@ -1,7 +1,8 @@
-"""The training loop: Adam on cross-entropy, one pass over shuffled batches an epoch. No files, no MLflow.
+"""Train a network: the readable training loop.
 
-`fit` is the whole of it. Batch order and initial weights depend on the seed alone, never on the device, nor on whether
-the training was interrupted.
+It uses Adam on cross-entropy, with one pass over shuffled batches an epoch. No files and no MLflow are used. `fit` runs
+all of it. Batch order and initial weights depend on the seed alone. They do not depend on the device or on whether the
+training was interrupted.
 """
 
 import time
@@ -25,7 +26,10 @@ CONV_THREADS = 2  # on any machine, since the digits of a convolution's gradient
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch. Train figures are means over the batches, each before its own step, weighted by batch size."""
+    """The figures of one epoch.
+
+    Train figures are means over the batches, weighted by batch size. Each batch is measured before its own step.
+    """
 
     epoch: int  # from 1
     train_loss: float  # nats an image
@@ -59,7 +63,10 @@ Part = tuple[int, torch.Tensor | float, torch.Tensor | int]
 
 @dataclass(frozen=True)
 class Start:
-    """Where a training goes on: the epochs it has behind it, and its state."""
+    """The state from which a training continues.
+
+    It has the epochs already done.
+    """
 
     history: tuple[EpochRecord, ...]
     state: State
@@ -69,10 +76,13 @@ GoOn = Callable[[State], Start | None]  # told the state of a new training, give
 
 
 class Learner(Protocol):
-    """What `run_epochs` trains."""
+    """The interface of what `run_epochs` trains."""
 
     def train_epoch(self, order: torch.Tensor, batch_size: int) -> Iterator[Part]:
-        """Steps through the images in this order, part by part."""
+        """Step through the images in this order.
+
+        Yields the figures of each part.
+        """
 
     def evaluate(self, split: Split) -> Evaluation: ...
 
@@ -89,8 +99,11 @@ def fit(
     go_on: GoOn = lambda state: None,
     conv_threads: int = CONV_THREADS,
 ) -> FitResult:
-    """Train for `config.epochs`, report each epoch to `on_epoch` and the state after it to `on_state`, evaluate val and
-    test with the final weights. With `go_on`, from a state reported before, the rest is trained, to the same result."""
+    """Train for `config.epochs`, then evaluate val and test.
+
+    Each epoch is reported to `on_epoch`, and the state after it to `on_state`. Val and test are evaluated with the
+    final weights. With `go_on`, the rest is trained from a state that was reported before, with the same result.
+    """
     device = resolve_device(config.device)
     model = build_model(config.pool, config.seed).to(device)
     learner = Autograd(model, config.lr, {split.name: fetcher(split, device) for split in splits})
@@ -102,7 +115,10 @@ def fit(
 def run_epochs(
     config: TrainConfig, splits: Dataset, learner: Learner, on_epoch: OnEpoch, on_state: OnState, go_on: GoOn
 ) -> tuple[EpochRecord, ...]:
-    """The history of `config.epochs` passes over train, each followed by validation; a loss must be finite."""
+    """Train for `config.epochs` and return the history.
+
+    Each epoch is one pass over train, followed by validation. Raises `RunError` if a loss is not finite.
+    """
     n = len(splits.train)
     generator = torch.Generator().manual_seed(config.seed)
     history: list[EpochRecord] = []
@@ -126,7 +142,7 @@ def run_epochs(
 
 
 def _totals(parts: list[Part]) -> tuple[float, float]:
-    """Mean loss and accuracy of an epoch, from those of its parts."""
+    """Compute mean loss and accuracy from an epoch's parts."""
     images, losses, rights = zip(*parts, strict=True)
     if isinstance(losses[0], torch.Tensor):  # which may be on a device, where no batch had to wait for them
         losses, rights = torch.stack(losses).tolist(), torch.stack(rights).tolist()
@@ -135,14 +151,17 @@ def _totals(parts: list[Part]) -> tuple[float, float]:
 
 
 def _state(epochs: int, generator: torch.Generator, learner: Learner) -> State:
-    """Where a training stands after so many epochs."""
+    """Return the training state after `epochs` epochs."""
     return {**learner.state(), "epochs": np.array(epochs), "order": generator.get_state().numpy()}
 
 
 def train_one_epoch(
     model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], optimizer: torch.optim.Optimizer
 ) -> Iterator[Part]:
-    """One optimiser step a batch. Yields each batch's size, mean loss and number of right answers before its step."""
+    """Take one optimiser step for each batch.
+
+    Yields each batch's size, mean loss and number of right answers before its step.
+    """
     model.train()
     for x, y in batches:
         optimizer.zero_grad()
@@ -154,7 +173,10 @@ def train_one_epoch(
 
 
 class Autograd:
-    """A module trained by torch, on its device; `fetch` gives inputs and labels of each split by their rows."""
+    """A torch module trained on its device.
+
+    `fetch` gives inputs and labels of each split by their rows.
+    """
 
     def __init__(self, module: nn.Module, lr: float, fetch: dict[str, Fetch]):
         self.module, self.fetch = module, fetch
@@ -172,7 +194,10 @@ class Autograd:
         return evaluate(self.module.eval(), split, self.fetch[split.name])
 
     def state(self) -> State:
-        """Weights, and Adam's running means and step count of each."""
+        """Return the weights and Adam's state for each.
+
+        Adam's state is the running means and the step count.
+        """
         state = {f"model.{name}": tensor for name, tensor in self.module.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             state |= {f"adam.{index}.{name}": tensor for name, tensor in moments.items()}
@@ -187,7 +212,7 @@ class Autograd:
 
 
 def score(history: tuple[EpochRecord, ...]) -> dict[str, float]:
-    """What a history says once: the best validation accuracy, its epoch, and where the plateau begins.
+    """Summarise a history: best accuracy, its epoch, its plateau.
 
     The plateau begins with the first epoch whose validation accuracy is within 0.002 of the best of all epochs.
     """
@@ -197,7 +222,10 @@ def score(history: tuple[EpochRecord, ...]) -> dict[str, float]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is cuda, else mps, else cpu. A device that is unknown or not there raises `InputError`."""
+    """Return the torch device for a name.
+
+    `auto` is cuda, else mps, else cpu. Raises `InputError` if the device is unknown or missing.
+    """
     present = ["cpu"]
     if torch.backends.mps.is_available():
         present.insert(0, "mps")

@@ -230,8 +230,8 @@ def test_a_model_says_nothing_of_the_folders_it_was_made_in(trained):
 
 def test_the_description_recommends_what_executes_nothing(trained):
     note = mlflow.MlflowClient().get_run(trained.info.run_id).data.tags["mlflow.note.content"]
-    assert 'poolnet.registry.load("models:/poolnet/1").net' in note
-    assert "load_model" not in note
+    assert 'poolnet.load_model("models:/poolnet/1")' in note
+    assert "pytorch" not in note
 
 
 @pytest.mark.parametrize("place", ["absolute", "file"])

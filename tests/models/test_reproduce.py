@@ -120,7 +120,7 @@ def both(store):
 
 @pytest.fixture
 def pair(both):
-    """What a store has of a run, free to be changed, and the journal of the same run once more."""
+    """What a store has of a run, free to be changed, and the record of the same run once more."""
     return copy.deepcopy(both[0]), both[1]
 
 

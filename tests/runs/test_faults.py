@@ -44,7 +44,7 @@ def in_trouble(what, *words, **options):
 
 @pytest.fixture
 def long_run(letters):
-    """A training that goes on until it is stopped, in its fifth epoch or later; and its journal."""
+    """A training that goes on until it is stopped, in its fifth epoch or later; and its record."""
     processes = []
 
     def begin(*options, **settings):
@@ -275,7 +275,7 @@ def test_a_disk_that_fills_up_fails_in_one_line_and_the_run_goes_on_once_there_i
     assert finished.returncode == 1
     warning, error = err.splitlines()
     assert warning == AWAY
-    assert "the journal cannot be written" in error
+    assert "the record cannot be written" in error
     assert f"once it can: poolnet train --resume {name}" in error
     recorded = run_record.find(name).metrics()
     if what == "metrics":  # the last line found no room, and is not there in half, nor on the screen

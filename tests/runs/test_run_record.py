@@ -159,9 +159,9 @@ def test_what_ends_a_training_early_is_its_end(run, error, status):
         assert run.ended() is None
 
 
-def test_a_journal_of_a_newer_poolnet_is_refused(run):
+def test_a_record_of_a_newer_poolnet_is_refused(run):
     files.write_json(run.folder / "record.json", {"format": 2, "all": "else is new"})
-    with pytest.raises(InputError, match="found journal format 2, expected at most 1; update poolnet"):
+    with pytest.raises(InputError, match="found record format 2, expected at most 1; update poolnet"):
         run_record.find(run.name)
 
 

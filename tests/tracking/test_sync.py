@@ -83,10 +83,10 @@ def test_a_run_of_a_newer_poolnet_does_not_keep_the_others_from_the_server(capsy
     files.write_json(new.folder / "record.json", {**files.unsealed(record), "format": 9})
     code, out, _ = run(capsys, "sync")
     assert code == 3
-    assert "found journal format 9, expected at most 1; update poolnet" in out
+    assert "found record format 9, expected at most 1; update poolnet" in out
     assert publish(old).info.status == "FINISHED"
     refused = inside("train", "--resume", new.name)
-    assert_refused(refused.returncode, refused.stderr, "found journal format 9", "update poolnet")
+    assert_refused(refused.returncode, refused.stderr, "found record format 9", "update poolnet")
 
 
 def test_two_at_once_publish_everything_once():
