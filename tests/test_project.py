@@ -1,5 +1,6 @@
 """The files around the package say what the package says, and `mlflow run` works as a user types it."""
 
+import ast
 import dataclasses
 import json
 import re
@@ -75,8 +76,10 @@ def test_everything_that_is_imported_is_declared():
         assert paths
         own = {"poolnet", *(path.stem for path in (ROOT / folder).glob("*.py"))}
         for path in paths:
-            modules = re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-            for module in set(modules) - sys.stdlib_module_names - own:
+            nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+            modules = [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+            modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+            for module in {name.partition(".")[0] for name in modules} - sys.stdlib_module_names - own:
                 assert projects.get(module, module) in declared, f"{path.name} imports {module}"
 
 

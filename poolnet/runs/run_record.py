@@ -397,9 +397,7 @@ def _read_record(folder: Path) -> dict:
             f"{folder}: found no readable record.json ({error}); the run's artifacts in MLflow have a copy"
         ) from None
     if newer:
-        raise InputError(
-            f"{folder}: found record format {record['format']}, expected at most {FORMAT}; update poolnet"
-        )
+        raise InputError(f"{folder}: found record format {record['format']}, expected at most {FORMAT}; update poolnet")
     return record
 
 
