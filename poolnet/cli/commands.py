@@ -50,7 +50,10 @@ class InOrder(click.Group):
 @click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="poolnet", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Is average or max pooling better for letters? Train, record, compare and use small pooling networks."""
+    """Is average or max pooling better for letters?
+
+    Train, record, compare and use small pooling networks.
+    """
 
 
 def train_options(command: Callable) -> Callable:
@@ -229,7 +232,7 @@ def compare(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Say which of two arms is better, and how sure that is.
+    """Say which of two arms is better, and how sure.
 
     From what the tracking server has of a study, an experiment or two runs. The answer becomes a run in MLflow, with a
     report.
@@ -285,7 +288,10 @@ def prepare() -> None:
 @click.option("--out", callback=_output, help="The .npz to write.  [default: what `--data notmnist` means]")
 @click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Seed of the split.")
 def notmnist(large: Path | None, small: Path | None, out: Path | None, seed: int) -> None:
-    """Decode, clean and split notMNIST. Without --large and --small, both are downloaded."""
+    """Decode, clean and split notMNIST.
+
+    Without --large and --small, both are downloaded.
+    """
     from poolnet.data import dataset, notmnist, npz
 
     out = out or writable(dataset.prepared("notmnist"))
@@ -304,7 +310,10 @@ def notmnist(large: Path | None, small: Path | None, out: Path | None, seed: int
 @click.option("--out", callback=_output, required=True, help="The .npz to write.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the rendering.")
 def glyphs(out: Path, seed: int, **sizes: int) -> None:
-    """Render letters A to J from the fonts that matplotlib ships, in other sizes than `--data glyphs` does."""
+    """Render letters A to J from matplotlib's fonts.
+
+    As many as you want: `--data glyphs` has a fixed number of each split.
+    """
     from poolnet.data import glyphs, npz
 
     with progress(length=sum(sizes.values()), label="Rendering") as bar:

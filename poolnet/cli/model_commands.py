@@ -152,7 +152,7 @@ def promote(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Make a MODEL champion if it is shown to be better.
+    """Make a MODEL champion if it is better.
 
     Without MODEL the newest version. An exact McNemar test at 5 % decides, on what both models' runs predicted of the
     same validation letters. The decision, with its numbers, is written on the model version. Exit code 1 if the

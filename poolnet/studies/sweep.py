@@ -108,7 +108,7 @@ def carry_out(sweep: Sweep, workers: int, publisher: Publisher, say: Say, warn: 
         begun = _look_at_records(sweep, publisher, warn)
         if sweep.missing:
             _train(sweep, begun, workers, publisher, say, warn)
-        if publisher.journals:
+        if publisher.runs:
             sweep.trouble = publisher.close()
             sweep.patience = ASK_SECONDS if sweep.trouble else publisher.drain_timeout
             with _warned(sweep, "cannot be asked which runs it has now", warn):

@@ -1,4 +1,7 @@
-"""A run's description in the UI, in Markdown: the result, what it rests on, and how to use and repeat it."""
+"""Describe a run for MLflow's user interface, in Markdown.
+
+The text has the result, what the result is based on, and how to use and repeat it.
+"""
 
 from poolnet.runs.run_record import RunRecord
 from poolnet.stats import scores
@@ -8,7 +11,10 @@ from poolnet.training.config import PLATEAU_MARGIN
 
 
 def of_run(run: RunRecord, version: int | None) -> str:
-    """The description of a finished run, and of its model version, if it has one."""
+    """Return the description of a finished run.
+
+    It also says how to use the run's model version, if it has one.
+    """
     record, records = run.record, run.by_step()
     once, last = records[0], records[max(records)]
     data, environment = record["data"], record["environment"]

@@ -1,10 +1,14 @@
-"""A model's folder: the weights, which poolnet reads, and the export, which MLflow serves.
+"""Write, check and read the folder of a model.
 
-Torch executes more of an export than its pickles (shape guards, for one), so poolnet never loads one. It reads
-`weights.safetensors`, which names the pool too. Two exports of one network by one torch differ in the bytes of their
-weights and a serial number only, once the nodes' metadata are gone: stack traces, with the folders of whoever trained.
-So an export that differs in more is not ours; and one that is kept becomes that of other weights without torch, which
-takes seconds to import and to export.
+The folder has the weights, which poolnet reads, and the export, which MLflow serves.
+
+Torch executes more of an export than its pickles, for example its shape guards. So poolnet never loads an export. It
+reads `weights.safetensors`, which also names the pool.
+
+The metadata of an export's nodes are removed: they are stack traces, with the folders of the person who trained. After
+that, two exports of one network by one torch differ only in the bytes of their weights and in a serial number. So an
+export that differs in more is not from poolnet. And a kept export can get other weights without torch, which takes
+seconds to import and to export.
 """
 
 import contextlib
@@ -62,10 +66,13 @@ Net = Union["SimplePoolNet", "SimpleConvNet"]
 
 
 def export(arrays: dict[str, np.ndarray], pool: str, run_id: str, model: LoggedModel, path: Path) -> None:
-    """Write the network of a logged model to a new folder.
+    """Write the network of a logged model to a folder.
 
-    `arrays` holds its weights by name and, as `example`, two images: of one, the export would take only one. Exported
-    once for each network and version of what makes it; then the weights in a copy are others, and torch is not needed.
+    The folder is new. `arrays` holds the weights by name and, as `example`, two images. With one image, the export
+    would accept only one image at a time.
+
+    Torch exports once for each network and each version of what makes it. Later calls replace the weights in a copy of
+    that export and do not need torch.
     """
     if _unpack(pool, path):
         _fill(path, pool, arrays)
@@ -84,7 +91,10 @@ def export(arrays: dict[str, np.ndarray], pool: str, run_id: str, model: LoggedM
 
 
 def write(folder: Path, pool: str, net: Net) -> None:
-    """Write export and weights, instead of the export that MLflow has made."""
+    """Write the export and the weights of a network.
+
+    The export replaces the one that MLflow has made.
+    """
     _export(net, folder / EXPORT)
     save_file({name: tensor.numpy() for name, tensor in net.state_dict().items()}, folder / WEIGHTS, {"pool": pool})
 
@@ -92,7 +102,7 @@ def write(folder: Path, pool: str, net: Net) -> None:
 def fill(folder: Path, pool: str, weights: dict[str, np.ndarray]) -> None:
     """Replace the weights in a folder that `write` wrote.
 
-    `ValueError` where they are another network's, or the layout of the export is not the known one.
+    Raises `ValueError` if the weights belong to another network, or if the layout of the export is not the known one.
     """
     archive = (folder / EXPORT).read_bytes()
     with zipfile.ZipFile(io.BytesIO(archive)) as members:
@@ -124,7 +134,7 @@ def _export_in_full(path: Path, pool: str, arrays: dict[str, np.ndarray]) -> Non
 
 
 def _fill(path: Path, pool: str, arrays: dict[str, np.ndarray]) -> None:
-    """Put weights and example into the folder of a blank model."""
+    """Put weights and example into a blank model's folder."""
     fill(path, pool, {name: array for name, array in arrays.items() if name != "example"})
     example = arrays["example"].tolist()
     (path / "input_example.json").write_text(json.dumps(example), encoding="utf-8")
@@ -132,14 +142,20 @@ def _fill(path: Path, pool: str, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _kept(pool: str) -> Path:
-    """The blank model of a network, named by all that makes it."""
+    """Return the path of a network's blank model.
+
+    The file name has a checksum of everything that makes the blank model.
+    """
     made_by = f"{VERSIONS} {sys.version}".encode()
     made_by += Path(__file__).read_bytes() + Path(__file__).parents[1].joinpath("training", "model.py").read_bytes()
     return home() / "exports" / f"{pool}-{zlib.crc32(made_by):08x}.zip"
 
 
 def _unpack(pool: str, path: Path) -> bool:
-    """Whether `path` is the blank model now; if none is kept, or it is damaged, it is not there."""
+    """Unpack the blank model to `path`.
+
+    Returns whether that worked. If no blank model is kept, or if it is damaged, `path` does not exist afterwards.
+    """
     try:
         with zipfile.ZipFile(_kept(pool)) as archive:  # which has a checksum of each file
             archive.getinfo(MLMODEL_FILE_NAME)  # of a file that is cut off, the archive in it would be read
@@ -151,7 +167,10 @@ def _unpack(pool: str, path: Path) -> bool:
 
 
 def _keep(full: Path, pool: str, arrays: dict[str, np.ndarray]) -> None:
-    """Keep a blank model, if it equals the full one once it is filled."""
+    """Keep a blank model for later exports.
+
+    It is kept only if it equals the full model once it is filled.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "blank"
         _export_in_full(path, pool, {name: np.zeros_like(array) for name, array in arrays.items()})
@@ -167,12 +186,18 @@ def _keep(full: Path, pool: str, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its path in it."""
+    """Return the contents of all files below a folder.
+
+    The keys are the paths inside the folder.
+    """
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def read(folder: Path) -> tuple[str, Net]:
-    """The pool and the network, on the CPU. `ValueError` says what is wrong."""
+    """Read the pool and the network from a folder.
+
+    The network is on the CPU. Raises `ValueError`, which says what is wrong.
+    """
     if not (folder / WEIGHTS).exists():
         return _read_older(folder / EXPORT)
     try:
@@ -184,9 +209,10 @@ def read(folder: Path) -> tuple[str, Net]:
 
 
 def is_ours(folder: Path, net: Net) -> bool:
-    """Whether the export is the one that this torch makes of this network.
+    """Whether torch makes this export from this network.
 
-    Nothing of it is executed, and no kept export is trusted: whoever put it there may have made this one.
+    The export is compared with one that the torch installed here makes now. Nothing of the export is executed. No kept
+    export is trusted for the comparison: the person who put it there may also have made this export.
     """
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / Path(EXPORT).name  # a name that the archive repeats
@@ -195,9 +221,9 @@ def is_ours(folder: Path, net: Net) -> bool:
 
 
 def equal(export: Path, other: Path) -> bool:
-    """Whether two exports differ in their serial number only.
+    """Whether two exports differ only in their serial number.
 
-    Ours is the first: nothing of it need be checked.
+    `export` is our own, so nothing in it needs a check.
     """
     archive = other.read_bytes()
     try:
@@ -209,11 +235,12 @@ def equal(export: Path, other: Path) -> bool:
 
 
 def _with_members(archive: bytes, changed: dict[str, bytes]) -> bytes:
-    """A zip archive with other bytes in some members.
+    """Replace the bytes of some members of a zip archive.
 
-    As torch writes it, and as many bytes as before; else a `ValueError`. In place, since torch reads what is stored
-    and aligned its own way. The checksum of a member stands up to three times (APPNOTE.TXT 4.3): in its local header or
-    behind its data, and in the central directory.
+    Each member must be as torch writes it (not compressed), and the new bytes must be as many as before. Otherwise this
+    raises `ValueError`. The bytes are replaced in place, because torch reads members that are stored and aligned in its
+    own way. The checksum of a member is stored up to three times (APPNOTE.TXT 4.3): in its local header or behind its
+    data, and in the central directory.
     """
     data = bytearray(archive)
     with zipfile.ZipFile(io.BytesIO(archive)) as members:
@@ -236,7 +263,10 @@ def _with_members(archive: bytes, changed: dict[str, bytes]) -> bytes:
 
 
 def _export(net: Net, path: Path) -> None:
-    """Export for any batch size, as MLflow does, without the nodes' metadata."""
+    """Export a network for any batch size.
+
+    This is done as MLflow does it, but without the metadata of the nodes.
+    """
     import torch
 
     from poolnet.training.model import Checked
@@ -268,7 +298,10 @@ def _network(pool: str | None, weights: Mapping[str, "torch.Tensor"]) -> Net:
 
 
 def _read_older(path: Path) -> tuple[str, Net]:
-    """The same from the export's members, read as text and bytes."""
+    """Read the pool and the network from an export.
+
+    The members of the export are read as text and bytes. Raises `ValueError`, which says what is wrong.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
@@ -287,7 +320,10 @@ def _read_older(path: Path) -> tuple[str, Net]:
 
 
 def _pool(program: dict) -> str:
-    """The pool of a program by its operations."""
+    """Return the pool of an exported program.
+
+    It is recognised by the operations of the program.
+    """
     nodes = program["graph_module"]["graph"]["nodes"]
     found = [node["target"].removeprefix("torch.ops.aten.") for node in nodes]
     found = found[len(CHECK) :] if found[: len(CHECK)] == CHECK else found

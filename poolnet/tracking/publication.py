@@ -1,7 +1,10 @@
-"""From the journal to MLflow. Names of params, metrics, tags and artifacts are written here and nowhere else.
+"""Publish a run record to a tracking server.
 
-A `Publication` brings a server's record of a run to where the journal is, one step after the other. Each may be cut off
-and repeated at will: what the server has already is looked up, or is such that writing it again changes nothing.
+The params, metrics, tags and artifacts of a training run are sent to MLflow here and nowhere else. The model goes
+through `registry`.
+
+A `Publication` sends what the server lacks of a run record, one step after the other. Each step may be cut off and
+repeated at any time: it looks up what the server has already, or writing the same again changes nothing.
 """
 
 import contextlib
@@ -44,7 +47,10 @@ BATCH = 100  # records in one request, of which MLflow takes 1,000 metrics
 
 
 class Publication:
-    """A run on a tracking server: what that holds already, and the way to the rest."""
+    """The upload of one run to one tracking server.
+
+    It remembers what the server has already, and publishes the rest.
+    """
 
     def __init__(self, run: RunRecord, uri: str, carrier: str = ""):
         self.run, self.record, self.carrier = run, run.record, carrier
@@ -57,7 +63,10 @@ class Publication:
         return servers.client_of(self.uri)
 
     def recall(self) -> None:
-        """Read what is remembered, to which another process may have added."""
+        """Read what is remembered of the run's publication.
+
+        Another process may have added to it.
+        """
         self.published = published(self.run)
         self.held = self.published.servers.get(self.key, Held())
 
@@ -68,7 +77,10 @@ class Publication:
             files.write_json(self.run.folder / "published.json", dataclasses.asdict(self.published))
 
     def forget(self, steps: Iterable[str]) -> None:
-        """Publish these again, next time."""
+        """Mark these steps as not published.
+
+        They are published again next time.
+        """
         self.held.done = [step for step in self.held.done if step not in steps]
         self.held.metrics = 0 if "metrics" in steps else self.held.metrics
         self.held.status = None if "status" in steps else self.held.status
@@ -76,19 +88,23 @@ class Publication:
 
     @property
     def complete(self) -> bool:
-        """Whether the run has ended, and the server has all of it."""
+        """Whether the run has ended and is completely published."""
         return bool(self.run.ended()) and not self.outstanding()
 
     def outstanding(self) -> list[str]:
-        """What the journal has and the server, as far as is remembered, has not."""
+        """Return the steps that are not published yet.
+
+        These are the parts of the record that the server lacks. What the server has is judged by what is remembered
+        here.
+        """
         left = [step for step in self.steps() if step not in self.held.done]
         left += ["metrics"] * (len(self.run.metrics()) > self.held.metrics)
         return left + ["status"] * (self.held.status != self.run.ended())
 
     def advance(self) -> None:
-        """Publish what the journal has by now. Raises what MLflow raises when the server does not take it.
+        """Publish everything that the record has now.
 
-        Only with the run's publish lock.
+        Raises what MLflow raises if the server does not accept it. Call it only with the run's publish lock.
         """
         self.recall()
         if not self.published.home:
@@ -114,7 +130,11 @@ class Publication:
         self.confirmed = True
 
     def steps(self) -> dict[str, Callable[[], None]]:
-        """What is to be published once, as far as the journal has it. `RunError` where a finished run is damaged."""
+        """Return the steps that are published once, by name.
+
+        Only steps for which the record has the content already are included. Raises `RunError` if a finished run is
+        damaged.
+        """
         finished = self.run.finished
         if finished:
             self.run.check_results()
@@ -134,8 +154,11 @@ class Publication:
     # --- the run -----------------------------------------------------------------------------------------------------
 
     def _find_or_create(self) -> None:
-        """The run on the server: the one known, the one that `mlflow run` has made, one whose creation went unheard, or
-        a new one. A server that has been emptied since gets everything again."""
+        """Find the run on the server, or create it.
+
+        It is the run that is known already, the run that `mlflow run` has made, a run that was created earlier but
+        whose id did not arrive here, or a new one. If the server has been emptied since, it gets everything again.
+        """
         found = self.find()
         if not found:
             self.held = Held()
@@ -149,7 +172,10 @@ class Publication:
         self._explain_carrier()
 
     def adopt(self, info: mlflow.entities.RunInfo) -> None:
-        """From now on this is the run on the server."""
+        """Remember this run as the run on the server.
+
+        It is used from now on.
+        """
         self.held.look = servers.page_of(self.uri, info.experiment_id, info.run_id)
         self.held.run_id, self.held.experiment_id = info.run_id, info.experiment_id
         if self.is_home and self.record["tracking"]["experiment_id"]:
@@ -157,8 +183,11 @@ class Publication:
         self.save()
 
     def _explain_carrier(self) -> None:
-        """Say in the run that `mlflow run -P resume=...` made what it is for. (It cannot be deleted: `mlflow run` fails
-        when it cannot set its status in the end.)"""
+        """Say in the carrier run what it is for.
+
+        The carrier is the run that `mlflow run -P resume=...` made. It cannot be deleted: `mlflow run` fails if it
+        cannot set the status of that run at the end.
+        """
         if self.carrier and self.carrier != self.held.run_id:
             note = f"Made by `mlflow run` to resume {self.run.name}, run {self.held.run_id}, which holds everything."
             tags = {"mlflow.note.content": note, "mlflow.runName": f"resumes {self.run.name}"}
@@ -166,7 +195,11 @@ class Publication:
         self.carrier = ""
 
     def find(self) -> mlflow.entities.Run | None:
-        """The run on the server, as far as it is known. `RunError` if it was deleted there."""
+        """Return the known run on the server, or None.
+
+        The result is None if no run is known yet, or if the server does not have it. Raises `RunError` if the run was
+        deleted there.
+        """
         found = self.get(self.held.run_id)
         if found:
             self._refuse_deleted(found.info)
@@ -186,13 +219,14 @@ class Publication:
 
     @property
     def is_home(self) -> bool:
-        """Whether this is the server that the run was begun on."""
+        """Whether the run was begun on this server."""
         return self.key == servers.recorded_home(self.record)
 
     def _adopted(self) -> mlflow.entities.Run | None:
-        """The run that `mlflow run` has made for this one, unless it is another's.
+        """Return the run that `mlflow run` made for this one.
 
-        `Refused` as long as the environment says that it is this one's.
+        The result is None if there is no such run, or if it cannot be this one. If it cannot be this one and
+        `MLFLOW_RUN_ID` still names it, this raises `Refused` instead.
         """
         run_id = self.record["tracking"]["run_id"]
         found = self.get(run_id) if self.is_home else None
@@ -212,11 +246,17 @@ class Publication:
         return self.client.create_run(self._experiment(), self.record["started"], tags, self._title())
 
     def _title(self) -> str:
-        """What the run is called unless the user named it."""
+        """Return the run's default name in MLflow.
+
+        It is used unless the user named the run.
+        """
         return f"{self.run.stem} again" if self.record.get("reproduces") else self.run.stem
 
     def _experiment(self) -> str:
-        """The id on this server of the experiment that the run was begun in."""
+        """Return the id of the run's experiment on this server.
+
+        It is the experiment that the run was begun in.
+        """
         told = self.record["tracking"]
         if self.is_home and told["experiment_id"] and not self.published.experiment:
             return told["experiment_id"]
@@ -238,7 +278,10 @@ class Publication:
             ) from None
 
     def _log_start(self) -> None:
-        """Params and tags. An adopted run keeps the params it has, in the words they were typed in."""
+        """Log the params and tags of the run.
+
+        An adopted run keeps the params that it has, as the user typed them.
+        """
         run_id = self.held.run_id
         present = self.client.get_run(run_id)
         known, name = present.data.params, present.info.run_name
@@ -266,7 +309,10 @@ class Publication:
     # --- what grows --------------------------------------------------------------------------------------------------
 
     def _log_metrics(self) -> None:
-        """The records that the server does not have, with the journal's times, so that a repetition is no addition."""
+        """Log the metrics that the server does not have.
+
+        They have the times from the run record, so logging them again adds nothing.
+        """
         records = self.run.metrics()
         new = records[self.held.metrics :]
         if new:
@@ -280,7 +326,7 @@ class Publication:
             self.save()
 
     def _upload(self, name: str) -> None:
-        """A file, or the files of a folder."""
+        """Upload a file, or the files of a folder."""
         for path, folder in self.files(name):
             try:
                 self.client.log_artifact(self.held.run_id, str(path), folder)
@@ -290,7 +336,11 @@ class Publication:
                 raise
 
     def _refuse_folder(self, error: OSError) -> None:
-        """Say so if the server keeps its artifacts in a folder, which is not to be had here."""
+        """Refuse a server artifact folder that cannot be written.
+
+        Raises `RunError` if the server keeps its artifacts in a folder, since this machine cannot write there.
+        Otherwise nothing is raised.
+        """
         folder = self.client.get_run(self.held.run_id).info.artifact_uri
         if "://" in folder and not folder.startswith("file:"):
             return
@@ -300,7 +350,10 @@ class Publication:
         ) from None
 
     def files(self, name: str) -> list[tuple[Path, str | None]]:
-        """The files of an artifact, and the folder that they belong to on the server."""
+        """Return the files of an artifact with their folders.
+
+        The folder is the one that the file belongs to on the server.
+        """
         path = self.run.folder / name
         if path.is_dir():
             return [(file, name) for file in sorted(path.iterdir()) if not file.name.startswith(".")]
@@ -313,7 +366,10 @@ class Publication:
         self.held.model_id = registry.log(self.client, found, self.record["config"], arrays)
 
     def _log_scores(self) -> None:
-        """The scores again, as those of the model, so that its own page shows them: the last epoch's, and test's."""
+        """Log the scores again as scores of the model.
+
+        The model's own page then shows them. They are the scores of the last epoch and the scores on test.
+        """
         records = {record["step"]: record for record in self.run.metrics()}
         about = {"model_id": self.held.model_id, "run_id": self.held.run_id}
         test = next(split for split in self.record["data"]["splits"] if split["name"] == "test")
@@ -339,7 +395,10 @@ class Publication:
 
 
 def datasets(data: dict) -> dict[str, DatasetInput]:
-    """The splits of a data set as MLflow describes them, without their data; `data` as in `Dataset.described`."""
+    """Describe the splits of a data set for MLflow.
+
+    The descriptions are given by the name of the split. They do not hold the data. `data` is as in `Dataset.described`.
+    """
     # By its type, since MLflow resolves a bare path to two sources and warns.
     source = get_dataset_source_from_json(json.dumps({"uri": data["path"]}), "local")
     inputs = {}
@@ -354,11 +413,17 @@ def datasets(data: dict) -> dict[str, DatasetInput]:
 
 
 class Refused(InputError):
-    """What the server says of a run contradicts it: nothing that could be tried again."""
+    """An error: the server's record contradicts the run.
+
+    It does not help to try again.
+    """
 
 
 def _contradiction(found: mlflow.entities.Run, run: RunRecord) -> str:
-    """In what a run on a server cannot be this one; empty if it can."""
+    """Say why a server's run cannot be this one.
+
+    The text is empty if it can.
+    """
     other = found.data.tags.get("poolnet.run")
     if other != run.name and (other or found.info.lifecycle_stage == "deleted"):
         return f"found the record of {other} in it" if other else "was deleted"
@@ -374,7 +439,10 @@ def as_metrics(record: dict, **about: str) -> list[Metric]:
 
 
 def agrees(raw: str, value: str | int | float | bool) -> bool:
-    """Whether a param as `mlflow run` records it, the raw text and possibly quoted for a shell, means `value`."""
+    """Whether a recorded param means this value.
+
+    `raw` is the param as `mlflow run` records it: the raw text, possibly quoted for a shell.
+    """
     texts = [raw]
     with contextlib.suppress(ValueError):
         texts += shlex.split(raw)

@@ -1,7 +1,10 @@
-"""The process beside the training that carries its journal to MLflow.
+"""Start and control the process that uploads run records.
 
-A process and not a thread: MLflow takes seconds of Python to import and some for every call, which a training of small
-steps would wait for; and a server that hangs cannot hold it up at the end.
+The process runs beside the training and publishes its record to MLflow. `upload_process.py` is the other end.
+
+It is a process and not a thread for two reasons. MLflow takes seconds of Python time to import and some for every call,
+and a training with small steps would have to wait for this. And a server that hangs cannot hold up the training at its
+end.
 """
 
 import contextlib
@@ -26,12 +29,15 @@ START_SECONDS = 30  # for the imports, on a machine that is busy with much else
 
 @dataclasses.dataclass
 class Held:
-    """What a tracking server has of a run, as far as is remembered."""
+    """What a tracking server has of a run.
+
+    This is what is remembered here.
+    """
 
     run_id: str = ""
     experiment_id: str = ""
     look: str = ""  # at the run's page
-    done: list = dataclasses.field(default_factory=list)  # steps of `tracking.Publication`
+    done: list = dataclasses.field(default_factory=list)  # steps of `publication.Publication`
     metrics: int = 0  # records
     status: dict | None = None  # how the run ended, as in `end.json`
     model_id: str = ""
@@ -40,7 +46,10 @@ class Held:
 
 @dataclasses.dataclass
 class Published:
-    """A run's `published.json`: the server that it belongs to, and a `Held` for each server."""
+    """The content of a run's `published.json`.
+
+    It has the server that the run belongs to, and a `Held` for each server.
+    """
 
     home: str = ""  # its address without the password
     experiment: str = ""  # the name of the run's experiment there
@@ -48,7 +57,10 @@ class Published:
 
 
 def published(run: RunRecord) -> Published:
-    """What is remembered of a run's publication. `InputError` if the file is damaged."""
+    """Read what is remembered of a run's publication.
+
+    Raises `InputError` if the file is damaged.
+    """
     path = run.folder / "published.json"
     if not path.exists():
         return Published()
@@ -63,7 +75,11 @@ def published(run: RunRecord) -> Published:
 
 
 def _checked(kind: type, value: dict) -> Published | Held:
-    """The dataclass of these values, without those of a later version. `TypeError` where one has another type."""
+    """Build a dataclass from stored values, and check them.
+
+    Values that only a later version knows are left out. Raises `TypeError` if a value has another type, or if there is
+    no value for the dataclass.
+    """
     fields = [field for field in dataclasses.fields(kind) if field.name in value]
     if not fields or not all(isinstance(value[field.name], field.type) for field in fields):
         raise TypeError(kind.__name__)
@@ -71,11 +87,14 @@ def _checked(kind: type, value: dict) -> Published | Held:
 
 
 class Publisher:
-    """`poolnet sync --follow`, started before there is a run, so that its imports are done when there is."""
+    """The upload process of a training, `poolnet sync --follow`.
+
+    It is started before there is a run, so that its imports are done when the run begins.
+    """
 
     def __init__(self, drain_timeout: float):
         self.drain_timeout = drain_timeout
-        self.journals: list[RunRecord] = []
+        self.runs: list[RunRecord] = []
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the process
         detached = (
             {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.BELOW_NORMAL_PRIORITY_CLASS}
@@ -94,8 +113,12 @@ class Publisher:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Publish what is in the journal by now, whatever happened, as far as that may take."""
-        if not self.journals:
+        """Publish the rest of the records, then stop the process.
+
+        This is done even if the block raises. It may take as long as `close` waits, or `STOP_SECONDS` if the training
+        was interrupted. If there is no run, the process is killed at once.
+        """
+        if not self.runs:
             self.process.kill()
         else:
             stopped = kind is not None and not issubclass(kind, Exception)
@@ -107,7 +130,10 @@ class Publisher:
         self._errors.close()
 
     def refuse_stale(self) -> None:
-        """Raise `InputError` if `MLFLOW_RUN_ID` is another run's, as far as the server says so in time."""
+        """Refuse an `MLFLOW_RUN_ID` that belongs to another run.
+
+        Raises `InputError` if the server says so in time.
+        """
         if os.environ.get("MLFLOW_RUN_ID"):
             self._tell(f"{ASK}\n")
             if self._heard(START_SECONDS) and self._heard(LOOK_SECONDS) == b"":
@@ -116,17 +142,23 @@ class Publisher:
         self.check()
 
     def _heard(self, seconds: float) -> bytes | None:
-        """The next line that the process says: empty at its end, None if there is none in time."""
+        """Return the next line that the process prints.
+
+        The line is empty if the process has ended its output. It is None if no line comes within `seconds`.
+        """
         said: list[bytes] = []
         listening = threading.Thread(target=lambda: said.append(self.process.stdout.readline()), daemon=True)
         listening.start()
         listening.join(seconds)
         return said[0] if said else None
 
-    def add(self, journal: RunRecord, carrier: str = "") -> None:
-        """From now on this run is published. `carrier` is a run that `mlflow run` made only to get it resumed."""
-        self.journals.append(journal)
-        self._tell(f"{journal.name} {carrier}\n")
+    def add(self, run: RunRecord, carrier: str = "") -> None:
+        """Publish this run from now on.
+
+        `carrier` is a run that `mlflow run` made only to resume this one.
+        """
+        self.runs.append(run)
+        self._tell(f"{run.name} {carrier}\n")
 
     def _tell(self, line: str) -> None:
         with contextlib.suppress(OSError):  # `check` and `close` say what became of the process
@@ -134,14 +166,18 @@ class Publisher:
             self.process.stdin.flush()
 
     def check(self) -> None:
-        """Raise `InputError` if the server's record of the run contradicts it."""
+        """Raise `InputError` if the server's record contradicts the run."""
         if self.process.poll() == 2:
             raise InputError(self._last_line())
 
     def close(self, timeout: float | None = None) -> str | None:
-        """Wait until the server has everything: `drain_timeout` seconds beyond its last progress, or `timeout` in all.
+        """Wait until the server has everything.
 
-        Returns None when it has, and otherwise why not.
+        The wait ends `drain_timeout` seconds after the last progress. If `timeout` is given, it ends after `timeout`
+        seconds in all.
+
+        Returns None if the server has everything, and otherwise the reason why not. Raises `InputError` as `check`
+        does.
         """
         with contextlib.suppress(OSError):
             self.process.stdin.close()
@@ -159,16 +195,19 @@ class Publisher:
 
     @property
     def held(self) -> Held:
-        """What the server holds of the last run."""
-        found = published(self.journals[-1])
+        """Return what the server has of the last run."""
+        found = published(self.runs[-1])
         return found.servers.get(found.home, Held())
 
     def _progress(self) -> tuple[int, ...]:
-        """When something of each run was last published."""
+        """Return when each run was last published.
+
+        The times are those at which `published.json` of each run was last changed, in ns.
+        """
         times = []
-        for journal in self.journals:
+        for run in self.runs:
             with contextlib.suppress(OSError):
-                times.append((journal.folder / "published.json").stat().st_mtime_ns)
+                times.append((run.folder / "published.json").stat().st_mtime_ns)
         return tuple(times)
 
     def _last_line(self) -> str:

@@ -1,4 +1,7 @@
-"""Models as MLflow keeps them: the logged model of a run, and the versions of the registered model `poolnet`."""
+"""Log, register and load models with MLflow.
+
+The models are the logged model of a run, and the versions of the registered model `poolnet`.
+"""
 
 import contextlib
 import json
@@ -28,7 +31,10 @@ MODEL = "model"  # the logged model of a run
 
 
 def log(client: MlflowClient, run: Run, config: dict[str, object], arrays: dict[str, np.ndarray]) -> str:
-    """The logged model of a run, made, or made whole. `arrays` as for `exported.export`. Returns its id."""
+    """Create or complete the logged model of a run.
+
+    `arrays` is as for `programs.export`. Returns the id of the logged model.
+    """
     run_id = run.info.run_id
     model = logged(client, run)
     if not model:
@@ -52,7 +58,10 @@ def logged(client: MlflowClient, run: Run) -> LoggedModel | None:
 
 
 def register(client: MlflowClient, run_id: str, model_id: str, tags: dict[str, str]) -> int:
-    """The version of `poolnet` that a run's logged model is: the one there is, or a new one. Returns its number."""
+    """Register a run's logged model as a `poolnet` version.
+
+    If the model is a version already, no new one is made. Returns the number of the version.
+    """
     version = version_of(client, run_id, model_id)
     if not version:
         with contextlib.suppress(MlflowException):  # of which one says that the name exists, as it usually does
@@ -64,7 +73,10 @@ def register(client: MlflowClient, run_id: str, model_id: str, tags: dict[str, s
 
 
 def version_of(client: MlflowClient, run_id: str, model_id: str) -> int | None:
-    """The number of the version that a run's logged model is, if it is one."""
+    """Return the version number of a run's logged model.
+
+    The result is None if the model is not a version.
+    """
     found = client.search_model_versions(f"run_id = '{run_id}'")
     numbers = [int(found.version) for found in found if (found.name, found.source) == (NAME, f"models:/{model_id}")]
     return min(numbers, default=None)
@@ -87,7 +99,10 @@ CURE = "expected a model that poolnet train logged; weights in a file: poolnet r
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model from MLflow. `net` is on the CPU, takes (N, 1, 28, 28) float32 and gives logits (N, 10)."""
+    """A model that was loaded from MLflow.
+
+    `net` is on the CPU. It takes (N, 1, 28, 28) float32 and gives logits (N, 10).
+    """
 
     uri: str  # as it was asked for
     pool: str
@@ -98,15 +113,21 @@ class Loaded:
 
 
 def load_model(uri: str) -> "SimplePoolNet | SimpleConvNet":
-    """The network at any address that MLflow resolves, see `load`."""
+    """Load the network at an address in MLflow.
+
+    The address may be any that MLflow resolves, see `load`.
+    """
     return load(uri).net
 
 
 def load(uri: str, check_export: bool = False) -> Loaded:
-    """The model at any address that MLflow resolves, such as `models:/poolnet@champion`, or in a folder.
+    """Load a model from MLflow or from a folder.
 
-    Its weights are read; nothing is unpickled or executed. `InputError` where that would be needed, or nothing is
-    found, and with `check_export` where MLflow would serve another network. Where that cannot be told, it is warned.
+    `uri` is any address that MLflow resolves, such as `models:/poolnet@champion`, or a folder.
+
+    The weights are read. Nothing is unpickled or executed. Raises `InputError` if that would be needed, or if nothing
+    is found. With `check_export`, it also raises `InputError` if MLflow would serve another network. If this cannot be
+    found out, there is a warning.
     """
     client = servers.own_client()
     with tempfile.TemporaryDirectory() as scratch:
@@ -134,7 +155,10 @@ def load(uri: str, check_export: bool = False) -> Loaded:
 
 
 def _fetch(place: str, folder: Path, uri: str) -> None:
-    """Copy the files of a model that are read. What else is there, or too large, is refused before that."""
+    """Copy the files of a model that are read.
+
+    Before that, other files and files that are too large are refused with `InputError`.
+    """
     files = get_artifact_repository(place)
     found = {entry.path: entry.file_size for entry in files.list_artifacts(None)}
     if "MLmodel" not in found:
@@ -157,7 +181,10 @@ def _fetch(place: str, folder: Path, uri: str) -> None:
 
 
 def _identify(client: MlflowClient, uri: str) -> tuple[str, ModelVersion | None]:
-    """The id of the logged model that an address means, and the version that it is, as far as there are such."""
+    """Return the logged model and version of an address.
+
+    The logged model is given by its id, which is empty if there is none. The version is None if there is none.
+    """
     version = None
     if match := re.fullmatch(r"models:/(m-[0-9a-f]+)/?", uri):
         found = match[1]
@@ -184,12 +211,18 @@ def _identify(client: MlflowClient, uri: str) -> tuple[str, ModelVersion | None]
 
 
 def logged_id(version: ModelVersion) -> str | None:
-    """The id of the logged model that a version is, if it is one."""
+    """Return the id of a version's logged model.
+
+    The result is None if the version is not a logged model.
+    """
     return version.source.removeprefix("models:/") if version.source.startswith("models:/m-") else None
 
 
 def newest(client: MlflowClient, name: str = NAME, pool: str = "") -> ModelVersion:
-    """The version that was registered last, of one pool if one is named."""
+    """Return the version that was registered last.
+
+    If `pool` is given, it is the last version of that pool. Raises `InputError` if there is no version.
+    """
     query = f"name = '{name}'" + (f" AND tags.pool = '{pool}'" if pool else "")
     found = client.search_model_versions(query, max_results=1, order_by=["version_number DESC"])
     if not found:
@@ -199,7 +232,7 @@ def newest(client: MlflowClient, name: str = NAME, pool: str = "") -> ModelVersi
 
 
 def _read(folder: Path, uri: str, check_export: bool) -> tuple[str, "SimplePoolNet | SimpleConvNet", str]:
-    """Pool, network and run id of a model in its folder."""
+    """Read pool, network and run id from a model's folder."""
     import torch
 
     try:

@@ -1,4 +1,7 @@
-"""A run in MLflow that is no training: a comparison, an evaluation, a promotion, weights that came from elsewhere."""
+"""Log results to MLflow runs that are not trainings.
+
+Such a run is a comparison, an evaluation, a promotion, or weights that come from elsewhere.
+"""
 
 import contextlib
 import os
@@ -16,9 +19,12 @@ from poolnet.runs import provenance, run_record
 def run(
     client: MlflowClient, experiment_id: str, command: str, name: str, begun: str = "", more: Mapping[str, str] = {}
 ) -> Iterator[str]:
-    """The id of a run that ends with the block.
+    """Open a run in MLflow for the block.
 
-    It is the one that `mlflow run` has made for this command, that which was `begun` before, or new, with `more` tags.
+    Yields the id of the run. The run ends with the block, as FAILED if the block raises.
+
+    It is the run that `mlflow run` has made for this command, the run `begun` that an earlier command began, or a new
+    one. A new run gets the tags `more`.
     """
     run_id = os.environ.get("MLFLOW_RUN_ID", "") or begun
     if run_id:
@@ -47,8 +53,11 @@ def log(
     dataset: DatasetInput | None = None,
     model_id: str = "",
 ) -> None:
-    """What such a run holds, the files of `folder` as its artifacts. With `model_id` the metrics are the logged model's
-    too, on `dataset`, so that its own page shows them."""
+    """Log metrics, params, tags and files to a run.
+
+    The files of `folder` become the artifacts of the run. With `model_id`, the metrics also become metrics of the
+    logged model on `dataset`, so that the model's own page shows them.
+    """
     about = {"model_id": model_id, "run_id": run_id} if model_id else {}
     if dataset:
         about |= {"dataset_name": dataset.dataset.name, "dataset_digest": dataset.dataset.digest}

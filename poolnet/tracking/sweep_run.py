@@ -1,4 +1,7 @@
-"""The run in MLflow that holds those of a sweep together, as its children."""
+"""The parent run of a sweep in MLflow.
+
+The runs of the sweep are its children.
+"""
 
 import re
 from collections.abc import Mapping
@@ -15,7 +18,10 @@ TAG = "poolnet.study"  # of the parent; that of a child is poolnet.sweep
 
 
 def find_or_create(client: MlflowClient, experiment_id: str, sweep: str, adopted: str = "") -> str:
-    """The run id of the sweep's parent: the one there is, the one that `mlflow run` has made, or a new one."""
+    """Return the run id of the sweep's parent run.
+
+    It is the run that exists already, the run `adopted` that `mlflow run` has made, or a new one.
+    """
     with files.locked(folder() / f"{sweep}.parent.lock"):  # of two publishers at once, the second finds it
         found = client.search_runs([experiment_id], f"tags.`{TAG}` = '{sweep}'", max_results=1)
         if found:
@@ -31,7 +37,11 @@ def find_or_create(client: MlflowClient, experiment_id: str, sweep: str, adopted
 
 
 def _explain(client: MlflowClient, carrier: str, run_id: str, sweep: str) -> None:
-    """Say in the run that `mlflow run` made, when it is not the sweep's first, where all is."""
+    """Say in a carrier run where the results are.
+
+    The carrier is the run that `mlflow run` made for this command. It gets a note if the sweep has an earlier parent
+    run, which holds everything.
+    """
     if carrier and carrier != run_id:
         note = f"Made by `mlflow run` to go on with the sweep {sweep}, run {run_id}, which holds everything."
         tags = {"mlflow.note.content": note, "mlflow.runName": f"goes on with {sweep}"}
@@ -41,7 +51,10 @@ def _explain(client: MlflowClient, carrier: str, run_id: str, sweep: str) -> Non
 def describe(
     client: MlflowClient, run_id: str, study: str, note: str, metrics: Mapping[str, float], status: str
 ) -> None:
-    """Say where the sweep stands: the study's text, a description in Markdown, figures over the seeds of each arm."""
+    """Update the parent run with the sweep's current state.
+
+    The run gets the text of the study, a description in Markdown, and figures over the seeds of each arm.
+    """
     known = client.get_run(run_id).data.metrics
     new = [Metric(name, value, run_record.now(), 0) for name, value in metrics.items() if known.get(name) != value]
     client.log_batch(run_id, metrics=new, tags=[RunTag("mlflow.note.content", note)])
@@ -53,13 +66,13 @@ def describe(
 
 
 def name_of(study: str, data_sha256: str) -> str:
-    """What a sweep is called: its study and its data."""
+    """Return a sweep's name from its study and data."""
     plain = re.sub(r"[^\w.-]+", "_", study)
     return f"{plain}-{data_sha256[:8]}"
 
 
 def folder() -> Path:
-    """Where this machine keeps what belongs to sweeps."""
+    """Return this machine's folder for the files of sweeps."""
     path = home() / "sweeps"
     path.mkdir(exist_ok=True)
     return path
