@@ -230,6 +230,7 @@ def test_the_ten_names_do_what_the_commands_do(letters):
     assert poolnet.evaluate(model, data.test).acc == trained[1].run.by_step()[0]["test_acc"]
     Image.fromarray(data.test.X[0]).save("letter.png")
     (prediction,) = poolnet.predict(model, ["letter.png"])
+    assert [prediction] == list(poolnet.predict(model, "letter.png"))
     assert prediction.letter in "ABCDEFGHIJ"
 
 

@@ -97,8 +97,7 @@ def train(
     if server.look:
         say(f"Look at it: {server.look}")
     if trained.trouble:
-        where = run.folder
-        failed(f"{trained.trouble}; all is safe in {where}, and published by: poolnet sync {run.name}", 3)
+        failed(f"{trained.trouble}; all is safe in {run.folder}, and published by: poolnet sync {run.name}", 3)
         context.exit(3)
 
 
@@ -339,8 +338,8 @@ def main(args: list[str] | None = None) -> None:
     for name, value in (SETTINGS | _without_home()).items():
         os.environ.setdefault(name, value)
     code = _run(args)
-    stores = sys.modules.get("poolnet.tracking.servers")
-    if stores and stores.gave_up():  # there is nobody to wait for
+    servers = sys.modules.get("poolnet.tracking.servers")
+    if servers and servers.gave_up():  # there is nobody to wait for
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -289,15 +289,15 @@ def register(file: Path, pool: str, data: str, timeout: float, as_json: bool) ->
         from poolnet.tracking import servers
 
         client = servers.own_client()
-        found = import_weights.register(client, file, pool, data)
-        look = servers.page_of(client.uri, found.experiment_id, found.run_id)
-    scores = {name: {"loss": each.loss, "acc": each.acc} for name, each in found.scores.items()}
+        registered = import_weights.register(client, file, pool, data)
+        look = servers.page_of(client.uri, registered.experiment_id, registered.run_id)
+    scores = {name: {"loss": each.loss, "acc": each.acc} for name, each in registered.scores.items()}
     if as_json:
-        say(to_json({"version": found.version, "run_id": found.run_id, "look": look, "scores": scores}))
+        say(to_json({"version": registered.version, "run_id": registered.run_id, "look": look, "scores": scores}))
         return
     for name, score in scores.items():
         say(f"{name}: loss={score['loss']:.4f}, acc={score['acc']:.4f}")
-    say(f"Model: models:/poolnet/{found.version}\nLook at it: {look}")
+    say(f"Model: models:/poolnet/{registered.version}\nLook at it: {look}")
 
 
 COMMANDS = (evaluate, predict, promote, reproduce, register)  # in their order of use

@@ -93,7 +93,7 @@ def _refuse(error: InputError) -> NoReturn:
 
 def predict(
     model: Callable[[torch.Tensor], torch.Tensor],
-    paths: Iterable[Path],
+    paths: Path | str | Iterable[Path | str],
     invert: bool | None = None,
     on_unreadable: Callable[[InputError], object] = _refuse,
 ) -> Iterator[Prediction]:
@@ -104,7 +104,7 @@ def predict(
 
     `model` takes float32 (N, 1, 28, 28) in 0..1 and returns logits (N, 10). N is at most `BATCH`.
     """
-    readable = _readable(paths, invert, on_unreadable)
+    readable = _readable([paths] if isinstance(paths, (Path, str)) else paths, invert, on_unreadable)
     while batch := list(islice(readable, BATCH)):
         with threads(), torch.no_grad():
             logits = model(torch.from_numpy(as_images(np.stack([image for _, image, _ in batch]))))
@@ -114,7 +114,7 @@ def predict(
 
 
 def _readable(
-    paths: Iterable[Path], invert: bool | None, on_unreadable: Callable[[InputError], object]
+    paths: Iterable[Path | str], invert: bool | None, on_unreadable: Callable[[InputError], object]
 ) -> Iterator[tuple[Path, np.ndarray, bool]]:
     for path in map(Path, paths):
         try:

@@ -30,9 +30,9 @@ def of_study(client: MlflowClient, experiment_ids: list[str], study: Study) -> S
     """
     configs = {arm: study.arm(arm) for arm in study.arms}
     sha256 = _digest_here(study.data) or _digest_by_name(client, experiment_ids, study)
-    found = training_runs.finished(client, experiment_ids, sha256)
-    device = _device([*itertools.chain(*configs.values())], found.values())
-    missing = [(arm, each) for arm in configs for each in configs[arm] if _key(each, device, sha256) not in found]
+    finished = training_runs.finished(client, experiment_ids, sha256)
+    device = _device([*itertools.chain(*configs.values())], finished.values())
+    missing = [(arm, each) for arm in configs for each in configs[arm] if _key(each, device, sha256) not in finished]
     if missing:
         arm, config = missing[0]
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -46,7 +46,7 @@ def of_study(client: MlflowClient, experiment_ids: list[str], study: Study) -> S
             f"{study.path}: found no finished run of {arm} with seed {config.seed}{more} on {Path(study.data).stem}, "
             f"SHA-256 {sha256[:8] or 'unknown'}{''.join(begun)}; train what is missing with: {again}"
         )
-    runs = {arm: [found[_key(config, device, sha256)] for config in configs[arm]] for arm in configs}
+    runs = {arm: [finished[_key(config, device, sha256)] for config in configs[arm]] for arm in configs}
     return runs, set().union(*study.arms.values())
 
 
@@ -152,12 +152,12 @@ def of_runs(client: MlflowClient, names: Sequence[str]) -> Selected:
     """Select two runs by run id or record name."""
     runs = []
     for name in names:
-        found = servers.look_up(client, name)
-        if not found:
+        run = servers.look_up(client, name)
+        if not run:
             raise InputError(f"{name}: no such run on the tracking server")
-        if not training_runs.is_training_run(found):
+        if not training_runs.is_training_run(run):
             raise InputError(f"{name}: found a run that is none of poolnet train")
-        runs.append(training_runs.of(found))
+        runs.append(training_runs.of(run))
     one, other = runs
     differing = [name for name in SAME_RUN if getattr(one.config, name) != getattr(other.config, name)]
     if len(differing) != 1:

@@ -196,8 +196,8 @@ class Publisher:
     @property
     def held(self) -> Held:
         """Return what the server has of the last run."""
-        found = published(self.runs[-1])
-        return found.servers.get(found.home, Held())
+        publication = published(self.runs[-1])
+        return publication.servers.get(publication.home, Held())
 
     def _progress(self) -> tuple[int, ...]:
         """Return when each run was last published.
