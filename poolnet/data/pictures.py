@@ -77,7 +77,9 @@ def _decoded(image: Image.Image) -> np.ndarray:
     if image.mode != "L" or image.has_transparency_data:
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     image.thumbnail((WORK, WORK))
-    colours = opaque(np.asarray(image, np.float32)) if image.mode == "RGBA" else np.atleast_3d(np.asarray(image))
+    if image.mode == "L":
+        return np.asarray(image)[:, :, None]
+    colours = opaque(np.asarray(image, np.float32)) if image.mode == "RGBA" else np.asarray(image)
     return colours[:, :, :1] if (colours == colours[:, :, :1]).all() else colours
 
 

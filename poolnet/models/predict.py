@@ -153,8 +153,10 @@ def _is_dark_on_bright(grey: np.ndarray) -> bool:
     """
     edge = _edge(grey)
     median = _median(edge)
-    middle = (median + grey.min()) / 2
-    if median < 128 or grey.min() >= 128 or (edge < middle).mean() > ON_EDGE:
+    if median < 128 or (darkest := grey.min()) >= 128:
+        return False
+    middle = (median + darkest) / 2
+    if np.count_nonzero(edge < middle) > ON_EDGE * len(edge):
         return False
     labels, sizes = _masses(grey < middle)
     touching = np.zeros(len(sizes), bool)
@@ -172,10 +174,11 @@ def _sheet(picture: np.ndarray) -> np.ndarray:
     """
     step = max(1, max(picture.shape) // 100)
     few = picture[::step, ::step].reshape(-1, picture.shape[2])
-    codes = np.zeros(len(few), np.int32)
-    for channel in few.T:
-        codes = 8 * codes + (channel >> 5)
-    paper, around = _median(few[codes == np.bincount(codes).argmax()]), _median(_edge(picture))
+    codes, around = _coarse(few), _median(_edge(picture))
+    most = np.bincount(codes).argmax()
+    if most == _coarse(around.astype(np.uint8)[None])[0]:
+        return picture
+    paper = _median(few[codes == most])
     if np.abs(paper - around).max() < 2 * FAINTEST:
         return picture
     near = _far(picture, paper) < _far(picture, around)
@@ -184,14 +187,21 @@ def _sheet(picture: np.ndarray) -> np.ndarray:
     if not main:
         return picture
     box = ndimage.find_objects(labels, main)[main - 1]
-    if labels[box].size < 0.2 * near.size:
+    sheet = labels[box] == main
+    gaps = np.count_nonzero(~_edge(sheet)) - 4  # each corner is counted twice
+    if sheet.size < 0.2 * near.size or gaps > (1 - RECTANGLE) * sheet.size:
         return picture
-    whole = ndimage.binary_fill_holes(labels[box] == main)
-    content = whole & (labels[box] != main)
+    whole = ndimage.binary_fill_holes(sheet)
+    content = whole & ~sheet
     if not content.any() or whole.mean() < RECTANGLE:
         return picture
     third = np.abs(_median(picture[box][content]) - around).max() > 2 * FAINTEST
     return picture[box][1:-1, 1:-1] if third or whole.size > 0.7 * near.size else picture
+
+
+def _coarse(colours: np.ndarray) -> np.ndarray:
+    """Number each colour by the highest three bits of its channels."""
+    return reduce(lambda codes, channel: 8 * codes + channel, (colours >> 5).T.astype(np.int32))
 
 
 def _ink(picture: np.ndarray, invert: bool | None, path: Path) -> tuple[np.ndarray, bool]:
@@ -211,10 +221,9 @@ def _ink(picture: np.ndarray, invert: bool | None, path: Path) -> tuple[np.ndarr
         raise InputError(f"{path}: found a blank image, a contrast of {contrast:.0f} of 255, expected a letter")
     ink = np.minimum(distance / contrast, 1)
     dark = bool(_luma(ground) > _luma(_median(picture[ink > 0.5])))
-    corners = _resized(ink, SIDE, SIDE, Image.Resampling.BOX)[[0, 0, -1, -1], [0, -1, 0, -1]]
     if ink.min() > EDGE:  # the median lies between two halves of the edge, and is no colour of the image
         raise InputError(f"{path}: found no ground around the letter, expected a letter on one colour")
-    if dark != invert if invert is not None else corners.mean() > 0.5:
+    if dark != invert if invert is not None else _corners(ink).mean() > 0.5:
         ink, dark = 1 - ink, not dark
     return _letter(ink, path), dark
 
@@ -252,7 +261,8 @@ def _letter(ink: np.ndarray, path: Path) -> np.ndarray:
         raise InputError(f"{path}: no letter stands out, expected one on a ground; crop the picture to it")
     if len(pieces) == len(sizes) - 1:
         return ink
-    return np.where(ndimage.binary_dilation((labels > 0) & ~of_letter, np.ones((3, 3)), 2) & ~of_letter, 0, ink)
+    near_others = ndimage.maximum_filter((labels > 0) & ~of_letter, 5)
+    return np.where(near_others & ~of_letter, 0, ink)
 
 
 def _pieces(labels: np.ndarray, sizes: np.ndarray) -> list[int]:
@@ -264,7 +274,7 @@ def _pieces(labels: np.ndarray, sizes: np.ndarray) -> list[int]:
     large = [n for n in range(1, len(sizes)) if sizes[n] >= LARGE * sizes.max() or _is_long(boxes[n], labels.shape)]
     if not 0 < len(large) <= MANY:
         return []
-    around = {n for n in large if _is_around(n, large, labels, boxes)}
+    around = {n for n in large if len(large) > 1 and _is_around(n, large, labels, boxes)}
     main = max(set(large) - around or large, key=lambda n: sizes[n])
     of_size = np.flatnonzero(sizes > max(SPECK, PART * sizes[main]))
     pieces = [main, *(n for n in of_size if n not in {main, *around} and _is_near(boxes[n], boxes[main]))]
@@ -283,13 +293,13 @@ def _is_around(number: int, large: list[int], labels: np.ndarray, boxes: list[tu
 
     A frame is around the other mass. A border lies along an edge that the other mass stays away from.
     """
-    edges = (labels[0], labels[-1], labels[:, 0], labels[:, -1])
-    along = any((edge == number).mean() > 0.5 for edge in edges)
-    for other in set(large) - {number}:
-        inside = all(a.start < b.start and b.stop < a.stop for a, b in zip(boxes[number], boxes[other], strict=True))
-        if inside or (along and all((edge == other).mean() < 0.25 for edge in edges)):
+    others = set(large) - {number}
+    for other in others:
+        if all(a.start < b.start and b.stop < a.stop for a, b in zip(boxes[number], boxes[other], strict=True)):
             return True
-    return False
+    edges = (labels[0], labels[-1], labels[:, 0], labels[:, -1])
+    along = any(np.count_nonzero(edge == number) > len(edge) / 2 for edge in edges)
+    return along and any(all(np.count_nonzero(edge == n) < len(edge) / 4 for edge in edges) for n in others)
 
 
 def _is_near(box: tuple[slice, ...], main: tuple[slice, ...]) -> bool:
@@ -301,6 +311,12 @@ def _is_near(box: tuple[slice, ...], main: tuple[slice, ...]) -> bool:
     return max(gaps) <= NEAR * max(side.stop - side.start for side in main)
 
 
+def _corners(image: np.ndarray) -> np.ndarray:
+    """Return the pixels of the four corners, about a 28th of the image high and wide."""
+    rows, columns = (np.arange(-side, side) for side in (max(1, round(length / SIDE)) for length in image.shape))
+    return image[rows[:, None], columns]
+
+
 def _edge(image: np.ndarray) -> np.ndarray:
     return np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
 
@@ -310,9 +326,9 @@ def _median(values: np.ndarray) -> np.ndarray:
 
     `np.median` takes ten times as long for few values.
     """
-    middle = [(len(values) - 1) // 2, len(values) // 2]
-    parts = np.partition(np.ascontiguousarray(values.T), middle)[..., middle].astype(np.float64)
-    return (parts[..., 0] + parts[..., 1]) / 2
+    low, high = (len(values) - 1) // 2, len(values) // 2
+    parts = np.partition(np.ascontiguousarray(values.T), (low, high))
+    return (parts[..., low].astype(np.float64) + parts[..., high]) / 2
 
 
 def _far(picture: np.ndarray, colour: np.ndarray) -> np.ndarray:
@@ -345,7 +361,8 @@ def _longer_side(mask: np.ndarray) -> int:
 
     In pixels. The box is around everything that is true in the mask.
     """
-    return max(np.ptp(np.flatnonzero(mask.any(axis))) + 1 for axis in (0, 1)) if mask.any() else 0
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1 if len(rows) else 0
 
 
 def _framed(ink: np.ndarray) -> np.ndarray:
