@@ -45,7 +45,7 @@ def progress(*args, **options):
     return click.progressbar(*args, file=sys.stderr, hidden=not sys.stderr.isatty(), **options)
 
 
-def warn(message: str) -> None:
+def echo_warning(message: str) -> None:
     _complain("warning", message)
 
 
@@ -59,10 +59,10 @@ def failed(error: object, code: int) -> int:
 
 
 def _complain(kind: str, text: object) -> None:
-    say(f"poolnet: {kind}: {' '.join(str(text).split())}", err=True)
+    echo(f"poolnet: {kind}: {' '.join(str(text).split())}", err=True)
 
 
-def say(text: object = "", **options) -> None:
+def echo(text: object = "", **options) -> None:
     """Print text with escapes (see `click.echo`).
 
     In each line, characters that a terminal would obey are escaped.

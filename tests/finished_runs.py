@@ -12,10 +12,10 @@ CONFIG = TrainConfig(data="letters.npz", epochs=2, register=False)
 
 def journaled(config=CONFIG, optimum=False):
     """A run of this process, finished and not published."""
-    splits, pooled = train_run.open_data(config, cache=False, say=lambda line: None)
+    splits, pooled = train_run.open_data(config, cache=False, echo=lambda line: None)
     run = train_run.create(config, optimum, splits, addresses.environment())
     with run.training():
-        train_run.carry_out(run, splits, pooled, say=lambda line: None)
+        train_run.carry_out(run, splits, pooled, echo=lambda line: None)
     return run
 
 

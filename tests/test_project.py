@@ -216,7 +216,7 @@ def test_importing_poolnet_imports_nothing_heavy_and_all_ten_names_are_there():
 def test_the_ten_names_do_what_the_commands_do(letters):
     def train(pool):
         config = poolnet.TrainConfig(data=str(letters), pool=pool, epochs=2, register=False)
-        return poolnet.train(config, say=lambda line: None)
+        return poolnet.train(config, echo=lambda line: None)
 
     trained = [train("max"), train("avg")]
     assert [each.trouble for each in trained] == [None, None]

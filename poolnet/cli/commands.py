@@ -14,10 +14,21 @@ from click.core import ParameterSource
 
 from poolnet import process
 from poolnet.cli import model_commands
-from poolnet.cli.model_commands import AS_JSON, DATA, FILE, SEED, STUDY, SWITCH, TIMEOUT, asked, completed, points
+from poolnet.cli.model_commands import (
+    AS_JSON,
+    DATA,
+    FILE,
+    SEED,
+    STUDY,
+    SWITCH,
+    TIMEOUT,
+    completed,
+    points,
+    tracking_server,
+)
 from poolnet.errors import InputError, RunError
 from poolnet.files import FULL, expanded, home, writable
-from poolnet.text import failed, pasted, progress, say, to_json, warn
+from poolnet.text import echo, echo_warning, failed, pasted, progress, to_json
 from poolnet.training.config import POOLS, TrainConfig
 
 SETTINGS = {  # of MLflow, in our own processes, where the user has not decided otherwise
@@ -88,14 +99,14 @@ def train(
         for name, value in {**options, "optimum": optimum}.items()
         if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
     }
-    trained = train(TrainConfig(**options), optimum, not no_cache, resume, given, timeout, say, warn)
+    trained = train(TrainConfig(**options), optimum, not no_cache, resume, given, timeout, echo, echo_warning)
     server, run = trained.server, trained.run
     if server.version:
-        say(f"Model: models:/poolnet/{server.version}")
+        echo(f"Model: models:/poolnet/{server.version}")
     elif server.model_id:
-        say(f"Model: models:/{server.model_id}")
+        echo(f"Model: models:/{server.model_id}")
     if server.look:
-        say(f"Look at it: {server.look}")
+        echo(f"Look at it: {server.look}")
     if trained.trouble:
         failed(f"{trained.trouble}; all is safe in {run.folder}, and published by: poolnet sync {run.name}", 3)
         context.exit(3)
@@ -136,15 +147,15 @@ def sync(
     if follow_stdin:
         if hasattr(os, "nice"):
             os.nice(10)  # the training comes first
-        context.exit(upload_process.follow(sys.stdin, timeout, say=lambda line: failed(line, 0), answer=say))
+        context.exit(upload_process.follow(sys.stdin, timeout, echo=lambda line: failed(line, 0), answer=echo))
     servers.limit(timeout)
     sync.check_input(runs, to)
     with progress(runs or run_record.names(), label="Publishing") as names:
         rows = [sync.sync(name, to, dry_run, prune) for name in names]
     if as_json:
-        say(to_json({"runs": rows}))
+        echo(to_json({"runs": rows}))
     else:
-        say(sync.table(rows))
+        echo(sync.table(rows))
     context.exit(0 if all(row.ok for row in rows) else 3)
 
 
@@ -171,7 +182,7 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, timeout:
     from poolnet.tracking.train import look_ahead
 
     home()
-    look_ahead(warn)
+    look_ahead(echo_warning)
     options = [study, *(["--data", data] if data else [])]
     again = pasted("poolnet", "sweep", *options)
     process.last_words = f"stopped; go on with: {again}"
@@ -181,20 +192,20 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, timeout:
     with Publisher(timeout) as publisher:
         from poolnet.studies import sweep as sweeps
 
-        tell = (lambda line: None) if as_json or sys.stderr.isatty() else say  # there a bar shows how far it is
-        under_way = sweeps.opened(found, tell, warn)
-        sweeps.carry_out(under_way, int(workers or sweeps.default_workers(found)), publisher, tell, warn)
+        tell = (lambda line: None) if as_json or sys.stderr.isatty() else echo  # there a bar shows how far it is
+        under_way = sweeps.opened(found, tell, echo_warning)
+        sweeps.carry_out(under_way, int(workers or sweeps.default_workers(found)), publisher, tell, echo_warning)
     results = under_way.results.values()
     if as_json:
         about = {"sweep": under_way.name, "data_sha256": under_way.data_sha256, "look": under_way.look}
-        say(to_json({**about, "runs": list(results)}))
+        echo(to_json({**about, "runs": list(results)}))
     else:
         done, now = sum(result.done for result in results), sum(result.done and result.trained for result in results)
-        say(f"{under_way.name}: {done} of {len(results)} runs finished, {now} of them now")
-        say(sweeps.table(under_way))
-        say(f"Compare: {pasted('poolnet', 'compare', '--study', *options)}")
+        echo(f"{under_way.name}: {done} of {len(results)} runs finished, {now} of them now")
+        echo(sweeps.table(under_way))
+        echo(f"Compare: {pasted('poolnet', 'compare', '--study', *options)}")
         if under_way.look:
-            say(f"Look at it: {under_way.look}")
+            echo(f"Look at it: {under_way.look}")
     if under_way.missing:
         failed(f"missing runs: {len(under_way.missing)}, see above; again with: {again}", 1)
         context.exit(1)
@@ -246,7 +257,7 @@ def compare(
     found = read(Path(study), data) if study else None
     within = points("--margin", margin) or (found.margin if found else MARGIN)
 
-    with asked(timeout):
+    with tracking_server(timeout):
         from poolnet.studies import compare, report
         from poolnet.studies import selection as select
         from poolnet.tracking import servers
@@ -264,9 +275,9 @@ def compare(
         run_id = report.publish(client, uri, where, comparison)
         look = servers.page_of(uri, where, run_id)
     if as_json:
-        say(to_json({**report.contents(comparison), "run_id": run_id, "look": look}))
+        echo(to_json({**report.contents(comparison), "run_id": run_id, "look": look}))
     else:
-        say(f"{report.table(comparison)}\nLook at it: {look}")
+        echo(f"{report.table(comparison)}\nLook at it: {look}")
 
 
 def _output(context: click.Context, option: click.Parameter, text: str | None) -> Path | None:
@@ -295,11 +306,11 @@ def notmnist(large: Path | None, small: Path | None, out: Path | None, seed: int
 
     out = out or writable(dataset.prepared("notmnist"))
     arrays, counts = notmnist.prepare(large, small, seed)
-    say(notmnist.table(arrays, counts))
+    echo(notmnist.table(arrays, counts))
     for line in notmnist.scarce(arrays):
-        warn(line)
+        echo_warning(line)
     npz.save(out, arrays)
-    say(f"Wrote {out}")
+    echo(f"Wrote {out}")
 
 
 @prepare.command()
@@ -318,7 +329,7 @@ def glyphs(out: Path, seed: int, **sizes: int) -> None:
     with progress(length=sum(sizes.values()), label="Rendering") as bar:
         arrays = glyphs.render(**sizes, seed=seed, progress=bar.update)
     npz.save(out, arrays)
-    say(f"Wrote {out}")
+    echo(f"Wrote {out}")
 
 
 for command in model_commands.COMMANDS:
@@ -362,7 +373,7 @@ def _run(args: list[str] | None) -> int:
     try:
         return cli.main(args, prog_name="poolnet", standalone_mode=False) or 0
     except click.exceptions.NoArgsIsHelpError as error:
-        say(error.format_message())
+        echo(error.format_message())
         return 2
     except click.ClickException as error:
         return failed(error.format_message(), error.exit_code)

@@ -13,7 +13,7 @@ from click.shell_completion import CompletionItem
 
 from poolnet.errors import InputError
 from poolnet.files import home
-from poolnet.text import failed, say, to_json, warn
+from poolnet.text import echo, echo_warning, failed, to_json
 from poolnet.training.config import POOLS
 
 FILE = click.Path(path_type=Path)
@@ -61,7 +61,7 @@ TIMEOUT = click.option(
 
 
 @contextlib.contextmanager
-def asked(timeout: float) -> Iterator[None]:
+def tracking_server(timeout: float) -> Iterator[None]:
     """Use the tracking server, and report its errors briefly.
 
     In the block, an error of MLflow about its server becomes one line. A server that is silent for `timeout` seconds
@@ -75,7 +75,7 @@ def asked(timeout: float) -> Iterator[None]:
     from poolnet.tracking import servers
 
     servers.limit(timeout)
-    with servers.asked(uri), servers.as_environment(uri):
+    with servers.brief_errors(uri), servers.as_environment(uri):
         yield
 
 
@@ -111,7 +111,7 @@ def evaluate(model: str, data: str, split: str, seed: int, timeout: float, as_js
     Loss, accuracy, precision, recall, F1, calibration and confusions, with intervals, also as a run in MLflow; and
     whether they are what its training recorded.
     """
-    with asked(timeout):
+    with tracking_server(timeout):
         from poolnet.models import evaluation_report
         from poolnet.tracking import registry, servers
 
@@ -120,11 +120,11 @@ def evaluate(model: str, data: str, split: str, seed: int, timeout: float, as_js
         run_id = evaluation_report.publish(client, card)
         look = servers.page_of(client.uri, client.get_run(run_id).info.experiment_id, run_id)
     if as_json:
-        say(to_json({**evaluation_report.contents(card), "run_id": run_id, "look": look}))
+        echo(to_json({**evaluation_report.contents(card), "run_id": run_id, "look": look}))
     else:
-        say(f"{evaluation_report.table(card)}\nLook at it: {look}")
+        echo(f"{evaluation_report.table(card)}\nLook at it: {look}")
     if card.agrees is False:
-        warn(card.agreement)
+        echo_warning(card.agreement)
 
 
 @click.command()
@@ -161,7 +161,7 @@ def promote(
     margin = points("--non-inferior", non_inferior)
     if rollback and (model or non_inferior or force):
         raise InputError("--rollback: found it with other options, expected --alias alone")
-    with asked(timeout):
+    with tracking_server(timeout):
         from poolnet.models import promote
         from poolnet.tracking import servers
 
@@ -172,9 +172,9 @@ def promote(
         promote.publish(client, decision)
     refused = decision.kind == "refused"
     if as_json:
-        say(to_json({**vars(decision), "promoted": decision.promoted, "sentence": decision.sentence}))
+        echo(to_json({**vars(decision), "promoted": decision.promoted, "sentence": decision.sentence}))
     elif not refused:
-        say(decision.sentence)
+        echo(decision.sentence)
     if refused:
         context.exit(failed(decision.sentence, 1))
 
@@ -206,7 +206,7 @@ def predict(
     from poolnet.data.pictures import find
 
     paths = find(images)
-    with asked(timeout):
+    with tracking_server(timeout):
         from poolnet.models import predict
         from poolnet.tracking import registry
 
@@ -214,11 +214,11 @@ def predict(
     unreadable: list[InputError] = []
     found = list(predict.predict(net, paths, invert, unreadable.append))
     if as_json:
-        say(to_json({"predictions": found}))
+        echo(to_json({"predictions": found}))
     elif as_csv:
-        say("".join(predict.csv_lines(found)), nl=False)
+        echo("".join(predict.csv_lines(found)), nl=False)
     elif found:
-        say(predict.table(found))
+        echo(predict.table(found))
     for error in unreadable:
         failed(error, 1)
     if unreadable:
@@ -242,25 +242,25 @@ def reproduce(context: click.Context, run: str, data: str, timeout: float, as_js
 
     from poolnet.tracking.publisher import Publisher
 
-    with Publisher(timeout) as publisher, asked(timeout):
+    with Publisher(timeout) as publisher, tracking_server(timeout):
         from poolnet.models import reproduce
         from poolnet.tracking import servers
 
         client = servers.own_client()
         original = reproduce.find(client, run)
-        tell = (lambda line: None) if as_json else say
-        found = reproduce.reproduce(original, data, publisher, tell, warn)
+        tell = (lambda line: None) if as_json else echo
+        found = reproduce.reproduce(original, data, publisher, tell, echo_warning)
         trouble = publisher.close()
         held = publisher.held
         if not trouble:
             reproduce.publish(client, found, held.run_id)
     if as_json:
         more = {"run_id": held.run_id or None, "look": held.look or None}
-        say(to_json({**reproduce.contents(found), **more}))
+        echo(to_json({**reproduce.contents(found), **more}))
     else:
-        say(found.sentence)
+        echo(found.sentence)
         if held.look:
-            say(f"Look at it: {held.look}")
+            echo(f"Look at it: {held.look}")
     if trouble:
         where = found.again.folder
         again = f"poolnet sync {found.again.name}; this verdict is not, reproduce it again for that"
@@ -284,7 +284,7 @@ def register(file: Path, pool: str, data: str, timeout: float, as_json: bool) ->
 
     FILE is what torch.save(model.state_dict(), FILE) wrote, as in the notebook. It is read as tensors only.
     """
-    with asked(timeout):
+    with tracking_server(timeout):
         from poolnet.models import import_weights
         from poolnet.tracking import servers
 
@@ -293,11 +293,11 @@ def register(file: Path, pool: str, data: str, timeout: float, as_json: bool) ->
         look = servers.page_of(client.uri, registered.experiment_id, registered.run_id)
     scores = {name: {"loss": each.loss, "acc": each.acc} for name, each in registered.scores.items()}
     if as_json:
-        say(to_json({"version": registered.version, "run_id": registered.run_id, "look": look, "scores": scores}))
+        echo(to_json({"version": registered.version, "run_id": registered.run_id, "look": look, "scores": scores}))
         return
     for name, score in scores.items():
-        say(f"{name}: loss={score['loss']:.4f}, acc={score['acc']:.4f}")
-    say(f"Model: models:/poolnet/{registered.version}\nLook at it: {look}")
+        echo(f"{name}: loss={score['loss']:.4f}, acc={score['acc']:.4f}")
+    echo(f"Model: models:/poolnet/{registered.version}\nLook at it: {look}")
 
 
 COMMANDS = (evaluate, predict, promote, reproduce, register)  # in their order of use

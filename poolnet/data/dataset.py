@@ -74,7 +74,7 @@ class Dataset:
         """Return one digest for the three splits."""
         return hashlib.sha256("".join(split.sha256 for split in self).encode()).hexdigest()
 
-    def described(self) -> dict:
+    def summary(self) -> dict:
         """Return what a run record stores about the data."""
         return {
             "path": str(self.path),
@@ -99,7 +99,7 @@ def prepared(name: str) -> Path:
     return home() / "data" / f"{name}.npz"
 
 
-def locate(data: str, say: Callable[[str], None] = lambda line: None) -> Path:
+def locate(data: str, echo: Callable[[str], None] = lambda line: None) -> Path:
     """Return the file that `--data` stands for.
 
     `data` is `glyphs`, `notmnist` or a path. The glyphs are rendered when they are first asked for.
@@ -107,7 +107,7 @@ def locate(data: str, say: Callable[[str], None] = lambda line: None) -> Path:
     if not data.strip():
         raise InputError("--data: found an empty text, expected glyphs, notmnist, or the path of an .npz file")
     if data == "glyphs":
-        return _rendered_glyphs(say)
+        return _rendered_glyphs(echo)
     if data == "notmnist" and not prepared(data).exists():
         raise InputError(f"{prepared(data)}: not there yet; make it with: poolnet prepare notmnist")
     return prepared(data) if data == "notmnist" else expanded(Path(data))
@@ -121,11 +121,11 @@ def open_data(data: str | Path = "glyphs") -> Dataset:
     return open_splits(locate(str(data)))
 
 
-Watch = Callable[[str, int, int, np.ndarray], None]  # told of each window: split, its size, first row, pixels
+Watch = Callable[[str, int, int, np.ndarray], None]  # told of each block: split, its size, first row, pixels
 
 
 def open_splits(
-    path: Path, keep: Collection[str] = SPLITS, watch: Watch = lambda name, size, start, window: None
+    path: Path, keep: Collection[str] = SPLITS, watch: Watch = lambda name, size, start, block: None
 ) -> Dataset:
     """Read, validate and digest a data set file once.
 
@@ -153,13 +153,13 @@ def open_splits(
     return Dataset(path, **splits, overlap=overlap.count())
 
 
-def _rendered_glyphs(say: Callable[[str], None]) -> Path:
+def _rendered_glyphs(echo: Callable[[str], None]) -> Path:
     from poolnet.data import glyphs
 
     path = prepared(f"glyphs-v{glyphs.VERSION}")
-    with _patiently(path.with_suffix(".lock"), say):  # two processes at once share one rendering
+    with _patiently(path.with_suffix(".lock"), echo):  # two processes at once share one rendering
         if not _whole(path):
-            say(f"Rendering the embedded letters into {path} ...")
+            echo(f"Rendering the embedded letters into {path} ...")
             npz.save(path, glyphs.render())
     return path
 
@@ -174,13 +174,13 @@ def _whole(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _patiently(lock: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _patiently(lock: Path, echo: Callable[[str], None]) -> Iterator[None]:
     """Hold a lock that another process may hold long."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(lock))
         except Locked as error:
-            say(f"Waiting for the embedded letters: {error}")
+            echo(f"Waiting for the embedded letters: {error}")
             stack.enter_context(locked(lock, PATIENCE))
         yield
 
@@ -224,20 +224,20 @@ def _read_labels(member: npz.Member) -> np.ndarray:
 def _read_split(name: str, member: npz.Member, y: np.ndarray, keep: bool, watchers: list[Watch]) -> Split:
     """Read one split in one pass over its pixels.
 
-    The digest is computed in this pass. Each watcher sees every window of pixels.
+    The digest is computed in this pass. Each watcher sees every block of pixels.
     """
     size, little = len(y), member.dtype.newbyteorder("<")
     sha = hashlib.sha256(f"{little.str} {size}x{SIDE}x{SIDE}\n".encode())
     X = _room(member, size) if keep else None
     start = 0
-    for window in member.windows():
-        window = window.reshape(-1, SIDE, SIDE)
-        sha.update(np.ascontiguousarray(window, little))
+    for block in member.blocks():
+        block = block.reshape(-1, SIDE, SIDE)
+        sha.update(np.ascontiguousarray(block, little))
         for watch in watchers:
-            watch(name, size, start, window)
+            watch(name, size, start, block)
         if keep:
-            X[start : start + len(window)] = window
-        start += len(window)
+            X[start : start + len(block)] = block
+        start += len(block)
     sha.update(np.ascontiguousarray(y, "<i8"))
     return Split(name, X, y, sha.hexdigest(), str(member.dtype))
 
@@ -257,10 +257,10 @@ class _Overlap:
         self.in_test: dict[int, int] = {}  # by 64-bit hash: among 400,000 x 14,000 a false match has a chance of 3e-10
         self.shared: set[int] = set()
 
-    def see(self, name: str, size: int, start: int, window: np.ndarray) -> None:
+    def see(self, name: str, size: int, start: int, block: np.ndarray) -> None:
         if name == "val":
             return
-        for image in window if self.one_type else as_images(window):
+        for image in block if self.one_type else as_images(block):
             key = hash(image.tobytes())
             if name == "test":
                 self.in_test[key] = self.in_test.get(key, 0) + 1
@@ -280,24 +280,24 @@ class _Scale:
 
     def __init__(self, members: dict[str, npz.Member]):
         self.members = members
-        self.ends: dict[str, list] = {name: [] for name in members}  # darkest and brightest of each window, as stored
+        self.ends: dict[str, list] = {name: [] for name in members}  # darkest and brightest of each block, as stored
         self.samples: dict[str, list[np.ndarray]] = {name: [] for name in members}  # as a model takes them
 
-    def see(self, name: str, size: int, start: int, window: np.ndarray) -> None:
-        low, high = window.min(), window.max()  # a NaN anywhere becomes both
+    def see(self, name: str, size: int, start: int, block: np.ndarray) -> None:
+        low, high = block.min(), block.max()  # a NaN anywhere becomes both
         if not (np.isfinite(low) and np.isfinite(high)):
             raise self._refused(name, "NaN or infinity, expected finite pixels")
-        if window.dtype != np.uint8 and max(-low, high) > FLOAT_LIMIT:
+        if block.dtype != np.uint8 and max(-low, high) > FLOAT_LIMIT:
             expected = f"{-FLOAT_LIMIT:g}..{FLOAT_LIMIT:g}; divide them by 255 or store them as uint8"
-            raise self._refused(name, f"{window.dtype} pixels from {low:g} to {high:g}, expected {expected}")
+            raise self._refused(name, f"{block.dtype} pixels from {low:g} to {high:g}, expected {expected}")
         self.ends[name] += [low, high]
         step = -(-size // SAMPLE)
-        self.samples[name].append(as_images(window[-start % step :: step]))
+        self.samples[name].append(as_images(block[-start % step :: step]))
 
     def check(self) -> None:
         """Refuse a wrong scale, or scales that differ.
 
-        It is called after all windows. Raises `InputError`.
+        It is called after all blocks. Raises `InputError`.
         """
         white = {name: 255 if member.dtype == np.uint8 else 1 for name, member in self.members.items()}
         if all(max(self.ends[name]) - min(self.ends[name]) < NARROW * white[name] for name in self.members):

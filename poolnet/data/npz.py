@@ -46,10 +46,10 @@ class Member:
     fortran: bool
     start: int  # where its data begin
 
-    def windows(self) -> Iterator[np.ndarray]:
+    def blocks(self) -> Iterator[np.ndarray]:
         """Yield `ROWS` rows at a time, in order.
 
-        Each window is in C order.
+        Each block is in C order.
         """
         if self.fortran:
             whole = self.read()

@@ -274,7 +274,7 @@ def publish(client: MlflowClient, card: EvaluationReport) -> str:
     agrees = {True: "agrees", False: "differs", None: "not compared"}[card.agrees]
     tags = {TAG: agrees, "poolnet.data_sha256": card.splits.sha256, "mlflow.note.content": markdown(card)}
     params = {"model": card.model.uri, "split": split, "pool": card.model.pool}
-    model_id, dataset = card.model.model_id, publication.datasets(card.splits.described())[split]
+    model_id, dataset = card.model.model_id, publication.datasets(card.splits.summary())[split]
     experiment_id = card.trained.info.experiment_id if card.trained else servers.own_experiment(client)
     with tempfile.TemporaryDirectory() as scratch:
         _write(card, Path(scratch))

@@ -170,7 +170,7 @@ def _log(
         return
     note += f"; scored on {coded(splits.name)}. Whether its test images took part in the training is not known here."
     tags = {"poolnet.data_sha256": splits.sha256, "mlflow.note.content": note}
-    inputs = publication.datasets(splits.described())
+    inputs = publication.datasets(splits.summary())
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "predictions"
         folder.mkdir()

@@ -21,7 +21,7 @@ from poolnet.data.dataset import SPLITS, Dataset
 from poolnet.errors import InputError
 from poolnet.runs import provenance, run_record, train_run
 from poolnet.runs.run_record import RunRecord
-from poolnet.runs.train_run import Pooled, Say
+from poolnet.runs.train_run import Echo, Pooled
 from poolnet.tracking import addresses, registry, servers, training_runs
 from poolnet.tracking.publisher import Publisher
 from poolnet.training import train_loop
@@ -131,26 +131,28 @@ def _metrics(client: MlflowClient, run: Run) -> dict[int, dict[str, float]]:
     return steps
 
 
-def reproduce(original: Original, data: str, publisher: Publisher, say: Say = print, warn: Say = print) -> Reproduction:
+def reproduce(
+    original: Original, data: str, publisher: Publisher, echo: Echo = print, echo_warning: Echo = print
+) -> Reproduction:
     """Train the run again and compare all its figures.
 
     The data set is read from its recorded place, or from `data` if that is given. If no file is at the recorded place,
     the `data` setting of the run is used. Raises `InputError` if the data are not the same.
     """
     config, differences = _settings(original.record, data)
-    splits, pooled = _open(original, config, data, say)
+    splits, pooled = _open(original, config, data, echo)
     differences += _code_differences(original) + provenance.differences(original.record)
     threads = original.record["environment"]["threads"]
     if config.pool == "conv" and threads != train_loop.CONV_THREADS:
         differences.append(f"threads {threads} (here {train_loop.CONV_THREADS}; trained with {threads} all the same)")
     for difference in differences:
-        warn(f"{original.name} was trained with {difference}")
+        echo_warning(f"{original.name} was trained with {difference}")
     server, run_id = addresses.environment(), original.run.info.run_id
     again = train_run.create(config, original.record["optimum"], splits, server, "", run_id, threads)
     process.last_words = f"stopped; reproduce it again, or go on with: {run_record.resume_command(again.name)}"
     with again.training():
         publisher.add(again)
-        train_run.carry_out(again, splits, pooled, publisher.check, say, warn)
+        train_run.carry_out(again, splits, pooled, publisher.check, echo, echo_warning)
     found = list(_differences(original, again))
     verdict = "bit-identical" if not found else "within tolerance" if all(small for small, _ in found) else "different"
     compared = {
@@ -177,10 +179,10 @@ def _settings(record: dict, data: str) -> tuple[TrainConfig, list[str]]:
     return config, []
 
 
-def _open(original: Original, config: TrainConfig, data: str, say: Say) -> tuple[Dataset, Pooled]:
+def _open(original: Original, config: TrainConfig, data: str, echo: Echo) -> tuple[Dataset, Pooled]:
     recorded_data = original.record["data"]
     path = Path(recorded_data["path"])
-    splits, pooled = train_run.open_data(config, True, say, path if path.exists() and not data else None)
+    splits, pooled = train_run.open_data(config, True, echo, path if path.exists() and not data else None)
     known = {split["name"]: split["sha256"] for split in recorded_data["splits"]}
     for split in splits:
         if split.sha256 != known[split.name]:

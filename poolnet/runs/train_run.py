@@ -21,7 +21,7 @@ from poolnet.training import fast_step, features, train_loop
 from poolnet.training.config import TrainConfig
 from poolnet.training.train_loop import EpochRecord, FitResult, Start, State
 
-Say = Callable[[object], object]
+Echo = Callable[[object], object]
 Begun = Callable[[RunRecord], object]  # is told of a run as soon as it can be published
 Check = Callable[[], object]  # after each epoch; may raise `InputError`, which ends the run
 Pooled = dict[str, np.ndarray] | None  # the features of each split; None for a network that learns its own
@@ -34,22 +34,22 @@ def run(
     server: Mapping[str, str],
     begun: Begun = lambda run: None,
     check: Check = lambda: None,
-    say: Say = print,
-    warn: Say = print,
+    echo: Echo = print,
+    echo_warning: Echo = print,
 ) -> RunRecord:
     """Train a new run and write all its files.
 
     `server` says where the run is tracked, as in its record.
     """
     train_loop.resolve_device(config.device)
-    splits, pooled = open_data(config, cache, say)
+    splits, pooled = open_data(config, cache, echo)
     if splits.overlap:
-        warn(f"{splits.path}: {splits.overlap:,} of {len(splits.test):,} test images also occur in train")
+        echo_warning(f"{splits.path}: {splits.overlap:,} of {len(splits.test):,} test images also occur in train")
     new = create(config, optimum, splits, server)
     process.last_words = f"stopped; go on with: {run_record.resume_command(new.name)}"
     with new.training():
         begun(new)
-        carry_out(new, splits, pooled, check, say, warn)
+        carry_out(new, splits, pooled, check, echo, echo_warning)
     return new
 
 
@@ -59,8 +59,8 @@ def resume(
     cache: bool,
     begun: Begun = lambda run: None,
     check: Check = lambda: None,
-    say: Say = print,
-    warn: Say = print,
+    echo: Echo = print,
+    echo_warning: Echo = print,
 ) -> RunRecord:
     """Continue a run, to the same result.
 
@@ -81,26 +81,26 @@ def resume(
     check_options(old, given)
     if old.finished and old.has_results():
         begun(old)
-        say(f"{old.name} is finished")
+        echo(f"{old.name} is finished")
         return old
     process.last_words = f"stopped; go on with: {run_record.resume_command(old.name)}"
     with old.training():
         train_loop.resolve_device(old.record["device"])
-        splits, pooled = open_recorded_data(old, cache, say)
+        splits, pooled = open_recorded_data(old, cache, echo)
         begun(old)
-        carry_out(old, splits, pooled, check, say, warn)
+        carry_out(old, splits, pooled, check, echo, echo_warning)
     return old
 
 
-def open_data(config: TrainConfig, cache: bool, say: Say, path: Path | None = None) -> tuple[Dataset, Pooled]:
+def open_data(config: TrainConfig, cache: bool, echo: Echo, path: Path | None = None) -> tuple[Dataset, Pooled]:
     """Open the data set and its pooled features.
 
     The data set is that of the settings, or the one at `path`. There are no features (None) for pool `conv`.
     """
-    path = path or dataset.locate(config.data, say=say)
+    path = path or dataset.locate(config.data, echo=echo)
     if config.pool == "conv":
         return dataset.open_splits(path), None
-    return features.open_pooled(path, config.pool, cache=cache, say=say)
+    return features.open_pooled(path, config.pool, cache=cache, echo=echo)
 
 
 def create(
@@ -124,7 +124,7 @@ def create(
         "sweep": sweep,
         "reproduces": reproduces,
         "device": str(train_loop.resolve_device(config.device)),
-        "data": splits.described(),
+        "data": splits.summary(),
         "code": {"commit": commit, "dirty": dirty},
         "environment": {**provenance.environment(), "threads": threads if config.pool == "conv" else 1},
         "tracking": {**server, **({"run_id": ""} if sweep else {})},  # for a sweep it is the parent's
@@ -156,7 +156,7 @@ def check_options(run: RunRecord, given: dict[str, object]) -> None:
             )
 
 
-def open_recorded_data(run: RunRecord, cache: bool, say: Say) -> tuple[Dataset, Pooled]:
+def open_recorded_data(run: RunRecord, cache: bool, echo: Echo) -> tuple[Dataset, Pooled]:
     """Open the data set that a run began with.
 
     Raises `InputError` if the data set has changed since then.
@@ -164,7 +164,7 @@ def open_recorded_data(run: RunRecord, cache: bool, say: Say) -> tuple[Dataset, 
     recorded = run.record["data"]
     path = Path(recorded["path"])
     config = settings(run)
-    splits, pooled = open_data(config, cache, say, path if path.exists() else None)
+    splits, pooled = open_data(config, cache, echo, path if path.exists() else None)
     if splits.sha256 != recorded["sha256"]:
         raise InputError(
             f"{splits.path}: found SHA-256 {splits.sha256[:16]}..., but {recorded['sha256'][:16]}... in the record of "
@@ -178,25 +178,25 @@ def carry_out(
     splits: Dataset,
     pooled: Pooled,
     check: Check = lambda: None,
-    say: Say = print,
-    warn: Say = print,
+    echo: Echo = print,
+    echo_warning: Echo = print,
 ) -> None:
     """Train the rest of a run and write its results."""
-    result, best = _train(run, splits, pooled, check, say, warn)
-    say(f"TEST: loss={result.test.loss:.4f}, acc={result.test.acc:.4f}")
+    result, best = _train(run, splits, pooled, check, echo, echo_warning)
+    echo(f"TEST: loss={result.test.loss:.4f}, acc={result.test.acc:.4f}")
     if best:
-        say(f"Optimum: train loss={best.train_loss:.6f}, {best.gap:.6f} below that of the trained weights")
+        echo(f"Optimum: train loss={best.train_loss:.6f}, {best.gap:.6f} below that of the trained weights")
     _write_result(run, splits, result, best)
     run.end("FINISHED")
 
 
 def _train(
-    run: RunRecord, splits: Dataset, pooled: Pooled, check: Check, say: Say, warn: Say
+    run: RunRecord, splits: Dataset, pooled: Pooled, check: Check, echo: Echo, echo_warning: Echo
 ) -> tuple[FitResult, fast_step.LowestLoss | None]:
     config = dataclasses.replace(settings(run), device=run.record["device"])  # what `auto` meant then
     records = run.by_step()
     if records and (differences := _differences(run)):
-        warn(f"{run.name} was begun with {differences}: the last digits may differ")
+        echo_warning(f"{run.name} was begun with {differences}: the last digits may differ")
 
     names = {field.name for field in dataclasses.fields(EpochRecord)} - {"epoch"}
 
@@ -204,7 +204,7 @@ def _train(
         for state in run.checkpoints():
             epochs = range(1, int(state["epochs"]) + 1) if _form(state) == _form(new) else ()
             if epochs and all(names <= records.get(epoch, {}).keys() for epoch in epochs):
-                say(f"Resuming {run.name} after epoch {len(epochs)} of {config.epochs}")
+                echo(f"Resuming {run.name} after epoch {len(epochs)} of {config.epochs}")
                 figures = [(epoch, {name: records[epoch][name] for name in names}) for epoch in epochs]
                 return Start(tuple(EpochRecord(epoch, **known) for epoch, known in figures), state)
         return None  # every epoch is trained again, to the same figures; those recorded stay
@@ -212,7 +212,7 @@ def _train(
     def on_epoch(record: EpochRecord) -> None:
         values = dataclasses.asdict(record)
         known = run.append(values.pop("epoch"), values)["metrics"]
-        say(record)  # after the record: a screen that is gone must not cost the record
+        echo(record)  # after the record: a screen that is gone must not cost the record
         for name in ("train_loss", "train_acc", "val_loss", "val_acc"):
             if known.get(name) != values[name]:
                 raise RunError(
@@ -227,7 +227,7 @@ def _train(
     result = fast_step.fit(config, splits, pooled, **hooks)
     best = fast_step.lowest_train_loss(result, splits.train, pooled["train"]) if run.record["optimum"] else None
     if best and not best.converged:
-        warn("the search for the optimum stopped early: the lowest train loss is lower still")
+        echo_warning("the search for the optimum stopped early: the lowest train loss is lower still")
     return result, best
 
 

@@ -131,7 +131,7 @@ def compare(study_or_runs: str | Path | Sequence[str], margin: float | None = No
         raise InputError(f"margin: found {margin}, expected points of accuracy above 0")
     uri = addresses.own()
     addresses.check(uri)
-    with servers.asked(uri), servers.as_environment(uri):
+    with servers.brief_errors(uri), servers.as_environment(uri):
         client = servers.own_client()
         if study:
             selected = selection.of_study(client, [servers.experiment_named(client, "")], study)

@@ -38,7 +38,7 @@ def of_study(client: MlflowClient, experiment_ids: list[str], study: Study) -> S
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         begun = [
             f", {run.name} is {run.status}"
-            for run in training_runs.search(client, experiment_ids, warn=_say_nothing)
+            for run in training_runs.search(client, experiment_ids, echo_warning=_say_nothing)
             if run.status != "FINISHED" and run.key == _key(config, run.device, sha256)
         ]
         again = pasted("poolnet", "sweep", study.path, "--data", study.data)

@@ -34,7 +34,7 @@ from poolnet.training.config import TrainConfig
 ASK_SECONDS = 2  # that the server has to say what it holds, before training begins without
 ORPHAN_SECONDS = 15  # in which a worker finishes its batch after its sweep was killed
 
-Say = Callable[[str], object]
+Echo = Callable[[str], object]
 
 
 @dataclasses.dataclass
@@ -85,34 +85,34 @@ class Sweep:
         return training_runs.key(config, str(train_loop.resolve_device(config.device)), self.data_sha256)
 
 
-def opened(study: Study, say: Say, warn: Say) -> Sweep:
+def opened(study: Study, echo: Echo, echo_warning: Echo) -> Sweep:
     """Open a study's data set and return its sweep.
 
     In the sweep, all runs are still `missing`.
     """
-    path = dataset.locate(study.data, say=say)
+    path = dataset.locate(study.data, echo=echo)
     splits = dataset.open_splits(path)
     if splits.overlap:
-        warn(f"{splits.path}: {splits.overlap:,} of {len(splits.test):,} test images also occur in train")
+        echo_warning(f"{splits.path}: {splits.overlap:,} of {len(splits.test):,} test images also occur in train")
     sweep = Sweep(study, path, splits.sha256, addresses.own(), {})
     sweep.results = {sweep.key(config): Result(config) for config in study.configs()}
     return sweep
 
 
-def carry_out(sweep: Sweep, workers: int, publisher: Publisher, say: Say, warn: Say) -> None:
+def carry_out(sweep: Sweep, workers: int, publisher: Publisher, echo: Echo, echo_warning: Echo) -> None:
     """Train the missing runs of a sweep and publish them.
 
     Only one process at a time can do this for one study and data set.
     """
-    with _alone(sweep), _described(sweep, warn):
-        begun = _look_at_records(sweep, publisher, warn)
+    with _alone(sweep), _described(sweep, echo_warning):
+        begun = _look_at_records(sweep, publisher, echo_warning)
         if sweep.missing:
-            _train(sweep, begun, workers, publisher, say, warn)
+            _train(sweep, begun, workers, publisher, echo, echo_warning)
         if publisher.runs:
             sweep.trouble = publisher.close()
             sweep.patience = ASK_SECONDS if sweep.trouble else publisher.drain_timeout
-            with _warned(sweep, "cannot be asked which runs it has now", warn):
-                _look_at_server(sweep, warn)
+            with _warned(sweep, "cannot be asked which runs it has now", echo_warning):
+                _look_at_server(sweep, echo_warning)
 
 
 @contextlib.contextmanager
@@ -132,37 +132,39 @@ def _alone(sweep: Sweep) -> Iterator[None]:
 # --- what there is ----------------------------------------------------------------------------------------------------
 
 
-def _ask_server(sweep: Sweep, warn: Say) -> None:
+def _ask_server(sweep: Sweep, echo_warning: Echo) -> None:
     """Look up finished runs and update the parent run.
 
     These are all requests to the server before training.
     """
-    _look_at_server(sweep, warn)
-    with _warned(sweep, OUTDATED, warn):  # which is no reason to train again what the server has
+    _look_at_server(sweep, echo_warning)
+    with _warned(sweep, OUTDATED, echo_warning):  # which is no reason to train again what the server has
         _describe(sweep, "RUNNING")
 
 
-def _look_at_server(sweep: Sweep, warn: Say) -> None:
+def _look_at_server(sweep: Sweep, echo_warning: Echo) -> None:
     """Take the results of finished runs from the server.
 
     They are runs of the same data and settings, whoever made them.
     """
     client = servers.client_of(sweep.uri)
-    for key, run in training_runs.finished(client, [servers.own_experiment(client)], sweep.data_sha256, warn).items():
+    for key, run in training_runs.finished(
+        client, [servers.own_experiment(client)], sweep.data_sha256, echo_warning
+    ).items():
         result = sweep.results.get(key)
         if result and not result.run_id:
             result.status, result.run, result.run_id = run.status, run.name, run.run_id
             result.scores = {name: run.metrics[name] for name in SCORES}
 
 
-def _look_at_records(sweep: Sweep, publisher: Publisher, warn: Say) -> dict[tuple, str]:
+def _look_at_records(sweep: Sweep, publisher: Publisher, echo_warning: Echo) -> dict[tuple, str]:
     """Take results from run records that the server lacks.
 
     Finished runs also go to the publisher. Returns the runs of this sweep that were cut off or are damaged: their names
     by key.
     """
     begun = {}
-    for key, run in _records(sweep, warn):
+    for key, run in _records(sweep, echo_warning):
         result, mine = sweep.results[key], run.record.get("sweep") == sweep.name
         if mine:
             _wait_for_orphan(run)
@@ -176,7 +178,7 @@ def _look_at_records(sweep: Sweep, publisher: Publisher, warn: Say) -> dict[tupl
     return begun
 
 
-def _records(sweep: Sweep, warn: Say) -> Iterator[tuple[tuple, RunRecord]]:
+def _records(sweep: Sweep, echo_warning: Echo) -> Iterator[tuple[tuple, RunRecord]]:
     """Yield the run records on disk of missing runs.
 
     Only records on this sweep's data, and for its server and experiment, are included. Each comes with its key.
@@ -192,7 +194,7 @@ def _records(sweep: Sweep, warn: Say) -> Iterator[tuple[tuple, RunRecord]]:
                 yield key, run
         except (InputError, KeyError, TypeError) as error:  # damaged, or of another version
             unknown[name] = error
-    training_runs.warn_of_unknown(unknown, warn)
+    training_runs.warn_of_unknown(unknown, echo_warning)
 
 
 def _belongs_here(sweep: Sweep, run: RunRecord) -> bool:
@@ -225,7 +227,9 @@ def _take(result: Result, run: RunRecord) -> None:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def _train(sweep: Sweep, begun: dict[tuple, str], count: int, publisher: Publisher, say: Say, warn: Say) -> None:
+def _train(
+    sweep: Sweep, begun: dict[tuple, str], count: int, publisher: Publisher, echo: Echo, echo_warning: Echo
+) -> None:
     """Train the missing runs, seed by seed.
 
     So a sweep that is cut off has pairs of runs.
@@ -249,7 +253,7 @@ def _train(sweep: Sweep, begun: dict[tuple, str], count: int, publisher: Publish
                 bar.update(value - worker.epoch)
                 worker.epoch = value
             else:
-                _ended(sweep.result(worker.config), worker, value, say, warn)
+                _ended(sweep.result(worker.config), worker, value, echo, echo_warning)
                 bar.update(worker.config.epochs - worker.epoch)
 
 
@@ -284,14 +288,14 @@ def _heard(sweep: Sweep, todo: deque[tuple[TrainConfig, str]], count: int) -> It
             worker.stop()
 
 
-def _ended(result: Result, worker: Worker, error: str, say: Say, warn: Say) -> None:
+def _ended(result: Result, worker: Worker, error: str, echo: Echo, echo_warning: Echo) -> None:
     result.trained, result.error = True, error
     if worker.run:
         _take(result, run_record.find(worker.run))
     if error:
-        warn(f"{worker.run or worker.config}: {error}")
+        echo_warning(f"{worker.run or worker.config}: {error}")
     else:
-        say(f"{result.run}: " + ", ".join(f"{name} {result.scores[name]:.4f}" for name in SCORES))
+        echo(f"{result.run}: " + ", ".join(f"{name} {result.scores[name]:.4f}" for name in SCORES))
 
 
 # --- the parent run ---------------------------------------------------------------------------------------------------
@@ -300,27 +304,27 @@ OUTDATED = "the sweep's own run is not up to date; sweep again to mend that"
 
 
 @contextlib.contextmanager
-def _described(sweep: Sweep, warn: Say) -> Iterator[None]:
+def _described(sweep: Sweep, echo_warning: Echo) -> Iterator[None]:
     """Keep the parent run up to date during the block.
 
     At the start, the parent run says that the sweep is running. At the end, it says how far the sweep has come.
     """
     status = "FAILED"
     try:
-        with _warned(sweep, "cannot be asked which runs it has; going by the records on disk alone", warn):
-            _ask_server(sweep, warn)
+        with _warned(sweep, "cannot be asked which runs it has; going by the records on disk alone", echo_warning):
+            _ask_server(sweep, echo_warning)
         yield
         status = "FAILED" if sweep.missing else "FINISHED"
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         raise
     finally:
-        with _warned(sweep, OUTDATED, warn):
+        with _warned(sweep, OUTDATED, echo_warning):
             _describe(sweep, status)
 
 
 @contextlib.contextmanager
-def _warned(sweep: Sweep, what: str, warn: Say) -> Iterator[None]:
+def _warned(sweep: Sweep, what: str, echo_warning: Echo) -> Iterator[None]:
     """Turn tracking server errors in the block into warnings.
 
     A warning is enough, because a later call does everything again.
@@ -329,7 +333,7 @@ def _warned(sweep: Sweep, what: str, warn: Say) -> Iterator[None]:
         with servers.within(sweep.patience):
             yield
     except (MlflowException, NoAnswer) as error:
-        warn(f"{addresses.shown(sweep.uri)}: {what} ({servers.reason(error)})")
+        echo_warning(f"{addresses.shown(sweep.uri)}: {what} ({servers.reason(error)})")
 
 
 def _describe(sweep: Sweep, status: str) -> None:

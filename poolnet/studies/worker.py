@@ -89,18 +89,18 @@ def _train(
     from poolnet.tracking import addresses
     from poolnet.training.train_loop import EpochRecord
 
-    def say(line: object) -> None:
+    def echo(line: object) -> None:
         if isinstance(line, EpochRecord):
             connection.send(("epoch", line.epoch))
 
     try:
         if config.pool not in opened:
-            opened[config.pool] = train_run.open_data(config, True, say, path)
+            opened[config.pool] = train_run.open_data(config, True, echo, path)
         splits, pooled = opened[config.pool]
         run = run_record.find(name) if name else train_run.create(config, False, splits, addresses.environment(), sweep)
         connection.send(("begun", run.name))
         with run.training():
-            train_run.carry_out(run, splits, pooled, say=say, warn=lambda line: None)
+            train_run.carry_out(run, splits, pooled, echo=echo, echo_warning=lambda line: None)
     except Exception as error:  # whatever it was: the sweep reports it, and goes on with the others
         return " ".join(str(error).split()) or type(error).__name__
     return ""

@@ -397,7 +397,7 @@ class Publication:
 def datasets(data: dict) -> dict[str, DatasetInput]:
     """Describe the splits of a data set for MLflow.
 
-    The descriptions are given by the name of the split. They do not hold the data. `data` is as in `Dataset.described`.
+    The descriptions are given by the name of the split. They do not hold the data. `data` is as in `Dataset.summary`.
     """
     # By its type, since MLflow resolves a bare path to two sources and warns.
     source = get_dataset_source_from_json(json.dumps({"uri": data["path"]}), "local")

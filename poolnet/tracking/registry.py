@@ -20,7 +20,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.tracking.client import MlflowClient
 
 from poolnet.errors import InputError
-from poolnet.text import warn
+from poolnet.text import echo_warning
 from poolnet.tracking import programs, servers
 
 if TYPE_CHECKING:  # torch only where a network is made
@@ -250,9 +250,9 @@ def _read(folder: Path, uri: str, check_export: bool) -> tuple[str, "SimplePoolN
         raise InputError(f"{uri}: {' '.join(str(error).split())}; {CURE}") from None
     maker, here = torch_flavor.get("pytorch_version"), torch.__version__
     if check_export and not (folder / programs.WEIGHTS).exists():
-        warn(f"{uri}: {UNCHECKED}, as an earlier version of poolnet logged it")
+        echo_warning(f"{uri}: {UNCHECKED}, as an earlier version of poolnet logged it")
     elif check_export and maker != here:
-        warn(f"{uri}: {UNCHECKED}, as torch {maker} made it and this is {here}")
+        echo_warning(f"{uri}: {UNCHECKED}, as torch {maker} made it and this is {here}")
     elif check_export and not programs.is_ours(folder, net):
         raise InputError(f"{uri}: found an export, which MLflow would serve, that is not that of its weights; {CURE}")
     return pool, net, model.run_id or ""

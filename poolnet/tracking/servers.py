@@ -420,7 +420,7 @@ def is_refusal(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def asked(uri: str) -> Iterator[None]:
+def brief_errors(uri: str) -> Iterator[None]:
     """Turn server errors in the block into a one-line `RunError`."""
     try:
         yield

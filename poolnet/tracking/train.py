@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from poolnet.errors import InputError
 from poolnet.files import home
 from poolnet.runs.run_record import RunRecord
-from poolnet.text import warn
+from poolnet.text import echo_warning
 from poolnet.tracking import addresses
 from poolnet.tracking.publisher import Held, Publisher
 from poolnet.training.config import TrainConfig
@@ -36,8 +36,8 @@ def train(
     resume: str = "",
     given: Mapping[str, object] = {},
     timeout: float = 20,
-    say: Callable[[object], object] = print,
-    warn: Callable[[str], object] = warn,
+    echo: Callable[[object], object] = print,
+    echo_warning: Callable[[str], object] = echo_warning,
 ) -> Trained:
     """Train a network, record it and publish it.
 
@@ -49,23 +49,23 @@ def train(
         raise InputError("--optimum: found pool conv, expected max or avg, whose loss has a single minimum")
     home()  # first of all, since nothing goes without it
     if not resume:
-        look_ahead(warn)
+        look_ahead(echo_warning)
     with Publisher(timeout) as publisher:  # its imports take seconds, beside ours
         from poolnet.runs import train_run
 
         if resume:
             carrier = os.environ.get("MLFLOW_RUN_ID", "")  # a run that `mlflow run` made only for this
             begun = functools.partial(publisher.add, carrier=carrier)
-            run = train_run.resume(resume, given, cache, begun, publisher.check, say, warn)
+            run = train_run.resume(resume, given, cache, begun, publisher.check, echo, echo_warning)
         else:
             publisher.refuse_stale()
             server = addresses.environment()
-            run = train_run.run(config, optimum, cache, server, publisher.add, publisher.check, say, warn)
+            run = train_run.run(config, optimum, cache, server, publisher.add, publisher.check, echo, echo_warning)
         trouble = publisher.close()
         return Trained(run, publisher.held, trouble)
 
 
-def look_ahead(warn: Callable[[str], object]) -> None:
+def look_ahead(echo_warning: Callable[[str], object]) -> None:
     """Check the tracking address before anything is trained.
 
     An address that can never work is refused with `InputError`. If the server is down, there is a warning.
@@ -73,7 +73,7 @@ def look_ahead(warn: Callable[[str], object]) -> None:
     uri = addresses.own()
     addresses.check(uri)
     if problem := addresses.unreachable(uri):
-        warn(
+        echo_warning(
             f"{addresses.shown(uri)} cannot be reached ({problem}); what is trained is kept, and published later with: "
             "poolnet sync"
         )

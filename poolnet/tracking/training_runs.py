@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet.errors import InputError
-from poolnet.text import warn
+from poolnet.text import echo_warning
 from poolnet.training.config import TrainConfig
 
 # With data and device, all that the figures depend on; the seed is last.
@@ -62,7 +62,10 @@ def key(config: TrainConfig, device: str, data_sha256: str) -> tuple:
 
 
 def finished(
-    client: MlflowClient, experiment_ids: list[str], data_sha256: str, warn: Callable[[str], object] = warn
+    client: MlflowClient,
+    experiment_ids: list[str],
+    data_sha256: str,
+    echo_warning: Callable[[str], object] = echo_warning,
 ) -> dict[tuple, TrainingRun]:
     """Return the newest finished run of each key.
 
@@ -70,12 +73,15 @@ def finished(
     again, and a comparison compares them.
     """
     query = f"attributes.status = 'FINISHED' AND tags.`poolnet.data_sha256` = '{data_sha256}'"
-    runs = [run for run in search(client, experiment_ids, query, warn) if set(SCORES) <= set(run.metrics)]
+    runs = [run for run in search(client, experiment_ids, query, echo_warning) if set(SCORES) <= set(run.metrics)]
     return {run.key: run for run in reversed(runs)}
 
 
 def search(
-    client: MlflowClient, experiment_ids: list[str], query: str = "", warn: Callable[[str], object] = warn
+    client: MlflowClient,
+    experiment_ids: list[str],
+    query: str = "",
+    echo_warning: Callable[[str], object] = echo_warning,
 ) -> Iterator[TrainingRun]:
     """Yield the poolnet runs of experiments that match a query.
 
@@ -92,10 +98,10 @@ def search(
                 except InputError as error:
                     unknown[run.data.tags["poolnet.run"]] = error
         token = page.token or ""
-    warn_of_unknown(unknown, warn)
+    warn_of_unknown(unknown, echo_warning)
 
 
-def warn_of_unknown(unknown: dict[str, Exception], warn: Callable[[str], object]) -> None:
+def warn_of_unknown(unknown: dict[str, Exception], echo_warning: Callable[[str], object]) -> None:
     """Warn once about runs that were left out.
 
     The warning has the name of the first run, the number of the others, and why the first was left out. `unknown` maps
@@ -104,7 +110,7 @@ def warn_of_unknown(unknown: dict[str, Exception], warn: Callable[[str], object]
     if unknown:
         name, error = next(iter(unknown.items()))
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        warn(f"left out {name}{more}, which this version of poolnet does not know: {error}")
+        echo_warning(f"left out {name}{more}, which this version of poolnet does not know: {error}")
 
 
 def is_training_run(run: Run) -> bool:

@@ -21,7 +21,7 @@ from poolnet.tracking.publisher import ASK
 
 POLL_SECONDS = 1  # between two looks at the records
 
-Say = Callable[[str], object]
+Echo = Callable[[str], object]
 
 
 @dataclasses.dataclass
@@ -35,7 +35,7 @@ class Followed:
     over: bool = False  # the server has all of it, or never will
 
 
-def follow(lines: Iterable[str], drain_timeout: float, say: Say, answer: Callable[[], object]) -> int:
+def follow(lines: Iterable[str], drain_timeout: float, echo: Echo, answer: Callable[[], object]) -> int:
     """Publish the runs that the input lines name.
 
     Each line is `NAME CARRIER`. The function returns when the lines have ended and all is published. Each run is
@@ -59,14 +59,14 @@ def follow(lines: Iterable[str], drain_timeout: float, say: Say, answer: Callabl
                 importlib.import_module("mlflow.store.tracking.sqlalchemy_store")  # a second or two
             answer()
             if refusal := _refusal(os.environ["MLFLOW_RUN_ID"]):
-                say(refusal)
+                echo(refusal)
                 return 2
             answer()
         elif line:
             name, _, carrier = line.partition(" ")
             runs[name] = Followed(name, carrier)
         for run in runs.values():
-            if not run.over and _step(run, closed, say):
+            if not run.over and _step(run, closed, echo):
                 progress = time.monotonic()
             if isinstance(run.trouble, Refused) and run.publication.run.is_training():
                 return 2
@@ -99,7 +99,7 @@ def _next(inbox: queue.SimpleQueue) -> str | None:
         return ""
 
 
-def _step(run: Followed, closed: bool, say: Say) -> bool:
+def _step(run: Followed, closed: bool, echo: Echo) -> bool:
     """Publish what the record of a run has now.
 
     Returns whether this made progress.
@@ -112,7 +112,7 @@ def _step(run: Followed, closed: bool, say: Say) -> bool:
         run.trouble = error
         run.over = isinstance(error, Refused) or (closed and sync.is_final(error))
         if str(error) != known:
-            say(sync.said(error, run.publication.key if run.publication else ""))
+            echo(sync.said(error, run.publication.key if run.publication else ""))
     return bool(run.publication) and run.publication.held != before
 
 

@@ -26,7 +26,7 @@ CACHE_LIMIT = 4 << 30  # bytes; the reference experiment takes 95 MB a pooling
 
 
 def open_pooled(
-    path: Path, pool: str, cache: bool = True, say: Callable[[str], None] = lambda line: None
+    path: Path, pool: str, cache: bool = True, echo: Callable[[str], None] = lambda line: None
 ) -> tuple[Dataset, dict[str, np.ndarray]]:
     """Open a data set and return its pooled features.
 
@@ -46,7 +46,7 @@ def open_pooled(
 
     splits = open_splits(path, KEPT, watch)  # in one pass, so that the features are of what has this digest
     if cache:
-        _save_all(splits, arrays, pool, say)
+        _save_all(splits, arrays, pool, echo)
     return splits, arrays
 
 
@@ -98,13 +98,13 @@ def _load(split: Split, pool: str) -> np.ndarray | None:
     return None
 
 
-def _save_all(splits: Dataset, arrays: dict[str, np.ndarray], pool: str, say: Callable[[str], None]) -> None:
+def _save_all(splits: Dataset, arrays: dict[str, np.ndarray], pool: str, echo: Callable[[str], None]) -> None:
     try:
         for split in splits:
             _save(arrays[split.name], split, pool)
-        say(f"Features: cached in {_folder()}, {_size() / 1e6:,.1f} MB of at most {CACHE_LIMIT / 1e6:,.0f} MB")
+        echo(f"Features: cached in {_folder()}, {_size() / 1e6:,.1f} MB of at most {CACHE_LIMIT / 1e6:,.0f} MB")
     except OSError as error:  # they are in memory all the same
-        say(f"Features: not cached, {_folder()} cannot be written ({error})")
+        echo(f"Features: not cached, {_folder()} cannot be written ({error})")
 
 
 def _save(array: np.ndarray, split: Split, pool: str) -> None:

@@ -21,7 +21,7 @@ from poolnet.data.dataset import locate, open_splits
 from poolnet.errors import InputError
 from poolnet.files import home
 from poolnet.runs import run_record
-from poolnet.text import coded, marked, pasted, say
+from poolnet.text import coded, echo, marked, pasted
 from poolnet.training.config import TrainConfig
 
 BAD_OPTIONS = {  # the options, and the words of the line that refuses them
@@ -302,7 +302,7 @@ def test_foreign_text_is_itself_in_code(text, shown):
 
 
 def test_foreign_text_is_printed_as_lines_that_a_terminal_does_not_obey(capsys):
-    say("two lines\nof \x1b[31m \udcff \u202e \u65e5 \xe9\x9b\r\n")
+    echo("two lines\nof \x1b[31m \udcff \u202e \u65e5 \xe9\x9b\r\n")
     assert capsys.readouterr().out == "two lines\nof \\x1b[31m \\udcff \\u202e \u65e5 \xe9\\x9b\\r\n\n"
 
 

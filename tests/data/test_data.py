@@ -354,7 +354,7 @@ def test_a_file_that_changes_while_it_is_opened_is_the_old_one_or_refused(tmp_pa
     path = save(tmp_path / "d.npz", arrays)
     other = save(tmp_path / "other.npz", make_arrays(seed=2))
 
-    def meddle(name, size, start, window):
+    def meddle(name, size, start, block):
         if name == "val" and how == "replaced":
             shutil.copy(other, tmp_path / "copy.npz")
             (tmp_path / "copy.npz").replace(path)
@@ -376,7 +376,7 @@ def test_images_that_nobody_wants_are_not_kept(letters, arrays):
     splits = open_splits(letters, keep=("test",))
     assert (splits.train.X, splits.val.X) == (None, None)
     np.testing.assert_array_equal(splits.test.X, arrays["X_test"])
-    assert splits.described() == open_splits(letters).described()
+    assert splits.summary() == open_splits(letters).summary()
 
 
 def test_test_images_that_train_holds_are_counted(tmp_path):
@@ -395,11 +395,11 @@ def test_windows_are_the_rows_in_order(tmp_path, arrays, monkeypatch, rows):
     seen = {name: [] for name in dataset.SPLITS}
     for writer in (np.savez, np.savez_compressed):
         open_splits(save(tmp_path / "d.npz", arrays, writer), (), lambda name, *rest: seen[name].append(rest))
-        for name, windows in seen.items():
-            starts = [start for _, start, _ in windows]
+        for name, blocks in seen.items():
+            starts = [start for _, start, _ in blocks]
             assert starts == list(range(0, len(arrays[f"X_{name}"]), rows))
-            np.testing.assert_array_equal(np.concatenate([pixels for *_, pixels in windows]), arrays[f"X_{name}"])
-            windows.clear()
+            np.testing.assert_array_equal(np.concatenate([pixels for *_, pixels in blocks]), arrays[f"X_{name}"])
+            blocks.clear()
 
 
 def header_of(path, key, shape, descr="|u1"):
@@ -616,7 +616,7 @@ def test_trouble_while_data_are_read_is_called_what_it_is(letters, monkeypatch, 
         member = npz.member(archive, letters, "X_train")
         monkeypatch.setattr(zipfile.ZipExtFile, "read", fail)
         with pytest.raises(kind, match=f"letters.npz: .*{message}"):
-            next(member.windows())
+            next(member.blocks())
 
 
 def test_an_error_of_the_one_who_watches_is_not_the_files(letters):

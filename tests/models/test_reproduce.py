@@ -80,7 +80,7 @@ def test_a_conv_run_is_trained_again_with_its_own_number_of_threads(tmp_path):
     splits, pooled = train_run.open_data(config, False, print)
     old = train_run.create(config, False, splits, addresses.environment(), threads=3)
     with old.training():
-        train_run.carry_out(old, splits, pooled, say=lambda line: None)
+        train_run.carry_out(old, splits, pooled, echo=lambda line: None)
     found, _ = reproduced(publish(old).info.run_id)
     assert found["verdict"] == "bit-identical"
     assert found["circumstances"] == ["threads 3 (here 2; trained with 3 all the same)"]

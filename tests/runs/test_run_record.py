@@ -381,7 +381,7 @@ def test_from_every_epochs_state_the_rest_is_the_same(letters, run, pool):
 def journaled(path, pool="max"):
     """A new run, its data, and the features of them."""
     config = TrainConfig(data=str(path), pool=pool, epochs=3, batch_size=32)
-    splits, pooled = train_run.open_data(config, cache=False, say=lambda line: None)
+    splits, pooled = train_run.open_data(config, cache=False, echo=lambda line: None)
     return train_run.create(config, False, splits, addresses.environment()), splits, pooled
 
 
@@ -434,7 +434,7 @@ def flipped(data):
 def test_what_is_damaged_of_a_finished_run_is_named_and_made_again_by_resuming_it(letters):
     run, splits, pooled = journaled(letters)
     with run.training():
-        train_run.carry_out(run, splits, pooled, say=lambda line: None)
+        train_run.carry_out(run, splits, pooled, echo=lambda line: None)
     expected, weights = without_times(run), run.load_tensors("model")
     for name, damaged in (
         ("metrics.jsonl", flipped),
@@ -454,7 +454,7 @@ def test_what_is_damaged_of_a_finished_run_is_named_and_made_again_by_resuming_i
         named = f"{path.name}: .*damaged; made again by: poolnet train --resume {run.name}"
         with pytest.raises(RunError, match=named):
             run.check_results()
-        train_run.resume(run.name, {}, False, say=lambda line: None)
+        train_run.resume(run.name, {}, False, echo=lambda line: None)
         run.check_results()
         assert run.finished
         assert without_times(run) == expected
@@ -465,25 +465,25 @@ def test_what_is_damaged_of_a_finished_run_is_named_and_made_again_by_resuming_i
 
 def test_a_run_whose_checkpoints_are_lost_is_trained_again_and_its_record_stays(letters):
     config = TrainConfig(data=str(letters), epochs=3)
-    splits, pooled = train_run.open_data(config, cache=False, say=lambda line: None)
+    splits, pooled = train_run.open_data(config, cache=False, echo=lambda line: None)
     run = train_run.create(config, False, splits, addresses.environment())
     with run.training():
-        train_run.carry_out(run, splits, pooled, say=lambda line: None)
+        train_run.carry_out(run, splits, pooled, echo=lambda line: None)
     before = run.metrics()
     for path in run.folder.glob("checkpoint-*"):
         path.write_bytes(path.read_bytes()[:100])
     assert run.checkpoints() == []
     with run.training():
-        train_run.carry_out(run, splits, pooled, say=lambda line: None)
+        train_run.carry_out(run, splits, pooled, echo=lambda line: None)
     assert run.metrics() == before
     assert run.finished
 
 
 def test_a_record_that_the_training_does_not_repeat_is_not_built_on(letters):
     config = TrainConfig(data=str(letters), epochs=2)
-    splits, pooled = train_run.open_data(config, cache=False, say=lambda line: None)
+    splits, pooled = train_run.open_data(config, cache=False, echo=lambda line: None)
     run = train_run.create(config, False, splits, addresses.environment())
     with run.training():
         run.append(1, dict.fromkeys(("train_loss", "train_acc", "val_loss", "val_acc"), 0.5))
         with pytest.raises(RunError, match=r"epoch 1: train_loss: found 2\..*, but 0.5 in the record of"):
-            train_run.carry_out(run, splits, pooled, say=lambda line: None)
+            train_run.carry_out(run, splits, pooled, echo=lambda line: None)

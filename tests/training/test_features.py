@@ -54,7 +54,7 @@ def test_the_second_time_nothing_is_computed(letters, monkeypatch):
     _, first = open_pooled(letters, "max")
     monkeypatch.setattr(features, "pooled", None)
     said = []
-    _, second = open_pooled(letters, "max", say=said.append)
+    _, second = open_pooled(letters, "max", echo=said.append)
     assert said == []
     for name in first:
         np.testing.assert_array_equal(first[name], second[name])
@@ -107,7 +107,7 @@ def test_a_damaged_cache_is_made_anew(letters, damage):
             new = {"cut": content[:-70], "big-endian": content.replace(b"<f4", b">f4"), "text": b"hello"}[damage]
             path.write_bytes(new)
     said = []
-    _, rebuilt = open_pooled(letters, "avg", say=said.append)
+    _, rebuilt = open_pooled(letters, "avg", echo=said.append)
     for name in good:
         np.testing.assert_array_equal(good[name], rebuilt[name])
     assert cached() == names
@@ -160,7 +160,7 @@ def test_the_cache_is_bounded_and_the_least_used_goes_first(tmp_path, monkeypatc
         paths.append(tmp_path / f"{seed}.npz")
         np.savez(paths[-1], **make_arrays(seed=seed))
     said = []
-    open_pooled(paths[0], "max", say=said.append)
+    open_pooled(paths[0], "max", echo=said.append)
     one = sum(path.stat().st_size for path in cached())
     assert said == [f"Features: cached in {home() / 'features'}, {one / 1e6:,.1f} MB of at most 4,295 MB"]
     monkeypatch.setattr(features, "CACHE_LIMIT", int(2.5 * one))
@@ -187,7 +187,7 @@ import resource, sys
 from pathlib import Path
 from poolnet.training.features import open_pooled
 resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-_, arrays = open_pooled(Path(sys.argv[1]), "max", say=print)
+_, arrays = open_pooled(Path(sys.argv[1]), "max", echo=print)
 print(arrays["train"].shape)
 """
 
