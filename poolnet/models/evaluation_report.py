@@ -22,11 +22,10 @@ from poolnet.runs import figures
 from poolnet.stats import scores
 from poolnet.stats.scores import Scores, Share
 from poolnet.text import aligned, coded, marked, piped, to_json
-from poolnet.tracking import publication, result_runs, servers, training_runs
+from poolnet.tracking import names, publication, result_runs, servers, training_runs
 from poolnet.tracking.registry import Loaded
 from poolnet.training.evaluation import Evaluation, evaluate
 
-TAG = "poolnet.evaluation"  # of the run
 MEASURES = ("precision", "recall", "f1")  # of each letter
 # Between the training and an evaluation of the same model on the same data, on one kind of device and on two.
 TOLERANCE = {"loss": 1e-6, "acc": 1e-6}
@@ -75,7 +74,7 @@ class EvaluationReport:
 
         Evaluation runs on the CPU. Training may have run on any device.
         """
-        device = self.trained.data.tags.get("poolnet.device", "cpu")
+        device = self.trained.data.tags.get(names.DEVICE, "cpu")
         if device.startswith("cpu"):
             return TOLERANCE
         return TOLERANCE_ELSEWHERE | {"acc": max(TOLERANCE_ELSEWHERE["acc"], 1.001 / self.scores.n)}
@@ -86,7 +85,7 @@ class EvaluationReport:
             return "Not compared with its run, which this server does not have."
         run, found = _run_name(self.trained), self.evaluation
         if self.recorded is None:
-            other = self.trained.data.tags.get("poolnet.data_sha256") != self.splits.sha256
+            other = self.trained.data.tags.get(names.DATA_SHA256) != self.splits.sha256
             why = "was on other data" if other else f"recorded no such figures of {self.split.name}"
             return f"Not compared with its run {run}, which {why}."
         if self.agrees:
@@ -124,7 +123,7 @@ def _open(model: Loaded, trained: Run | None, path: str) -> Dataset:
     """
     if path:
         return dataset.open_splits(dataset.locate(path))
-    digest = trained.data.tags.get("poolnet.data_sha256") if trained else None
+    digest = trained.data.tags.get(names.DATA_SHA256) if trained else None
     if not digest:
         raise InputError(f"{model.uri}: found no record of the data it was trained on; name some with --data")
     try:
@@ -159,14 +158,14 @@ def _recorded(trained: Run | None, splits: Dataset, split: str) -> dict[str, flo
     These are the values on val or test with the final weights. None if the training run was on other data or logged no
     such values.
     """
-    if not trained or trained.data.tags.get("poolnet.data_sha256") != splits.sha256 or split == "train":
+    if not trained or trained.data.tags.get(names.DATA_SHA256) != splits.sha256 or split == "train":
         return None
     found = {key: trained.data.metrics.get(f"{split}_{key}") for key in ("loss", "acc")}
     return None if None in found.values() else found
 
 
 def _run_name(run: Run) -> str:
-    return run.data.tags.get("poolnet.run") or run.info.run_name
+    return run.data.tags.get(names.RUN) or run.info.run_name
 
 
 # --- forms ------------------------------------------------------------------------------------------------------------
@@ -272,7 +271,7 @@ def publish(client: MlflowClient, card: EvaluationReport) -> str:
         shares = {key: getattr(found, key).estimate for key in MEASURES}
         metrics |= {f"{key}_{LETTERS[found.label]}": value for key, value in shares.items() if not math.isnan(value)}
     agrees = {True: "agrees", False: "differs", None: "not compared"}[card.agrees]
-    tags = {TAG: agrees, "poolnet.data_sha256": card.splits.sha256, "mlflow.note.content": markdown(card)}
+    tags = {names.EVALUATION: agrees, names.DATA_SHA256: card.splits.sha256, names.NOTE: markdown(card)}
     params = {"model": card.model.uri, "split": split, "pool": card.model.pool}
     model_id, dataset = card.model.model_id, publication.datasets(card.splits.summary())[split]
     experiment_id = card.trained.info.experiment_id if card.trained else servers.own_experiment(client)

@@ -23,7 +23,7 @@ from poolnet.data.dataset import Dataset
 from poolnet.errors import InputError
 from poolnet.files import home, locked, regular
 from poolnet.text import coded, printable
-from poolnet.tracking import publication, registry, result_runs, servers
+from poolnet.tracking import names, publication, registry, result_runs, servers
 from poolnet.training.evaluation import Evaluation, evaluate
 from poolnet.training.model import SimpleConvNet, SimplePoolNet, build_model
 
@@ -118,7 +118,7 @@ def register(client: MlflowClient, path: Path, pool: str, source: str) -> Regist
         if version := _finished(client, begun):
             return Registered(version, begun.info.run_id, experiment_id, scores)
         begun_id = begun.info.run_id if begun else ""
-        more = {"poolnet.weights": same}
+        more = {names.WEIGHTS: same}
         with result_runs.run(
             client, experiment_id, "register", f"{pool} from {params['file']}", begun_id, more
         ) as run_id:
@@ -166,10 +166,10 @@ def _log(
     note = f"Weights from {coded(params['file'])}, SHA-256 `{params['sha256']}`, trained elsewhere"
     if not splits:
         note += "; not scored on any data, so that `poolnet promote` has nothing to decide on."
-        result_runs.log(client, run_id, metrics={}, params=params, tags={"mlflow.note.content": note})
+        result_runs.log(client, run_id, metrics={}, params=params, tags={names.NOTE: note})
         return
     note += f"; scored on {coded(splits.name)}. Whether its test images took part in the training is not known here."
-    tags = {"poolnet.data_sha256": splits.sha256, "mlflow.note.content": note}
+    tags = {names.DATA_SHA256: splits.sha256, names.NOTE: note}
     inputs = publication.datasets(splits.summary())
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "predictions"

@@ -20,7 +20,7 @@ from poolnet.models import champions
 from poolnet.stats import paired
 from poolnet.stats.paired import Effect, McNemar
 from poolnet.text import marked
-from poolnet.tracking import registry, result_runs, training_runs
+from poolnet.tracking import names, registry, result_runs, training_runs
 from poolnet.tracking.registry import NAME
 from poolnet.training.config import POOLS
 
@@ -175,7 +175,7 @@ def _paired(
     These are the predictions that the runs of the two models logged.
     """
     runs = [_run(client, version) for version in (champion, challenger)]
-    digests = [run.data.tags.get("poolnet.data_sha256", "") for run in runs]
+    digests = [run.data.tags.get(names.DATA_SHA256, "") for run in runs]
     if not all(digests) or digests[0] != digests[1]:
         raise InputError(
             f"version {challenger.version}: found data SHA-256 {digests[1][:16] or 'unknown'}, but that of the "
@@ -282,7 +282,7 @@ def publish(client: MlflowClient, decision: Decision) -> None:
     """
     if not os.environ.get("MLFLOW_RUN_ID"):
         return
-    tags = {"poolnet.promotion": decision.kind, "mlflow.note.content": marked(decision.sentence)}
+    tags = {names.PROMOTION: decision.kind, names.NOTE: marked(decision.sentence)}
     numbers = {key.partition(".")[2]: value for key, value in _tags(decision).items()}
     metrics = {key: float(value) for key, value in numbers.items() if key not in ("decision", "over")}
     with result_runs.run(client, "", "promote", f"{decision.alias}: version {decision.version}") as run_id:

@@ -22,7 +22,7 @@ from poolnet.errors import InputError
 from poolnet.runs import provenance, run_record, train_run
 from poolnet.runs.run_record import RunRecord
 from poolnet.runs.train_run import Echo, Pooled
-from poolnet.tracking import addresses, registry, servers, training_runs
+from poolnet.tracking import addresses, names, registry, servers, training_runs
 from poolnet.tracking.publisher import Publisher
 from poolnet.training import train_loop
 from poolnet.training.config import TrainConfig
@@ -48,7 +48,7 @@ class Original:
 
     @property
     def name(self) -> str:
-        return self.run.data.tags["poolnet.run"]
+        return self.run.data.tags[names.RUN]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def find(client: MlflowClient, name: str) -> Original:
     if not training_runs.is_training_run(run):
         raise InputError(f"{name}: found a run that is none of poolnet train")
     if run.info.status != "FINISHED":
-        again = run_record.resume_command(run.data.tags["poolnet.run"])
+        again = run_record.resume_command(run.data.tags[names.RUN])
         raise InputError(f"{name}: found it {run.info.status}, expected a finished run; finish it with: {again}")
     record = _record(client, run)
     model = registry.logged(client, run)
@@ -265,11 +265,11 @@ def publish(client: MlflowClient, found: Reproduction, run_id: str) -> None:
     link = f"[{found.original.name}](#/experiments/{original.experiment_id}/runs/{original.run_id})"
     lines = [f"**Reproduction of {link}.** {found.sentence}."]
     lines += [f"- The original was trained with {difference}" for difference in found.circumstances]
-    before = client.get_run(run_id).data.tags.get("mlflow.note.content", "")
-    client.set_tag(run_id, "mlflow.note.content", "\n".join([*lines, "", before]))
-    client.set_tag(run_id, "poolnet.reproduction", found.verdict)
+    before = client.get_run(run_id).data.tags.get(names.NOTE, "")
+    client.set_tag(run_id, names.NOTE, "\n".join([*lines, "", before]))
+    client.set_tag(run_id, names.REPRODUCTION, found.verdict)
     with contextlib.suppress(MlflowException):  # of an original in an experiment that is somebody else's
-        client.set_tag(original.run_id, "poolnet.reproduced_by", run_id)
+        client.set_tag(original.run_id, names.REPRODUCED_BY, run_id)
 
 
 def contents(found: Reproduction) -> dict:

@@ -22,11 +22,10 @@ from poolnet.stats.paired import Effect
 from poolnet.studies import comparison_figures
 from poolnet.studies.compare import Arm, Comparison
 from poolnet.text import aligned, marked, piped, spread, to_json
-from poolnet.tracking import result_runs, servers
+from poolnet.tracking import names, result_runs, servers
 from poolnet.tracking.training_runs import SAME_RUN
 
 WIDTH = 100  # columns of a terminal
-TAG = "poolnet.comparison"  # of the run
 HOW = {  # the figures' titles, and how to read them
     "seeds": (
         "Each training",
@@ -282,7 +281,7 @@ def publish(client: MlflowClient, uri: str, experiment_id: str, c: Comparison) -
 
     Returns the id of this run.
     """
-    tags = {TAG: c.verdict, "poolnet.data_sha256": c.data_sha256, "mlflow.note.content": markdown(c)}
+    tags = {names.COMPARISON: c.verdict, names.DATA_SHA256: c.data_sha256, names.NOTE: markdown(c)}
     params = {"arm_a": c.a.name, "arm_b": c.b.name, "verdict": c.verdict}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -36,7 +36,7 @@ from mlflow.tracking.client import MlflowClient
 from poolnet import files
 from poolnet.errors import InputError, RunError
 from poolnet.runs.run_record import RunRecord
-from poolnet.tracking import addresses, description, registry, servers, sweep_run
+from poolnet.tracking import addresses, description, names, registry, servers, sweep_run
 from poolnet.tracking.publisher import Held, published
 
 RANDOM_NAME = re.compile(r"[a-z]+-[a-z]+-\d{1,4}")  # what MLflow calls a run that nobody named
@@ -190,7 +190,7 @@ class Publication:
         """
         if self.carrier and self.carrier != self.held.run_id:
             note = f"Made by `mlflow run` to resume {self.run.name}, run {self.held.run_id}, which holds everything."
-            tags = {"mlflow.note.content": note, "mlflow.runName": f"resumes {self.run.name}"}
+            tags = {names.NOTE: note, names.TITLE: f"resumes {self.run.name}"}
             self.client.log_batch(self.carrier, tags=[RunTag(*tag) for tag in tags.items()])
         self.carrier = ""
 
@@ -236,13 +236,12 @@ class Publication:
         return None if wrong else found
 
     def _search(self) -> mlflow.entities.Run | None:
-        query = f"tags.`poolnet.run` = '{self.run.name}'"
+        query = f"tags.`{names.RUN}` = '{self.run.name}'"
         found = self.client.search_runs([self._experiment()], query, ViewType.ALL, max_results=1)
         return found[0] if found else None
 
     def _create(self) -> mlflow.entities.Run:
-        tags = {"poolnet.run": self.run.name, "mlflow.user": self.record["environment"]["user"]}
-        tags |= {"mlflow.source.name": "poolnet train", "mlflow.source.type": "LOCAL"}
+        tags = {names.RUN: self.run.name, **names.source("train", self.record["environment"]["user"])}
         return self.client.create_run(self._experiment(), self.record["started"], tags, self._title())
 
     def _title(self) -> str:
@@ -287,20 +286,20 @@ class Publication:
         known, name = present.data.params, present.info.run_name
         params = [Param(key, str(value)) for key, value in self.record["config"].items() if key not in known]
         tags = {
-            "poolnet.run": self.run.name,
-            "poolnet.data_sha256": self.record["data"]["sha256"],
-            "poolnet.device": self.record["device"],
-            "poolnet.git_dirty": self.record["code"]["dirty"],
+            names.RUN: self.run.name,
+            names.DATA_SHA256: self.record["data"]["sha256"],
+            names.DEVICE: self.record["device"],
+            names.GIT_DIRTY: self.record["code"]["dirty"],
         }
         if sweep := self.record.get("sweep"):
-            tags["poolnet.sweep"] = sweep
-            tags["mlflow.parentRunId"] = sweep_run.find_or_create(self.client, self.held.experiment_id, sweep)
+            tags[names.SWEEP] = sweep
+            tags[names.PARENT] = sweep_run.find_or_create(self.client, self.held.experiment_id, sweep)
         if original := self.record.get("reproduces"):
-            tags["poolnet.reproduces"] = original
+            tags[names.REPRODUCES] = original
         if self.record["code"]["commit"]:
-            tags["mlflow.source.git.commit"] = self.record["code"]["commit"]
+            tags[names.COMMIT] = self.record["code"]["commit"]
         if RANDOM_NAME.fullmatch(name):
-            tags["mlflow.runName"] = self._title()
+            tags[names.TITLE] = self._title()
         self.client.log_batch(run_id, params=params, tags=[RunTag(*tag) for tag in tags.items()])
 
     def _log_inputs(self) -> None:
@@ -391,7 +390,7 @@ class Publication:
 
     def _describe(self) -> None:
         text = description.of_run(self.run, self.held.version)
-        self.client.set_tag(self.held.run_id, "mlflow.note.content", text)
+        self.client.set_tag(self.held.run_id, names.NOTE, text)
 
 
 def datasets(data: dict) -> dict[str, DatasetInput]:
@@ -407,7 +406,7 @@ def datasets(data: dict) -> dict[str, DatasetInput]:
         y = np.broadcast_to(np.zeros((), np.int64), split["shape"][:1])
         # MLflow's own digest would read 10,000 numbers only
         dataset = mlflow.data.from_numpy(X, source, y, name=data["name"], digest=split["sha256"][:32])
-        context = InputTag("mlflow.data.context", split["name"])
+        context = InputTag(names.CONTEXT, split["name"])
         inputs[split["name"]] = DatasetInput(dataset._to_mlflow_entity(), [context])
     return inputs
 
@@ -424,7 +423,7 @@ def _contradiction(found: mlflow.entities.Run, run: RunRecord) -> str:
 
     The text is empty if it can.
     """
-    other = found.data.tags.get("poolnet.run")
+    other = found.data.tags.get(names.RUN)
     if other != run.name and (other or found.info.lifecycle_stage == "deleted"):
         return f"found the record of {other} in it" if other else "was deleted"
     for name, value in run.record["config"].items():

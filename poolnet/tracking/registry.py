@@ -21,7 +21,7 @@ from mlflow.tracking.client import MlflowClient
 
 from poolnet.errors import InputError
 from poolnet.text import echo_warning
-from poolnet.tracking import programs, servers
+from poolnet.tracking import names, programs, servers
 
 if TYPE_CHECKING:  # torch only where a network is made
     from poolnet.training.model import SimpleConvNet, SimplePoolNet
@@ -68,7 +68,7 @@ def register(client: MlflowClient, run_id: str, model_id: str, tags: dict[str, s
             client.create_registered_model(NAME)
         version = int(client.create_model_version(NAME, f"models:/{model_id}", run_id, tags, model_id=model_id).version)
     # what the model's own page goes by
-    client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps([{"name": NAME, "version": version}])})
+    client.set_logged_model_tags(model_id, {names.MODEL_VERSIONS: json.dumps([{"name": NAME, "version": version}])})
     return version
 
 

@@ -13,6 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet.runs import provenance, run_record
+from poolnet.tracking import names
 
 
 @contextlib.contextmanager
@@ -28,10 +29,9 @@ def run(
     """
     run_id = os.environ.get("MLFLOW_RUN_ID", "") or begun
     if run_id:
-        client.set_tag(run_id, "mlflow.runName", name)
+        client.set_tag(run_id, names.TITLE, name)
     else:
-        tags = {"mlflow.source.name": f"poolnet {command}", "mlflow.source.type": "LOCAL", **more}
-        tags["mlflow.user"] = provenance.user()
+        tags = {**more, **names.source(command, provenance.user())}
         run_id = client.create_run(experiment_id, run_record.now(), tags, name).info.run_id
     try:
         yield run_id

@@ -29,7 +29,7 @@ from poolnet import files
 from poolnet.errors import InputError, NoAnswer, RunError
 from poolnet.runs.run_record import RunRecord
 from poolnet.text import pasted
-from poolnet.tracking import addresses
+from poolnet.tracking import addresses, names
 from poolnet.tracking.publisher import published
 
 AWAY = ("Connection refused", "Read timed out", "Name or service not known", "Connection reset", "timed out")
@@ -317,8 +317,8 @@ def experiment_named(client: MlflowClient, name: str) -> str:
         with contextlib.suppress(MlflowException):
             found = client.get_experiment(name)
     if not found:
-        names = ", ".join(each.name for each in experiments(client)[:20])
-        raise InputError(f"--experiment: found none called {name!r}, expected one of {names}")
+        known = ", ".join(each.name for each in experiments(client)[:20])
+        raise InputError(f"--experiment: found none called {name!r}, expected one of {known}")
     return _active(found)
 
 
@@ -375,7 +375,7 @@ def look_up(client: MlflowClient, name: str) -> mlflow.entities.Run | None:
     quoted = name.replace("'", "")
     for start in range(0, len(ids), 500):  # databases bind so many values only
         some = ids[start : start + 500]
-        if found := client.search_runs(some, f"tags.`poolnet.run` = '{quoted}'", max_results=1):
+        if found := client.search_runs(some, f"tags.`{names.RUN}` = '{quoted}'", max_results=1):
             return found[0]
     return None
 

@@ -13,8 +13,7 @@ from mlflow.tracking.client import MlflowClient
 from poolnet import files
 from poolnet.files import home
 from poolnet.runs import provenance, run_record
-
-TAG = "poolnet.study"  # of the parent; that of a child is poolnet.sweep
+from poolnet.tracking import names
 
 
 def find_or_create(client: MlflowClient, experiment_id: str, sweep: str, adopted: str = "") -> str:
@@ -23,14 +22,13 @@ def find_or_create(client: MlflowClient, experiment_id: str, sweep: str, adopted
     It is the run that exists already, the run `adopted` that `mlflow run` has made, or a new one.
     """
     with files.locked(folder() / f"{sweep}.parent.lock"):  # of two publishers at once, the second finds it
-        found = client.search_runs([experiment_id], f"tags.`{TAG}` = '{sweep}'", max_results=1)
+        found = client.search_runs([experiment_id], f"tags.`{names.STUDY}` = '{sweep}'", max_results=1)
         if found:
             _explain(client, adopted, found[0].info.run_id, sweep)
             return found[0].info.run_id
-        tags = {TAG: sweep, "mlflow.source.name": "poolnet sweep", "mlflow.source.type": "LOCAL"}
-        tags["mlflow.user"] = provenance.user()
+        tags = {names.STUDY: sweep, **names.source("sweep", provenance.user())}
         if adopted:
-            tags = {TAG: sweep, "mlflow.runName": sweep}
+            tags = {names.STUDY: sweep, names.TITLE: sweep}
             client.log_batch(adopted, tags=[RunTag(*tag) for tag in tags.items()])
             return adopted
         return client.create_run(experiment_id, run_record.now(), tags, sweep).info.run_id
@@ -44,7 +42,7 @@ def _explain(client: MlflowClient, carrier: str, run_id: str, sweep: str) -> Non
     """
     if carrier and carrier != run_id:
         note = f"Made by `mlflow run` to go on with the sweep {sweep}, run {run_id}, which holds everything."
-        tags = {"mlflow.note.content": note, "mlflow.runName": f"goes on with {sweep}"}
+        tags = {names.NOTE: note, names.TITLE: f"goes on with {sweep}"}
         client.log_batch(carrier, tags=[RunTag(*tag) for tag in tags.items()])
 
 
@@ -57,7 +55,7 @@ def describe(
     """
     known = client.get_run(run_id).data.metrics
     new = [Metric(name, value, run_record.now(), 0) for name, value in metrics.items() if known.get(name) != value]
-    client.log_batch(run_id, metrics=new, tags=[RunTag("mlflow.note.content", note)])
+    client.log_batch(run_id, metrics=new, tags=[RunTag(names.NOTE, note)])
     client.log_text(run_id, study, "study.toml")
     if status == "RUNNING":
         client.update_run(run_id, status)

@@ -20,7 +20,7 @@ from poolnet.files import home
 from poolnet.runs import run_record
 from poolnet.runs.run_record import RunRecord
 from poolnet.text import aligned
-from poolnet.tracking import addresses, registry, servers
+from poolnet.tracking import addresses, names, registry, servers
 from poolnet.tracking.publication import Publication, agrees, as_metrics
 
 LOCK_SECONDS = 10  # in which another process publishes a run of the usual size
@@ -222,7 +222,7 @@ def _lacks(publication: Publication, found: Run, model: LoggedModel | None, step
             has_version = model and registry.version_of(client, found.info.run_id, model.model_id)
             return [] if has_version else ["version of the model"]
         case "summary":
-            return [] if found.data.tags.get("mlflow.note.content") else ["description"]
+            return [] if found.data.tags.get(names.NOTE) else ["description"]
         case "metrics":
             return _lacks_metrics(client, run, found, every_byte)
         case "status":

@@ -19,6 +19,7 @@ from mlflow.tracking.client import MlflowClient
 
 from poolnet.errors import InputError
 from poolnet.text import echo_warning
+from poolnet.tracking import names
 from poolnet.training.config import TrainConfig
 
 # With data and device, all that the figures depend on; the seed is last.
@@ -72,7 +73,7 @@ def finished(
     The runs are on the data set with this digest, and have all metrics in `SCORES`. A sweep need not train these runs
     again, and a comparison compares them.
     """
-    query = f"attributes.status = 'FINISHED' AND tags.`poolnet.data_sha256` = '{data_sha256}'"
+    query = f"attributes.status = 'FINISHED' AND tags.`{names.DATA_SHA256}` = '{data_sha256}'"
     runs = [run for run in search(client, experiment_ids, query, echo_warning) if set(SCORES) <= set(run.metrics)]
     return {run.key: run for run in reversed(runs)}
 
@@ -92,11 +93,11 @@ def search(
     while token is None or token:
         page = client.search_runs(experiment_ids, query, max_results=1000, page_token=token)
         for run in page:
-            if is_training_run(run) and "poolnet.reproduces" not in run.data.tags:
+            if is_training_run(run) and names.REPRODUCES not in run.data.tags:
                 try:
                     yield of(run)
                 except InputError as error:
-                    unknown[run.data.tags["poolnet.run"]] = error
+                    unknown[run.data.tags[names.RUN]] = error
         token = page.token or ""
     warn_of_unknown(unknown, echo_warning)
 
@@ -118,7 +119,7 @@ def is_training_run(run: Run) -> bool:
 
     Otherwise MLflow or somebody else made it.
     """
-    return "poolnet.run" in run.data.tags
+    return names.RUN in run.data.tags
 
 
 def of(run: Run) -> TrainingRun:
@@ -134,14 +135,14 @@ def of(run: Run) -> TrainingRun:
     return TrainingRun(
         run.info.run_id,
         run.info.experiment_id,
-        tags["poolnet.run"],
+        tags[names.RUN],
         run.info.status,
         run.info.start_time,
         config(run),
-        tags.get("poolnet.device", ""),
+        tags.get(names.DEVICE, ""),
         datasets[0] if datasets else "",
-        tags.get("poolnet.data_sha256", ""),
-        tags.get("mlflow.source.git.commit", ""),
+        tags.get(names.DATA_SHA256, ""),
+        tags.get(names.COMMIT, ""),
         run.data.metrics,
     )
 

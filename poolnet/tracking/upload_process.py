@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from mlflow.exceptions import MlflowException
 
 from poolnet import files
-from poolnet.tracking import addresses, servers, sync
+from poolnet.tracking import addresses, names, servers, sync
 from poolnet.tracking.publication import Publication, Refused
 from poolnet.tracking.publisher import ASK
 
@@ -138,7 +138,7 @@ def _refusal(run_id: str) -> str:
     The text is empty if the server does not say that this run holds the record of another one.
     """
     try:
-        name = servers.own_client().get_run(run_id).data.tags.get("poolnet.run")
+        name = servers.own_client().get_run(run_id).data.tags.get(names.RUN)
     except MlflowException:  # found out when there is something to publish
         return ""
     return f"MLFLOW_RUN_ID={run_id}: found the record of {name} in that run; unset MLFLOW_RUN_ID" if name else ""
