@@ -68,7 +68,7 @@ def pytest_xdist_setupnodes(specs):
 
 def pytest_collection_modifyitems(items):
     """Long files first, so that workers end at the same time."""
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 
 @pytest.fixture(scope="session")

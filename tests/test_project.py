@@ -181,7 +181,7 @@ def test_the_commands_of_the_docs_are_such_that_can_be_typed():
                 given = [word.partition("=")[0] for flag, word in pairwise(words) if flag == "-P"]
                 assert given
                 assert set(given) <= set(declared)
-            case ["python", "-m", "pip" | "pytest", *_] | ["ruff" | "lint-imports", *_]:
+            case ["python", "-m", "pip" | "pytest", *_] | ["ruff" | "lint-imports" | "mypy", *_]:
                 pass
             case ["python", script, *_]:
                 assert (ROOT / script).exists()
