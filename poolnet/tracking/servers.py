@@ -29,8 +29,7 @@ from poolnet import files
 from poolnet.errors import InputError, NoAnswer, RunError
 from poolnet.runs.run_record import RunRecord
 from poolnet.text import pasted
-from poolnet.tracking import addresses, names
-from poolnet.tracking.publisher import published
+from poolnet.tracking import addresses, names, published
 
 AWAY = ("Connection refused", "Read timed out", "Name or service not known", "Connection reset", "timed out")
 SIGNS = (  # what says it all, in the long texts of MLflow and its libraries
@@ -58,7 +57,7 @@ def home_of(run: RunRecord) -> str:
 
     It has the password if the environment has it.
     """
-    home = published(run).home or recorded_home(run.record)
+    home = published.read(run).home or recorded_home(run.record)
     return addresses.own() if addresses.shown(addresses.own()) == home else home
 
 
