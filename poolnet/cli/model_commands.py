@@ -69,13 +69,11 @@ def tracking_server(timeout: float) -> Iterator[None]:
     """
     from poolnet.tracking import addresses
 
-    uri = addresses.own()
-    addresses.check(uri)
+    addresses.check(addresses.own())  # before MLflow is imported, which takes seconds
 
     from poolnet.tracking import servers
 
-    servers.limit(timeout)
-    with servers.brief_errors(uri), servers.as_environment(uri):
+    with servers.own_server(timeout):
         yield
 
 
