@@ -67,10 +67,7 @@ def absolute(uri: str, folder: Path) -> str:
 
 
 def of_file(path: Path) -> str:
-    """Return the SQLite address of a file.
-
-    It is written as SQLAlchemy reads it.
-    """
+    """Return the SQLite address of a file, as SQLAlchemy reads it."""
     text = path.as_posix()
     if unquote(text) != text or "?" in text:
         text = text.replace("%", "%25").replace("?", "%3F")
@@ -78,10 +75,7 @@ def of_file(path: Path) -> str:
 
 
 def sqlite_file(uri: str, folder: Path | None = None) -> Path | None:
-    """Return the file of an SQLite address, or None.
-
-    The result is None if the address means no file, or is not an SQLite address.
-    """
+    """Return the file that an SQLite address means, if any."""
     url = _parsed(uri)
     if not url or not _is_sqlite(url) or _why_no_file(url):
         return None
@@ -168,10 +162,7 @@ def for_mlflow(uri: str) -> str:
 
 
 def shown(uri: str) -> str:
-    """Return the address without its password and other secrets.
-
-    The result may be shown and stored.
-    """
+    """Return the address without its password and other secrets."""
     if uri.startswith("sqlite"):
         return uri
     without = re.sub(r"([?&;])([^?&;=]*)=[^&;]*", lambda pair: pair[1] if SECRET.search(pair[2]) else pair[0], uri)
@@ -194,10 +185,7 @@ def hidden(text: str) -> str:
 
 
 def _secrets(uri: str) -> set[str]:
-    """Return the secrets in an address, encoded and decoded.
-
-    They are given as they are written in the address, and as they are meant.
-    """
+    """Return the secrets in an address, encoded and decoded."""
     match = USER.match(uri)
     pairs = [pair.partition("=") for pair in re.split("[?&;]", uri.partition("?")[2])]
     values = [value for key, _, value in pairs if SECRET.search(key)] + ([match[2]] if match else [])

@@ -186,10 +186,7 @@ def _keep(full: Path, pool: str, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    """Return the contents of all files below a folder.
-
-    The keys are the paths inside the folder.
-    """
+    """Return the contents of all files in a folder, by path."""
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
@@ -320,10 +317,7 @@ def _read_older(path: Path) -> tuple[str, Net]:
 
 
 def _pool(program: dict) -> str:
-    """Return the pool of an exported program.
-
-    It is recognised by the operations of the program.
-    """
+    """Recognise the pool of an exported program by its operations."""
     nodes = program["graph_module"]["graph"]["nodes"]
     operations = [node["target"].removeprefix("torch.ops.aten.") for node in nodes]
     if operations[: len(CHECK)] == CHECK:

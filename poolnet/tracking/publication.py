@@ -10,11 +10,11 @@ repeated at any time: it looks up what the server has already, or writing the sa
 import contextlib
 import dataclasses
 import errno
-import functools
 import json
 import os
 import re
 from collections.abc import Callable, Iterable
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from poolnet import files
 from poolnet.errors import RunError
 from poolnet.runs.run_record import RunRecord
 from poolnet.tracking import addresses, description, names, published, registry, server_runs, servers, sweep_run
-from poolnet.tracking.published import Published, ServerCopy
+from poolnet.tracking.published import ServerCopy
 from poolnet.tracking.servers import Client
 
 RANDOM_NAME = re.compile(r"[a-z]+-[a-z]+-\d{1,4}")  # what MLflow calls a run that nobody named
@@ -35,13 +35,10 @@ BATCH = 100  # records in one request, of which MLflow takes 1,000 metrics
 
 
 class Publication:
-    """A run, a tracking server, and what the server has of the run.
+    """A run, a server, and what the server has of it.
 
     `carrier` is a run that `mlflow run` made only to resume this one.
     """
-
-    published: Published
-    server_copy: ServerCopy
 
     def __init__(self, run: RunRecord, uri: str, carrier: str = ""):
         self.run, self.uri, self.carrier = run, uri, carrier
@@ -49,7 +46,7 @@ class Publication:
         self.confirmed = False  # whether the server was seen to have the run
         self.recall()
 
-    @functools.cached_property
+    @cached_property
     def client(self) -> Client:
         return servers.client_of(self.uri)
 
@@ -59,7 +56,7 @@ class Publication:
         Another process may have added to it.
         """
         self.published = published.read(self.run)
-        self.server_copy = self.published.servers.get(self.key, ServerCopy())
+        self.server_copy: ServerCopy = self.published.servers.get(self.key, ServerCopy())
 
     def save(self) -> None:
         self.published.home = self.key
@@ -86,9 +83,9 @@ def upload_new(publication: Publication) -> None:
             find_or_create_run(publication)
         server_copy = publication.server_copy
         end, once = run.ended(), steps(run)  # an end that comes from here on is for the next time
-        for name, upload in once.items():
+        for name, step in once.items():
             if name not in server_copy.done:
-                upload(publication)
+                step(publication)
                 server_copy.done.append(name)
                 publication.save()
         log_metrics(publication)
@@ -138,13 +135,13 @@ def steps(run: RunRecord) -> dict[str, Step]:
     finished = run.finished
     if finished:
         run.check_results()
-    steps: dict[str, Step] = {"start": log_start, "inputs": log_inputs, "record.json": _upload("record.json")}
+    steps: dict[str, Step] = {"start": log_start, "inputs": log_inputs, "record.json": partial(upload, "record.json")}
     if (run.folder / "git.diff").exists():
-        steps["git.diff"] = _upload("git.diff")
+        steps["git.diff"] = partial(upload, "git.diff")
     if finished or run.has_results():
-        steps |= {"predictions": _upload("predictions"), "model": log_model}
+        steps |= {"predictions": partial(upload, "predictions"), "model": log_model}
     if finished:
-        steps |= {"scores": log_scores, "figures": _upload("figures")}
+        steps |= {"scores": log_scores, "figures": partial(upload, "figures")}
         if run.record["config"]["register"]:
             steps["version"] = register_model
         steps["summary"] = describe
@@ -155,13 +152,10 @@ def steps(run: RunRecord) -> dict[str, Step]:
 
 
 def find_or_create_run(publication: Publication) -> None:
-    """Find the run on the server, or create it.
-
-    A server that does not have the known run was emptied. It gets everything again.
-    """
+    """Find the run on the server, or create it."""
     client, run = publication.client, publication.run
     if not server_runs.find(client, publication.server_copy.run_id):
-        publication.server_copy = ServerCopy()
+        publication.server_copy = ServerCopy()  # a server that was emptied gets everything again
         adopt(publication, server_runs.find_or_create(client, run, publication.published.experiment).info)
     server_copy = publication.server_copy
     if server_copy.status and not run.ended():  # it is being trained again
@@ -238,8 +232,8 @@ def log_metrics(publication: Publication) -> None:
     publication.save()
 
 
-def log_files(name: str, publication: Publication) -> None:
-    """Upload a file of the record, or the files of a folder.
+def upload(name: str, publication: Publication) -> None:
+    """Upload a file of the record, or a folder's files.
 
     Raises `RunError` if the server keeps its artifacts in a folder that this machine cannot write.
     """
@@ -268,10 +262,6 @@ def artifact_files(run: RunRecord, name: str) -> list[tuple[Path, str | None]]:
     if path.is_dir():
         return [(file, name) for file in sorted(path.iterdir()) if not file.name.startswith(".")]
     return [(path, None)] if path.exists() else []
-
-
-def _upload(name: str) -> Step:
-    return functools.partial(log_files, name)
 
 
 def log_model(publication: Publication) -> None:

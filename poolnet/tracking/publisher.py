@@ -143,10 +143,7 @@ class Publisher:
         return memory.servers.get(memory.home, ServerCopy())
 
     def _progress(self) -> tuple[int, ...]:
-        """Return when each run was last published.
-
-        The times are those at which `published.json` of each run was last changed, in ns.
-        """
+        """Return when each `published.json` last changed, in ns."""
         times = []
         for run in self.runs:
             with contextlib.suppress(OSError):

@@ -74,10 +74,7 @@ def register(client: MlflowClient, run_id: str, model_id: str, tags: dict[str, s
 
 
 def version_of(client: MlflowClient, run_id: str, model_id: str) -> int | None:
-    """Return the version number of a run's logged model.
-
-    The result is None if the model is not a version.
-    """
+    """Return the version that a run's model became, if any."""
     versions = client.search_model_versions(f"run_id = '{run_id}'")
     numbers = [int(each.version) for each in versions if (each.name, each.source) == (NAME, f"models:/{model_id}")]
     return min(numbers, default=None)
@@ -212,10 +209,7 @@ def _identify(client: MlflowClient, uri: str) -> tuple[str, ModelVersion | None]
 
 
 def logged_id(version: ModelVersion) -> str | None:
-    """Return the id of a version's logged model.
-
-    The result is None if the version is not a logged model.
-    """
+    """Return the id of a version's logged model, if any."""
     source = version.source or ""
     return source.removeprefix("models:/") if source.startswith("models:/m-") else None
 

@@ -1,4 +1,4 @@
-"""Find the run on a tracking server that belongs to a run record, or create it."""
+"""Find or create the run on a server for a run record."""
 
 import contextlib
 import os
@@ -18,10 +18,7 @@ DEFAULT = "0"  # the id of MLflow's experiment `Default`, on each server
 
 
 class Refused(InputError):
-    """An error: the server's record contradicts the run.
-
-    It does not help to try again.
-    """
+    """The server's record contradicts the run; retrying is useless."""
 
 
 def find(client: Client, run_id: str) -> Run | None:
@@ -60,7 +57,7 @@ def is_home(uri: str, run: RunRecord) -> bool:
 
 
 def title(run: RunRecord) -> str:
-    """Return the name of a run in MLflow that nobody named."""
+    """Return a run's name in MLflow if nobody chose one."""
     return f"{run.stem} again" if run.record.get("reproduces") else run.stem
 
 
@@ -120,10 +117,7 @@ def _made_by_mlflow_run(client: Client, run: RunRecord) -> Run | None:
 
 
 def _contradiction(server_run: Run, run: RunRecord) -> str:
-    """Say why a server's run cannot be this one.
-
-    The text is empty if it can.
-    """
+    """Say why a server's run cannot be this one, or nothing."""
     other = server_run.data.tags.get(names.RUN)
     if other != run.name and (other or server_run.info.lifecycle_stage == "deleted"):
         return f"found the record of {other} in it" if other else "was deleted"

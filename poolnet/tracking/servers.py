@@ -360,10 +360,7 @@ def experiment(client: MlflowClient, name: str) -> str:
 
 
 def _active(existing: Experiment) -> str:
-    """Return the id of an experiment that is not deleted.
-
-    Raises `InputError` if it is deleted.
-    """
+    """Return an experiment's id, or refuse it if deleted."""
     number = existing.experiment_id
     if existing.lifecycle_stage == "deleted":
         raise InputError(
@@ -373,10 +370,7 @@ def _active(existing: Experiment) -> str:
 
 
 def experiments(client: MlflowClient) -> list[Experiment]:
-    """Return all experiments that are not deleted.
-
-    There is no limit on their number.
-    """
+    """Return all experiments that are not deleted."""
     all_pages: list[Experiment] = []
     token = None
     while token is None or token:
@@ -431,10 +425,7 @@ def reason(error: Exception) -> str:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether the same request would fail again.
-
-    This is judged from the message of the server or of a library.
-    """
+    """Whether the same request would fail again."""
     if isinstance(error, MlflowException) and error.error_code in REFUSALS:
         return True
     text, status = str(error), r"4(?!08|25|29)\d\d"

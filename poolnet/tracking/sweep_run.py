@@ -1,7 +1,4 @@
-"""The parent run of a sweep in MLflow.
-
-The runs of the sweep are its children.
-"""
+"""The run in MLflow that is the parent of a sweep's runs."""
 
 import re
 from collections.abc import Mapping

@@ -66,15 +66,12 @@ def find(name: str) -> RunRecord:
 
 @dataclasses.dataclass
 class Row:
-    """One run in the table of `poolnet sync`.
-
-    It says what the command found for the run and what it did.
-    """
+    """One run in the table of `poolnet sync`."""
 
     run: str
     state: str = "unreadable"  # or training, FINISHED, KILLED, FAILED, removed
     server: str = ""
-    found: str = ""
+    found: str = ""  # what the server lacks, or why that is not known
     did: str = "nothing"
     ok: bool = True
 
@@ -104,10 +101,7 @@ def sync(name: str, to: str | None = None, dry_run: bool = False, prune: bool = 
 
 
 def check_input(runs: Iterable[str], to: str | None) -> None:
-    """Refuse unknown run names and a wrong address.
-
-    Raises `InputError`.
-    """
+    """Raise `InputError` for an unknown run or a wrong address."""
     for name in runs:
         if not (run_record.folder() / name / "record.json").exists():  # else its row says whether it can be read
             find(name)
@@ -217,8 +211,10 @@ def _lacks(
             splits = run.record["data"]["splits"]
             return [f"dataset {split['name']}" for split in splits if split["sha256"][:32] not in digests]
         case "model":
-            whole = model and _has_files(client, model) and not (every_byte and _differs(run, model))
-            return [] if whole else ["model"]
+            if not model or model.status != LoggedModelStatus.READY:
+                return ["model"]
+            has_files = bool(client.list_logged_model_artifacts(model.model_id))
+            return [] if has_files and not (every_byte and _differs(run, model)) else ["model"]
         case "scores":
             return [] if model and {metric.key for metric in model.metrics or ()} else ["scores of the model"]
         case "version":
@@ -233,10 +229,6 @@ def _lacks(
             return ["status"] if end and end["status"] != server_run.info.status else []
         case _:
             return _lacks_files(client, server_run.info.run_id, artifact_files(run, step), every_byte)
-
-
-def _has_files(client: MlflowClient, model: LoggedModel) -> bool:
-    return model.status == LoggedModelStatus.READY and bool(client.list_logged_model_artifacts(model.model_id))
 
 
 def _differs(run: RunRecord, model: LoggedModel) -> bool:

@@ -1,7 +1,4 @@
-"""Train one network as `poolnet train` does.
-
-The run is recorded in MLflow.
-"""
+"""Train one network and record it in MLflow."""
 
 import functools
 import os
@@ -21,10 +18,7 @@ from poolnet.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run and what the server holds.
-
-    `run` is its record on disk. `server` is what the tracking server has of it.
-    """
+    """A finished run, on disk and on the server."""
 
     run: RunRecord
     server: ServerCopy

@@ -1,7 +1,4 @@
-"""Read training runs from a tracking server.
-
-A run has its settings, its data, how it ended, and its results.
-"""
+"""Read training runs from a tracking server."""
 
 import contextlib
 import dataclasses
@@ -117,10 +114,7 @@ def warn_of_unknown(unknown: Mapping[str, Exception], echo_warning: Callable[[st
 
 
 def is_training_run(run: Run) -> bool:
-    """Whether `poolnet train` or a sweep made the run.
-
-    Otherwise MLflow or somebody else made it.
-    """
+    """Whether `poolnet train` or a sweep made the run."""
     return names.RUN in run.data.tags
 
 

@@ -79,10 +79,7 @@ def run(lines: Iterable[str], drain_timeout: float, echo: Echo, reply: Callable[
 
 
 def _read(lines: Iterable[str]) -> queue.SimpleQueue[str | None]:
-    """Read the lines into a queue, in a thread.
-
-    None follows the last line.
-    """
+    """Read the lines into a queue in a thread, then None."""
     inbox: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def feed() -> None:
