@@ -4,7 +4,7 @@ import mlflow
 
 from poolnet.runs import train_run
 from poolnet.tracking import addresses, servers
-from poolnet.tracking.publication import Publication
+from poolnet.tracking.publication import Publication, is_complete, upload_new
 from poolnet.training.config import TrainConfig
 
 CONFIG = TrainConfig(data="letters.npz", epochs=2, register=False)
@@ -21,6 +21,6 @@ def journaled(config=CONFIG, optimum=False):
 
 def publish(run, uri=None):
     publication = Publication(run, uri or servers.home_of(run))
-    publication.advance()
-    assert publication.complete
-    return mlflow.MlflowClient(publication.uri).get_run(publication.held.run_id)
+    upload_new(publication)
+    assert is_complete(publication)
+    return mlflow.MlflowClient(publication.uri).get_run(publication.server_copy.run_id)

@@ -147,7 +147,7 @@ def sync(
     if follow_stdin:
         if hasattr(os, "nice"):
             os.nice(10)  # the training comes first
-        context.exit(upload_process.follow(sys.stdin, timeout, echo=lambda line: failed(line, 0), answer=echo))
+        context.exit(upload_process.run(sys.stdin, timeout, echo=lambda line: failed(line, 0), reply=echo))
     servers.limit(timeout)
     sync.check_input(runs, to)
     with progress(runs or run_record.names(), label="Publishing") as names:

@@ -69,13 +69,11 @@ def tracking_server(timeout: float) -> Iterator[None]:
     """
     from poolnet.tracking import addresses
 
-    uri = addresses.own()
-    addresses.check(uri)
+    addresses.check(addresses.own())  # before MLflow is imported, which takes seconds
 
     from poolnet.tracking import servers
 
-    servers.limit(timeout)
-    with servers.brief_errors(uri), servers.as_environment(uri):
+    with servers.own_server(timeout):
         yield
 
 
@@ -251,16 +249,16 @@ def reproduce(context: click.Context, run: str, data: str, timeout: float, as_js
         tell = (lambda line: None) if as_json else echo
         found = reproduce.reproduce(original, data, publisher, tell, echo_warning)
         trouble = publisher.close()
-        held = publisher.held
+        server_copy = publisher.server_copy
         if not trouble:
-            reproduce.publish(client, found, held.run_id)
+            reproduce.publish(client, found, server_copy.run_id)
     if as_json:
-        more = {"run_id": held.run_id or None, "look": held.look or None}
+        more = {"run_id": server_copy.run_id or None, "look": server_copy.look or None}
         echo(to_json({**reproduce.contents(found), **more}))
     else:
         echo(found.sentence)
-        if held.look:
-            echo(f"Look at it: {held.look}")
+        if server_copy.look:
+            echo(f"Look at it: {server_copy.look}")
     if trouble:
         where = found.again.folder
         again = f"poolnet sync {found.again.name}; this verdict is not, reproduce it again for that"

@@ -16,7 +16,7 @@ from poolnet.stats.paired import Calibration, ClassEffect, Effect, McNemar
 from poolnet.studies import selection
 from poolnet.studies.selection import Selected
 from poolnet.studies.study import MARGIN, read
-from poolnet.tracking import addresses, servers, training_runs
+from poolnet.tracking import servers, training_runs
 from poolnet.tracking.training_runs import TrainingRun
 
 HISTORIES = ("train_loss", "train_acc", "val_loss", "val_acc")
@@ -129,9 +129,7 @@ def compare(study_or_runs: str | Path | Sequence[str], margin: float | None = No
         margin = study.margin if study else MARGIN
     if not 0 < margin < 100:
         raise InputError(f"margin: found {margin}, expected points of accuracy above 0")
-    uri = addresses.own()
-    addresses.check(uri)
-    with servers.brief_errors(uri), servers.as_environment(uri):
+    with servers.own_server():
         client = servers.own_client()
         if study:
             selected = selection.of_study(client, [servers.experiment_named(client, "")], study)

@@ -67,10 +67,7 @@ def absolute(uri: str, folder: Path) -> str:
 
 
 def of_file(path: Path) -> str:
-    """Return the SQLite address of a file.
-
-    It is written as SQLAlchemy reads it.
-    """
+    """Return the SQLite address of a file, as SQLAlchemy reads it."""
     text = path.as_posix()
     if unquote(text) != text or "?" in text:
         text = text.replace("%", "%25").replace("?", "%3F")
@@ -78,22 +75,15 @@ def of_file(path: Path) -> str:
 
 
 def sqlite_file(uri: str, folder: Path | None = None) -> Path | None:
-    """Return the file of an SQLite address, or None.
-
-    The result is None if the address means no file, or is not an SQLite address.
-    """
+    """Return the file that an SQLite address means, if any."""
     url = _parsed(uri)
     if not url or not _is_sqlite(url) or _why_no_file(url):
         return None
-    literal = make_url(uri.replace("%", "%25")).database
-    paths = [(folder or Path.cwd()) / expanded(Path(text)) for text in (url.database, literal)]
-    for found in (
-        [path for path in paths if _is(path, Path.is_file)],
-        [p for p in paths if _is(p.parent, Path.is_dir)],
-    ):
-        if found:
-            return found[0]
-    return paths[0]
+    readings = (url.database, make_url(uri.replace("%", "%25")).database)
+    paths = [(folder or Path.cwd()) / expanded(Path(text)) for text in readings if text]
+    files = [path for path in paths if _is(path, Path.is_file)]
+    in_folders = [path for path in paths if _is(path.parent, Path.is_dir)]
+    return (files or in_folders or paths)[0]
 
 
 def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
@@ -110,7 +100,8 @@ def check(uri: str, source: str = "MLFLOW_TRACKING_URI") -> None:
     """
     scheme, url = uri.partition(":")[0].lower(), _parsed(uri)
     if url and _is_sqlite(url):
-        problem = _why_no_file(url) or _why_not_writable(sqlite_file(uri))
+        path = sqlite_file(uri)
+        problem = _why_not_writable(path) if path else _why_no_file(url)
     elif scheme.partition("+")[0] in DATABASES:
         problem = _why_no_database(url)
     elif scheme in ("http", "https"):
@@ -136,20 +127,21 @@ def unreachable(uri: str) -> str | None:
         return None
     ports = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
     port = url.port or ports.get(url.drivername.partition("+")[0])
-    found = [f"no answer for {PROBE_SECONDS} s"]
+    if not port:
+        return None
+    problems: list[str | None] = [f"no answer for {PROBE_SECONDS} s"]
 
     def connect() -> None:
         try:
             socket.create_connection((url.host, port), PROBE_SECONDS).close()
-            found[0] = None
+            problems.append(None)
         except OSError as error:
-            found[0] = error.strerror or str(error)
+            problems.append(error.strerror or str(error))
 
     probe = threading.Thread(target=connect, daemon=True)  # the look-up of a name has no time-out of its own
-    if port:
-        probe.start()
-        probe.join(PROBE_SECONDS)
-    return found[0] if port else None
+    probe.start()
+    probe.join(PROBE_SECONDS)
+    return problems[-1]
 
 
 def for_mlflow(uri: str) -> str:
@@ -170,10 +162,7 @@ def for_mlflow(uri: str) -> str:
 
 
 def shown(uri: str) -> str:
-    """Return the address without its password and other secrets.
-
-    The result may be shown and stored.
-    """
+    """Return the address without its password and other secrets."""
     if uri.startswith("sqlite"):
         return uri
     without = re.sub(r"([?&;])([^?&;=]*)=[^&;]*", lambda pair: pair[1] if SECRET.search(pair[2]) else pair[0], uri)
@@ -196,14 +185,11 @@ def hidden(text: str) -> str:
 
 
 def _secrets(uri: str) -> set[str]:
-    """Return the secrets in an address, encoded and decoded.
-
-    They are given as they are written in the address, and as they are meant.
-    """
+    """Return the secrets in an address, encoded and decoded."""
     match = USER.match(uri)
     pairs = [pair.partition("=") for pair in re.split("[?&;]", uri.partition("?")[2])]
-    found = [value for key, _, value in pairs if SECRET.search(key)] + ([match[2]] if match else [])
-    return {each for value in found for each in (value, unquote(value), quote(value, safe="")) if len(each) > 2}
+    values = [value for key, _, value in pairs if SECRET.search(key)] + ([match[2]] if match else [])
+    return {each for value in values for each in (value, unquote(value), quote(value, safe="")) if len(each) > 2}
 
 
 def _parsed(uri: str) -> URL | None:

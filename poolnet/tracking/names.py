@@ -1,4 +1,4 @@
-"""The tags of MLflow runs, by which poolnet and its users find them.
+"""The tags of MLflow runs, which poolnet and users search.
 
 They are contracts: scripts and old stores use them. Params are the fields of `TrainConfig`.
 """
@@ -31,5 +31,5 @@ MODEL_VERSIONS = "mlflow.modelVersions"  # of a model
 
 
 def source(command: str, user: str) -> dict[str, str]:
-    """Return the tags that say which command made a run, and who."""
+    """Return the tags for who made a run, with which command."""
     return {"mlflow.source.name": f"poolnet {command}", "mlflow.source.type": "LOCAL", USER: user}

@@ -186,10 +186,7 @@ def _keep(full: Path, pool: str, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    """Return the contents of all files below a folder.
-
-    The keys are the paths inside the folder.
-    """
+    """Return the contents of all files in a folder, by path."""
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
@@ -205,6 +202,8 @@ def read(folder: Path) -> tuple[str, Net]:
             pool, weights = (file.metadata() or {}).get("pool"), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"found no readable {WEIGHTS} ({error})") from None
+    if pool not in POOLS:
+        raise ValueError(f"found weights of pool {pool!r}, expected one of {', '.join(POOLS)}")
     return pool, _network(pool, weights)
 
 
@@ -271,25 +270,23 @@ def _export(net: Net, path: Path) -> None:
 
     from poolnet.training.model import Checked
 
-    images = torch.zeros(2, 1, 28, 28)  # of one, the export would take only one
+    images = torch.zeros(2, 1, SIDE, SIDE)  # of one, the export would take only one
     program = torch.export.export(Checked(net).eval(), (images,), dynamic_shapes=[{0: torch.export.Dim.AUTO}])
     for node in program.graph.nodes:
         node.meta = {key: value for key, value in node.meta.items() if key == "val"}
     torch.export.save(program, path)
 
 
-def _network(pool: str | None, weights: Mapping[str, "torch.Tensor"]) -> Net:
+def _network(pool: str, weights: Mapping[str, "torch.Tensor"]) -> Net:
     import torch
 
     from poolnet.training.model import build_model
 
-    if pool not in POOLS:
-        raise ValueError(f"found weights of pool {pool!r}, expected one of {', '.join(POOLS)}")
     net = build_model(pool, seed=0)
     expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if found != expected or any(tensor.dtype != torch.float32 for tensor in weights.values()):
-        raise ValueError(f"found weights {found}, expected float32 {expected}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if shapes != expected or any(tensor.dtype != torch.float32 for tensor in weights.values()):
+        raise ValueError(f"found weights {shapes}, expected float32 {expected}")
     net.load_state_dict(weights)
     return net.eval()
 
@@ -320,17 +317,15 @@ def _read_older(path: Path) -> tuple[str, Net]:
 
 
 def _pool(program: dict) -> str:
-    """Return the pool of an exported program.
-
-    It is recognised by the operations of the program.
-    """
+    """Recognise the pool of an exported program by its operations."""
     nodes = program["graph_module"]["graph"]["nodes"]
-    found = [node["target"].removeprefix("torch.ops.aten.") for node in nodes]
-    found = found[len(CHECK) :] if found[: len(CHECK)] == CHECK else found
+    operations = [node["target"].removeprefix("torch.ops.aten.") for node in nodes]
+    if operations[: len(CHECK)] == CHECK:
+        operations = operations[len(CHECK) :]
     for pool, layer in LAYERS.items():
-        if found == [layer, "relu.default", layer, "relu.default", "flatten.using_ints", "linear.default"]:
+        if operations == [layer, "relu.default", layer, "relu.default", "flatten.using_ints", "linear.default"]:
             return pool
-    raise ValueError(f"found a network that is none of {', '.join(LAYERS)}: {'; '.join(found)[:200]}")
+    raise ValueError(f"found a network that is none of {', '.join(LAYERS)}: {'; '.join(operations)[:200]}")
 
 
 def _weight(members: dict[str, bytes], name: str, entry: dict) -> "torch.Tensor":

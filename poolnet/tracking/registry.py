@@ -7,9 +7,10 @@ import contextlib
 import json
 import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Run
@@ -30,7 +31,7 @@ NAME = "poolnet"  # the registered model
 MODEL = "model"  # the logged model of a run
 
 
-def log(client: MlflowClient, run: Run, config: dict[str, object], arrays: dict[str, np.ndarray]) -> str:
+def log(client: MlflowClient, run: Run, config: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> str:
     """Create or complete the logged model of a run.
 
     `arrays` is as for `programs.export`. Returns the id of the logged model.
@@ -53,8 +54,8 @@ def log(client: MlflowClient, run: Run, config: dict[str, object], arrays: dict[
 
 def logged(client: MlflowClient, run: Run) -> LoggedModel | None:
     query = f"source_run_id = '{run.info.run_id}' AND name = '{MODEL}'"
-    found = client.search_logged_models([run.info.experiment_id], query, max_results=1)
-    return found[0] if found else None
+    models = client.search_logged_models([run.info.experiment_id], query, max_results=1)
+    return models[0] if models else None
 
 
 def register(client: MlflowClient, run_id: str, model_id: str, tags: dict[str, str]) -> int:
@@ -73,12 +74,9 @@ def register(client: MlflowClient, run_id: str, model_id: str, tags: dict[str, s
 
 
 def version_of(client: MlflowClient, run_id: str, model_id: str) -> int | None:
-    """Return the version number of a run's logged model.
-
-    The result is None if the model is not a version.
-    """
-    found = client.search_model_versions(f"run_id = '{run_id}'")
-    numbers = [int(found.version) for found in found if (found.name, found.source) == (NAME, f"models:/{model_id}")]
+    """Return the version that a run's model became, if any."""
+    versions = client.search_model_versions(f"run_id = '{run_id}'")
+    numbers = [int(each.version) for each in versions if (each.name, each.source) == (NAME, f"models:/{model_id}")]
     return min(numbers, default=None)
 
 
@@ -151,7 +149,7 @@ def load(uri: str, check_export: bool = False) -> Loaded:
             why = servers.reason(error).rstrip(".")  # MLflow's own is a sentence
             raise InputError(f"{uri}: {why}; expected a model, as in models:/{NAME}/1") from None
         pool, net, run_id = _read(Path(scratch), uri, check_export)
-    return Loaded(uri, pool, net, version.run_id if version else run_id, model_id, version)
+    return Loaded(uri, pool, net, (version.run_id if version else run_id) or "", model_id, version)
 
 
 def _fetch(place: str, folder: Path, uri: str) -> None:
@@ -160,23 +158,23 @@ def _fetch(place: str, folder: Path, uri: str) -> None:
     Before that, other files and files that are too large are refused with `InputError`.
     """
     files = get_artifact_repository(place)
-    found = {entry.path: entry.file_size for entry in files.list_artifacts(None)}
-    if "MLmodel" not in found:
+    sizes = {entry.path: entry.file_size for entry in files.list_artifacts(None)}
+    if "MLmodel" not in sizes:
         raise InputError(f"{uri}: found no model of MLflow's there; {CURE}")
-    found |= {entry.path: entry.file_size for entry in files.list_artifacts("data")}
-    found.pop("data", None)
-    if "data/model.pth" in found or "data/model.pt2" not in found:
+    sizes |= {entry.path: entry.file_size for entry in files.list_artifacts("data")}
+    sizes.pop("data", None)
+    if "data/model.pth" in sizes or "data/model.pt2" not in sizes:
         raise InputError(f"{uri}: found a pickled model, which runs what its maker put in when it is loaded; {CURE}")
     local = getattr(getattr(files, "repo", files), "artifact_dir", None)  # of a store on this machine
-    for name, size in found.items():
+    for name, size in sizes.items():
         if local and not Path(local, name).is_file():  # a pipe or a device, which never ends
             size = None
         if name not in FILES:
             raise InputError(f"{uri}: found {name} beside the model, which may bring code along; {CURE}")
         if size is None or size > LIMIT:  # None also of a folder
-            found_size = "unknown size" if size is None else f"{size:,} bytes"
-            raise InputError(f"{uri}: found {name} of {found_size}, expected a file of {LIMIT:,} at most")
-    for name in found.keys() & set(READ):
+            amount = "unknown size" if size is None else f"{size:,} bytes"
+            raise InputError(f"{uri}: found {name} of {amount}, expected a file of {LIMIT:,} at most")
+    for name in sizes.keys() & set(READ):
         files.download_artifacts(name, str(folder))
 
 
@@ -187,8 +185,8 @@ def _identify(client: MlflowClient, uri: str) -> tuple[str, ModelVersion | None]
     """
     version = None
     if match := re.fullmatch(r"models:/(m-[0-9a-f]+)/?", uri):
-        found = match[1]
-        run_id = client.get_logged_model(found).source_run_id
+        model_id = match[1]
+        run_id = client.get_logged_model(model_id).source_run_id
     elif match := re.fullmatch(r"models:/([^/@]+)(?:@(.+)|/(.+))", uri):
         name, alias, number = match.groups()
         if alias:
@@ -201,21 +199,19 @@ def _identify(client: MlflowClient, uri: str) -> tuple[str, ModelVersion | None]
     elif match := re.fullmatch(rf"runs:/([0-9a-f]{{32}})/{MODEL}/?", uri):  # a run may have logged others too
         run_id = match[1]
         model = logged(client, client.get_run(run_id))
-        found = model.model_id if model else ""
+        model_id = model.model_id if model else ""
     elif uri.startswith("models:"):
         raise ValueError("no address of a model")
     else:
         return "", None
-    number = version_of(client, run_id, found)
-    return found, client.get_model_version(NAME, str(number)) if number else None
+    number = version_of(client, run_id, model_id) if run_id else None
+    return model_id, client.get_model_version(NAME, str(number)) if number else None
 
 
 def logged_id(version: ModelVersion) -> str | None:
-    """Return the id of a version's logged model.
-
-    The result is None if the version is not a logged model.
-    """
-    return version.source.removeprefix("models:/") if version.source.startswith("models:/m-") else None
+    """Return the id of a version's logged model, if any."""
+    source = version.source or ""
+    return source.removeprefix("models:/") if source.startswith("models:/m-") else None
 
 
 def newest(client: MlflowClient, name: str = NAME, pool: str = "") -> ModelVersion:
@@ -224,14 +220,14 @@ def newest(client: MlflowClient, name: str = NAME, pool: str = "") -> ModelVersi
     If `pool` is given, it is the last version of that pool. Raises `InputError` if there is no version.
     """
     query = f"name = '{name}'" + (f" AND tags.pool = '{pool}'" if pool else "")
-    found = client.search_model_versions(query, max_results=1, order_by=["version_number DESC"])
-    if not found:
+    versions = client.search_model_versions(query, max_results=1, order_by=["version_number DESC"])
+    if not versions:
         what = f"{pool} version" if pool else "version"
         raise InputError(f"models:/{name}: found no {what} on the tracking server; train one with: poolnet train")
-    return found[0]
+    return versions[0]
 
 
-def _read(folder: Path, uri: str, check_export: bool) -> tuple[str, "SimplePoolNet | SimpleConvNet", str]:
+def _read(folder: Path, uri: str, check_export: bool) -> tuple[str, "SimplePoolNet | SimpleConvNet", str | None]:
     """Read pool, network and run id from a model's folder."""
     import torch
 
@@ -255,4 +251,4 @@ def _read(folder: Path, uri: str, check_export: bool) -> tuple[str, "SimplePoolN
         echo_warning(f"{uri}: {UNCHECKED}, as torch {maker} made it and this is {here}")
     elif check_export and not programs.is_ours(folder, net):
         raise InputError(f"{uri}: found an export, which MLflow would serve, that is not that of its weights; {CURE}")
-    return pool, net, model.run_id or ""
+    return pool, net, model.run_id

@@ -22,22 +22,23 @@ def run(
 ) -> Iterator[str]:
     """Open a run in MLflow for the block.
 
-    Yields the id of the run. The run ends with the block, as FAILED if the block raises.
+    Yields the id of the run. The run ends with the block: as FAILED if the block raises, and as KILLED if it is
+    interrupted.
 
     It is the run that `mlflow run` has made for this command, the run `begun` that an earlier command began, or a new
     one. A new run gets the tags `more`.
     """
     run_id = os.environ.get("MLFLOW_RUN_ID", "") or begun
     if run_id:
-        client.set_tag(run_id, names.TITLE, name)
+        client.update_run(run_id, "RUNNING", name)
     else:
         tags = {**more, **names.source(command, provenance.user())}
         run_id = client.create_run(experiment_id, run_record.now(), tags, name).info.run_id
     try:
         yield run_id
-    except BaseException:  # or it would be RUNNING for good
+    except BaseException as error:  # or it would be RUNNING for good
         with contextlib.suppress(MlflowException):
-            client.set_terminated(run_id, "FAILED")
+            client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     client.set_terminated(run_id)
 
@@ -58,13 +59,13 @@ def log(
     The files of `folder` become the artifacts of the run. With `model_id`, the metrics also become metrics of the
     logged model on `dataset`, so that the model's own page shows them.
     """
-    about = {"model_id": model_id, "run_id": run_id} if model_id else {}
+    more = {"model_id": model_id, "run_id": run_id} if model_id else {}
     if dataset:
-        about |= {"dataset_name": dataset.dataset.name, "dataset_digest": dataset.dataset.digest}
+        more |= {"dataset_name": dataset.dataset.name, "dataset_digest": dataset.dataset.digest}
     known = client.get_run(run_id).data.params  # those of `mlflow run`, in the words they were typed in
     client.log_batch(
         run_id,
-        [Metric(key, value, run_record.now(), 0, **about) for key, value in metrics.items()],
+        [Metric(key, value, run_record.now(), 0, **more) for key, value in metrics.items()],
         [Param(key, value) for key, value in params.items() if key not in known],
         [RunTag(*tag) for tag in tags.items()],
     )

@@ -29,16 +29,15 @@ from poolnet import files
 from poolnet.errors import InputError, NoAnswer, RunError
 from poolnet.runs.run_record import RunRecord
 from poolnet.text import pasted
-from poolnet.tracking import addresses, names
-from poolnet.tracking.publisher import published
+from poolnet.tracking import addresses, names, published
 
 AWAY = ("Connection refused", "Read timed out", "Name or service not known", "Connection reset", "timed out")
-SIGNS = (  # what says it all, in the long texts of MLflow and its libraries
+SIGNS = (  # the words that matter in the long texts of MLflow and its libraries
     *AWAY,
     *("No space left on device", "File too large", "database or disk is full", "disk I/O error"),
     *("database is locked", "readonly database", "file is not a database", "database disk image is malformed"),
 )
-CURES = {  # what it says of itself, and what to do
+CURES = {  # the status of a server's reply, and what to do
     "401": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
     "403": "MLFLOW_TRACKING_USERNAME may not do this there; ask who runs the server for permission",
     "404": "no MLflow server is there; look at MLFLOW_TRACKING_URI",
@@ -58,7 +57,7 @@ def home_of(run: RunRecord) -> str:
 
     It has the password if the environment has it.
     """
-    home = published(run).home or recorded_home(run.record)
+    home = published.read(run).home or recorded_home(run.record)
     return addresses.own() if addresses.shown(addresses.own()) == home else home
 
 
@@ -90,13 +89,16 @@ def recorded_home(record: dict) -> str:
 
 
 class _Silence(BaseException):
-    """Signal that a server does not answer.
+    """Signal that a server gave no answer for some seconds.
 
     It is not an `Exception`, because MLflow would catch that and try again.
     """
 
+    def __init__(self, seconds: float):
+        self.seconds = seconds
 
-_limit: float | None = None  # seconds that a call may take; None: for ever
+
+_limit = math.inf  # seconds that a call may take
 _deadline = math.inf  # by which all calls must have their answers
 _calls = 0  # that are under way, one in the other
 _silent: dict[str, float] = {}  # servers that gave no answer, and for how long they were waited for
@@ -124,7 +126,7 @@ def within(seconds: float) -> Iterator[None]:
     global _deadline, _limit
     before = (_deadline, _limit)
     _deadline = min(_deadline, time.monotonic() + seconds)
-    _limit = seconds if _limit is None else min(_limit, seconds)
+    _limit = min(_limit, seconds)
     try:
         yield
     finally:
@@ -139,7 +141,7 @@ def answering(uri: str) -> Iterator[None]:
     SQLite files, in other threads than the main one, and before `limit` or `within` sets one.
     """
     global _calls
-    if _limit is None or addresses.sqlite_file(uri) or threading.current_thread() is not threading.main_thread():
+    if _limit == math.inf or addresses.sqlite_file(uri) or threading.current_thread() is not threading.main_thread():
         yield
         return
     depth = _calls
@@ -150,10 +152,10 @@ def answering(uri: str) -> Iterator[None]:
         _set_alarm()
         yield
         _set_alarm()  # a call of a call was answered
-    except _Silence:
+    except _Silence as silence:
         if depth:
             raise
-        _silent[uri] = _limit
+        _silent[uri] = silence.seconds
         raise NoAnswer(f"no answer for {_silent[uri]:g} s") from None
     finally:
         _calls = depth
@@ -169,19 +171,21 @@ def gave_up() -> bool:
     return bool(_silent)
 
 
-def _ring(signum: int, frame: object) -> None:
-    if _calls:
-        raise _Silence
-
-
 def _set_alarm() -> None:
     """Set an alarm that raises `_Silence` in the main thread.
 
     The alarm rings when the time for the call is over.
     """
     global _timer
-    seconds = max(0.001, min(_limit, _deadline - time.monotonic()))
-    signal.signal(_ALARM, _ring)
+    remaining = _deadline - time.monotonic()
+    waited = min(_limit, max(0.0, round(remaining, 1)))  # rounded for the message
+
+    def ring(signum: int, frame: object) -> None:
+        if _calls:
+            raise _Silence(waited)
+
+    seconds = max(0.001, min(_limit, remaining))
+    signal.signal(_ALARM, ring)
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and again, should somebody swallow it
     else:
@@ -209,14 +213,14 @@ class Client(MlflowClient):
         super().__init__(addresses.for_mlflow(uri))
 
     def __getattribute__(self, name: str) -> object:
-        found = super().__getattribute__(name)
-        if name.startswith("_") or not callable(found):
-            return found
+        method = super().__getattribute__(name)
+        if name.startswith("_") or not callable(method):
+            return method
 
-        @functools.wraps(found)
+        @functools.wraps(method)
         def call(*args: object, **options: object) -> object:
             with answering(self.uri):
-                return found(*args, **options)
+                return method(*args, **options)
 
         return call
 
@@ -277,7 +281,7 @@ def _remove_misnamed(path: Path) -> None:
         folder = folder.parent
 
 
-def own_client() -> MlflowClient:
+def own_client() -> Client:
     """Return a client of this process's own tracking server.
 
     It is the server that this process is told to use. Raises `RunError` if no MLflow server answers there.
@@ -289,6 +293,21 @@ def own_client() -> MlflowClient:
             "user see nothing; look at MLFLOW_TRACKING_URI and MLFLOW_TRACKING_USERNAME"
         )
     return client
+
+
+@contextlib.contextmanager
+def own_server(timeout: float | None = None) -> Iterator[None]:
+    """Use this process's own tracking server in the block.
+
+    An error of MLflow about the server becomes a one-line `RunError`. A server that is silent for `timeout` seconds is
+    given up. Raises `InputError` if the address can never work.
+    """
+    uri = addresses.own()
+    addresses.check(uri)
+    if timeout is not None:
+        limit(timeout)
+    with brief_errors(uri), as_environment(uri):
+        yield
 
 
 # --- what is there -----------------------------------------------------------------------------------------------
@@ -312,14 +331,14 @@ def experiment_named(client: MlflowClient, name: str) -> str:
     """
     if not name:
         return own_experiment(client)
-    found = client.get_experiment_by_name(name)
-    if not found and name.isdecimal():
+    existing = client.get_experiment_by_name(name)
+    if not existing and name.isdecimal():
         with contextlib.suppress(MlflowException):
-            found = client.get_experiment(name)
-    if not found:
+            existing = client.get_experiment(name)
+    if not existing:
         known = ", ".join(each.name for each in experiments(client)[:20])
         raise InputError(f"--experiment: found none called {name!r}, expected one of {known}")
-    return _active(found)
+    return _active(existing)
 
 
 def experiment(client: MlflowClient, name: str) -> str:
@@ -328,39 +347,37 @@ def experiment(client: MlflowClient, name: str) -> str:
     An empty name means `Default`, which is MLflow's own experiment.
     """
     name = name or "Default"
-    found = client.get_experiment_by_name(name)
-    try:
-        return _active(found) if found else client.create_experiment(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # made by another process just now
-            raise
-        return client.get_experiment_by_name(name).experiment_id
+    existing = client.get_experiment_by_name(name)
+    if not existing:
+        try:
+            return client.create_experiment(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        existing = client.get_experiment_by_name(name)  # made by another process just now
+        assert existing
+    return _active(existing)
 
 
-def _active(found: Experiment) -> str:
-    """Return the id of an experiment that is not deleted.
-
-    Raises `InputError` if it is deleted.
-    """
-    if found.lifecycle_stage == "deleted":
-        raise InputError(_deleted(found.experiment_id))
-    return found.experiment_id
-
-
-def _deleted(number: str) -> str:
-    return f"experiment {number} was deleted; restore it with: mlflow experiments restore --experiment-id {number}"
+def _active(existing: Experiment) -> str:
+    """Return an experiment's id, or refuse it if deleted."""
+    number = existing.experiment_id
+    if existing.lifecycle_stage == "deleted":
+        raise InputError(
+            f"experiment {number} was deleted; restore it with: mlflow experiments restore --experiment-id {number}"
+        )
+    return number
 
 
 def experiments(client: MlflowClient) -> list[Experiment]:
-    """Return all experiments that are not deleted.
-
-    There is no limit on their number.
-    """
-    found, token = [], None
+    """Return all experiments that are not deleted."""
+    all_pages: list[Experiment] = []
+    token = None
     while token is None or token:
         page = client.search_experiments(page_token=token)
-        found, token = [*found, *page], page.token or ""
-    return found
+        all_pages += page
+        token = page.token or ""
+    return all_pages
 
 
 def look_up(client: MlflowClient, name: str) -> mlflow.entities.Run | None:
@@ -375,8 +392,8 @@ def look_up(client: MlflowClient, name: str) -> mlflow.entities.Run | None:
     quoted = name.replace("'", "")
     for start in range(0, len(ids), 500):  # databases bind so many values only
         some = ids[start : start + 500]
-        if found := client.search_runs(some, f"tags.`{names.RUN}` = '{quoted}'", max_results=1):
-            return found[0]
+        if runs := client.search_runs(some, f"tags.`{names.RUN}` = '{quoted}'", max_results=1):
+            return runs[0]
     return None
 
 
@@ -408,10 +425,7 @@ def reason(error: Exception) -> str:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether the same request would fail again.
-
-    This is judged from the message of the server or of a library.
-    """
+    """Whether the same request would fail again."""
     if isinstance(error, MlflowException) and error.error_code in REFUSALS:
         return True
     text, status = str(error), r"4(?!08|25|29)\d\d"

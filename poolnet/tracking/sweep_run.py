@@ -1,7 +1,4 @@
-"""The parent run of a sweep in MLflow.
-
-The runs of the sweep are its children.
-"""
+"""The run in MLflow that is the parent of a sweep's runs."""
 
 import re
 from collections.abc import Mapping
@@ -22,28 +19,18 @@ def find_or_create(client: MlflowClient, experiment_id: str, sweep: str, adopted
     It is the run that exists already, the run `adopted` that `mlflow run` has made, or a new one.
     """
     with files.locked(folder() / f"{sweep}.parent.lock"):  # of two publishers at once, the second finds it
-        found = client.search_runs([experiment_id], f"tags.`{names.STUDY}` = '{sweep}'", max_results=1)
-        if found:
-            _explain(client, adopted, found[0].info.run_id, sweep)
-            return found[0].info.run_id
-        tags = {names.STUDY: sweep, **names.source("sweep", provenance.user())}
+        query = f"tags.`{names.STUDY}` = '{sweep}'"
+        for parent in client.search_runs([experiment_id], query, max_results=1):
+            run_id = parent.info.run_id
+            if adopted not in ("", run_id):  # so that its page says where the results are
+                note = f"Made by `mlflow run` to go on with the sweep {sweep}, run {run_id}, which holds everything."
+                client.log_batch(adopted, tags=[RunTag(names.NOTE, note), RunTag(names.TITLE, f"goes on with {sweep}")])
+            return run_id
         if adopted:
-            tags = {names.STUDY: sweep, names.TITLE: sweep}
-            client.log_batch(adopted, tags=[RunTag(*tag) for tag in tags.items()])
+            client.log_batch(adopted, tags=[RunTag(names.STUDY, sweep), RunTag(names.TITLE, sweep)])
             return adopted
+        tags = {names.STUDY: sweep, **names.source("sweep", provenance.user())}
         return client.create_run(experiment_id, run_record.now(), tags, sweep).info.run_id
-
-
-def _explain(client: MlflowClient, carrier: str, run_id: str, sweep: str) -> None:
-    """Say in a carrier run where the results are.
-
-    The carrier is the run that `mlflow run` made for this command. It gets a note if the sweep has an earlier parent
-    run, which holds everything.
-    """
-    if carrier and carrier != run_id:
-        note = f"Made by `mlflow run` to go on with the sweep {sweep}, run {run_id}, which holds everything."
-        tags = {names.NOTE: note, names.TITLE: f"goes on with {sweep}"}
-        client.log_batch(carrier, tags=[RunTag(*tag) for tag in tags.items()])
 
 
 def describe(

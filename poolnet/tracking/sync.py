@@ -20,8 +20,9 @@ from poolnet.files import home
 from poolnet.runs import run_record
 from poolnet.runs.run_record import RunRecord
 from poolnet.text import aligned
-from poolnet.tracking import addresses, names, registry, servers
-from poolnet.tracking.publication import Publication, agrees, as_metrics
+from poolnet.tracking import addresses, names, registry, server_runs, servers
+from poolnet.tracking.publication import Publication, artifact_files, as_metrics, forget, outstanding, steps, upload_new
+from poolnet.tracking.server_runs import agrees
 
 LOCK_SECONDS = 10  # in which another process publishes a run of the usual size
 
@@ -37,7 +38,7 @@ def is_final(error: Exception) -> bool:
     return ours or servers.is_refusal(error)
 
 
-def said(error: Exception, where: str = "") -> str:
+def one_line(error: Exception, where: str = "") -> str:
     """Return an error as one line of text.
 
     The line of a server error begins with the address of the server, if it is given as `where`.
@@ -65,15 +66,12 @@ def find(name: str) -> RunRecord:
 
 @dataclasses.dataclass
 class Row:
-    """One run in the table of `poolnet sync`.
-
-    It says what the command found for the run and what it did.
-    """
+    """One run in the table of `poolnet sync`."""
 
     run: str
     state: str = "unreadable"  # or training, FINISHED, KILLED, FAILED, removed
     server: str = ""
-    found: str = ""
+    found: str = ""  # what the server lacks, or why that is not known
     did: str = "nothing"
     ok: bool = True
 
@@ -90,7 +88,7 @@ def sync(name: str, to: str | None = None, dry_run: bool = False, prune: bool = 
         if run.is_training():
             row.state, row.found = "training", "its own process publishes it"
         elif dry_run:
-            _look(row, run, to, prune)
+            _preview(row, run, to, prune)
         else:
             with files.locked(run.folder / "publish.lock", LOCK_SECONDS):
                 _publish(row, run, to, prune)
@@ -98,15 +96,12 @@ def sync(name: str, to: str | None = None, dry_run: bool = False, prune: bool = 
                 _remove(row, run)
     except Exception as error:  # of a damaged record, a server, or the way to it: it is said, and the others go on
         row.state = "unreadable" if isinstance(error, DAMAGED) and not row.server else row.state
-        row.did, row.ok = said(error), False
+        row.did, row.ok = one_line(error), False
     return row
 
 
 def check_input(runs: Iterable[str], to: str | None) -> None:
-    """Refuse unknown run names and a wrong address.
-
-    Raises `InputError`.
-    """
+    """Raise `InputError` for an unknown run or a wrong address."""
     for name in runs:
         if not (run_record.folder() / name / "record.json").exists():  # else its row says whether it can be read
             find(name)
@@ -129,12 +124,11 @@ def _open(row: Row, run: RunRecord, to: str | None) -> Publication:
     return publication
 
 
-def _look(row: Row, run: RunRecord, to: str | None, prune: bool) -> None:
-    publication = _open(row, run, to)
-    left = lacking(publication)
-    row.found = _listed(left)
+def _preview(row: Row, run: RunRecord, to: str | None, prune: bool) -> None:
+    missing = lacking(_open(row, run, to))
+    row.found = _listed(missing)
     otherwise = f"would {'check and remove it' if prune and run.finished else 'do nothing'}"
-    row.did = "would publish it" if left else otherwise
+    row.did = "would publish it" if missing else otherwise
 
 
 def _publish(row: Row, run: RunRecord, to: str | None, prune: bool) -> None:
@@ -143,19 +137,19 @@ def _publish(row: Row, run: RunRecord, to: str | None, prune: bool) -> None:
         return
     run.mark_if_dead()
     publication = _open(row, run, to)
-    left = lacking(publication)
-    row.found = _listed(left)
-    if left:
-        publication.forget(left)
-        publication.advance()
+    missing = lacking(publication)
+    row.found = _listed(missing)
+    if missing:
+        forget(publication, missing)
+        upload_new(publication)
         row.did = "published"
         if not run.finished:
             row.did += f"; go on with: {run_record.resume_command(run.name)}"
     if prune and not run.finished:
         row.did = f"kept: {run_record.resume_command(run.name)} needs it"
-    elif prune and (left := lacking(publication, every_byte=True)):
-        publication.forget(left)
-        row.did, row.ok = f"kept: {_listed(left)}; to publish that again: poolnet sync {run.name}", False
+    elif prune and (missing := lacking(publication, every_byte=True)):
+        forget(publication, missing)
+        row.did, row.ok = f"kept: {_listed(missing)}; to publish that again: poolnet sync {run.name}", False
     elif prune:
         row.did = "published, checked" if row.did == "published" else "checked"
 
@@ -183,56 +177,58 @@ def lacking(publication: Publication, every_byte: bool = False) -> dict[str, lis
     published yet are judged by what is remembered here. The other steps are judged by what the server lists, which
     takes a handful of calls. With `every_byte`, they are judged by the contents that the server returns.
     """
-    steps = (*publication.steps(), "metrics", "status")
-    found = publication.find()
-    if not found:
-        return {step: ["everything"] for step in steps}
-    left = {step: [step] for step in publication.outstanding()}
+    expected = (*steps(publication.run), "metrics", "status")
+    server_run = server_runs.find(publication.client, publication.server_copy.run_id)
+    if not server_run:
+        return {step: ["everything"] for step in expected}
+    missing = {step: [step] for step in outstanding(publication)}
     with servers.as_environment(publication.uri):
-        model = registry.logged(publication.client, found) if "model" in steps else None
-        missing = {step: _lacks(publication, found, model, step, every_byte) for step in steps if step not in left}
-    left |= {step: words for step, words in missing.items() if words}
-    if "model" in left:  # and with it what is said of it
-        left |= {step: left.get(step, []) for step in ("scores", "version", "summary") if step in steps}
-    return left
+        model = registry.logged(publication.client, server_run) if "model" in expected else None
+        for step in expected:
+            if step not in missing and (words := _lacks(publication, server_run, model, step, every_byte)):
+                missing[step] = words
+    if "model" in missing:  # and with it what is said of it
+        missing |= {step: missing.get(step, []) for step in ("scores", "version", "summary") if step in expected}
+    return missing
 
 
-def _listed(left: dict[str, list[str]]) -> str:
-    return ", ".join(dict.fromkeys(word for words in left.values() for word in words)) or "nothing"
+def _listed(missing: dict[str, list[str]]) -> str:
+    return ", ".join(dict.fromkeys(word for words in missing.values() for word in words)) or "nothing"
 
 
-def _lacks(publication: Publication, found: Run, model: LoggedModel | None, step: str, every_byte: bool) -> list[str]:
+def _lacks(
+    publication: Publication, server_run: Run, model: LoggedModel | None, step: str, every_byte: bool
+) -> list[str]:
     """Return in words what the server lacks of a step."""
     run, client = publication.run, publication.client
     match step:
         case "start":
-            params, config = found.data.params, run.record["config"]
+            params, config = server_run.data.params, run.record["config"]
             return [f"param {name}" for name, value in config.items() if not agrees(params.get(name, ""), value)]
         case "inputs":
-            digests = {entry.dataset.digest for entry in found.inputs.dataset_inputs}
+            inputs = server_run.inputs.dataset_inputs if server_run.inputs else []
+            digests = {entry.dataset.digest for entry in inputs}
             splits = run.record["data"]["splits"]
             return [f"dataset {split['name']}" for split in splits if split["sha256"][:32] not in digests]
         case "model":
-            return (
-                [] if model and _has_files(client, model) and not (every_byte and _differs(run, model)) else ["model"]
-            )
+            if not model or model.status != LoggedModelStatus.READY:
+                return ["model"]
+            has_files = bool(client.list_logged_model_artifacts(model.model_id))
+            return [] if has_files and not (every_byte and _differs(run, model)) else ["model"]
         case "scores":
             return [] if model and {metric.key for metric in model.metrics or ()} else ["scores of the model"]
         case "version":
-            has_version = model and registry.version_of(client, found.info.run_id, model.model_id)
+            has_version = model and registry.version_of(client, server_run.info.run_id, model.model_id)
             return [] if has_version else ["version of the model"]
         case "summary":
-            return [] if found.data.tags.get(names.NOTE) else ["description"]
+            return [] if server_run.data.tags.get(names.NOTE) else ["description"]
         case "metrics":
-            return _lacks_metrics(client, run, found, every_byte)
+            return _lacks_metrics(client, run, server_run, every_byte)
         case "status":
-            return ["status"] if run.ended() and run.ended()["status"] != found.info.status else []
+            end = run.ended()
+            return ["status"] if end and end["status"] != server_run.info.status else []
         case _:
-            return _lacks_files(client, found.info.run_id, publication.files(step), every_byte)
-
-
-def _has_files(client: MlflowClient, model: LoggedModel) -> bool:
-    return model.status == LoggedModelStatus.READY and bool(client.list_logged_model_artifacts(model.model_id))
+            return _lacks_files(client, server_run.info.run_id, artifact_files(run, step), every_byte)
 
 
 def _differs(run: RunRecord, model: LoggedModel) -> bool:
@@ -251,7 +247,7 @@ def _differs(run: RunRecord, model: LoggedModel) -> bool:
     )
 
 
-def _lacks_metrics(client: MlflowClient, run: RunRecord, found: Run, every_value: bool) -> list[str]:
+def _lacks_metrics(client: MlflowClient, run: RunRecord, server_run: Run, every_value: bool) -> list[str]:
     """Return the names of metrics that the server lacks.
 
     The last value of each metric is compared. With `every_value`, all values are compared.
@@ -260,9 +256,9 @@ def _lacks_metrics(client: MlflowClient, run: RunRecord, found: Run, every_value
     for record in sorted(run.metrics(), key=lambda record: record["step"]):
         for metric in as_metrics(record):
             expected.setdefault(metric.key, []).append((metric.step, metric.timestamp, metric.value))
-    wrong = [name for name, values in expected.items() if found.data.metrics.get(name) != values[-1][2]]
+    wrong = [name for name, values in expected.items() if server_run.data.metrics.get(name) != values[-1][2]]
     for name in expected if every_value else ():
-        history = client.get_metric_history(found.info.run_id, name)
+        history = client.get_metric_history(server_run.info.run_id, name)
         if {(metric.step, metric.timestamp, metric.value) for metric in history} != set(expected[name]):
             wrong.append(name)
     return [f"metric {name}" for name in dict.fromkeys(wrong)]

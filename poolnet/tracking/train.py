@@ -1,31 +1,27 @@
-"""Train one network as `poolnet train` does.
-
-The run is recorded in MLflow.
-"""
+"""Train one network and record it in MLflow."""
 
 import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from poolnet.errors import InputError
 from poolnet.files import home
 from poolnet.runs.run_record import RunRecord
 from poolnet.text import echo_warning
 from poolnet.tracking import addresses
-from poolnet.tracking.publisher import Held, Publisher
+from poolnet.tracking.published import ServerCopy
+from poolnet.tracking.publisher import Publisher
 from poolnet.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run and what the server holds.
-
-    `run` is its record on disk. `server` is what the tracking server has of it.
-    """
+    """A finished run, on disk and on the server."""
 
     run: RunRecord
-    server: Held
+    server: ServerCopy
     trouble: str | None  # why the server does not have all of it yet
 
 
@@ -37,7 +33,7 @@ def train(
     given: Mapping[str, object] = {},
     timeout: float = 20,
     echo: Callable[[object], object] = print,
-    echo_warning: Callable[[str], object] = echo_warning,
+    echo_warning: Callable[[Any], object] = echo_warning,
 ) -> Trained:
     """Train a network, record it and publish it.
 
@@ -56,13 +52,13 @@ def train(
         if resume:
             carrier = os.environ.get("MLFLOW_RUN_ID", "")  # a run that `mlflow run` made only for this
             begun = functools.partial(publisher.add, carrier=carrier)
-            run = train_run.resume(resume, given, cache, begun, publisher.check, echo, echo_warning)
+            run = train_run.resume(resume, dict(given), cache, begun, publisher.check, echo, echo_warning)
         else:
             publisher.refuse_stale()
             server = addresses.environment()
             run = train_run.run(config, optimum, cache, server, publisher.add, publisher.check, echo, echo_warning)
         trouble = publisher.close()
-        return Trained(run, publisher.held, trouble)
+        return Trained(run, publisher.server_copy, trouble)
 
 
 def look_ahead(echo_warning: Callable[[str], object]) -> None:

@@ -1,15 +1,13 @@
-"""Read training runs from a tracking server.
-
-A run has its settings, its data, how it ended, and its results.
-"""
+"""Read training runs from a tracking server."""
 
 import contextlib
 import dataclasses
 import shlex
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import click
 import numpy as np
@@ -89,7 +87,8 @@ def search(
     `query` is an MLflow filter. The newest run comes first. Runs that only reproduce another run are left out, because
     they would count twice. Runs with settings of another version are left out too, with one warning for all of them.
     """
-    token, unknown = None, {}
+    unknown: dict[str, InputError] = {}
+    token = None
     while token is None or token:
         page = client.search_runs(experiment_ids, query, max_results=1000, page_token=token)
         for run in page:
@@ -102,7 +101,7 @@ def search(
     warn_of_unknown(unknown, echo_warning)
 
 
-def warn_of_unknown(unknown: dict[str, Exception], echo_warning: Callable[[str], object]) -> None:
+def warn_of_unknown(unknown: Mapping[str, Exception], echo_warning: Callable[[str], object]) -> None:
     """Warn once about runs that were left out.
 
     The warning has the name of the first run, the number of the others, and why the first was left out. `unknown` maps
@@ -115,10 +114,7 @@ def warn_of_unknown(unknown: dict[str, Exception], echo_warning: Callable[[str],
 
 
 def is_training_run(run: Run) -> bool:
-    """Whether `poolnet train` or a sweep made the run.
-
-    Otherwise MLflow or somebody else made it.
-    """
+    """Whether `poolnet train` or a sweep made the run."""
     return names.RUN in run.data.tags
 
 
@@ -131,7 +127,7 @@ def of(run: Run) -> TrainingRun:
     for name in run.data.params:
         if name.replace("-", "_") not in OPTIONS:
             raise InputError(f"run {run.info.run_id}: found a setting that is called {name}")
-    datasets = [entry.dataset.name for entry in run.inputs.dataset_inputs]
+    datasets = [entry.dataset.name for entry in run.inputs.dataset_inputs] if run.inputs else []
     return TrainingRun(
         run.info.run_id,
         run.info.experiment_id,
@@ -152,10 +148,9 @@ def config(run: Run) -> TrainConfig:
 
     `mlflow run` records the params as they were typed. Raises `InputError` if they are not valid settings.
     """
-    params = run.data.params
-    fields = [field for field in dataclasses.fields(TrainConfig) if field.name in params]
+    params, kinds = run.data.params, get_type_hints(TrainConfig)
     try:
-        return TrainConfig(**{field.name: _parsed(params[field.name], field.type) for field in fields})
+        return TrainConfig(**{name: _parsed(params[name], kind) for name, kind in kinds.items() if name in params})
     except (InputError, click.BadParameter) as error:
         raise InputError(f"run {run.info.run_id}: found params that no training has: {error}") from None
 
@@ -181,7 +176,7 @@ def predictions(client: MlflowClient, run_id: str, name: str, split: str) -> tup
             raise InputError(f"{name}: found no readable {file} on the server ({text})") from None
 
 
-def _parsed(raw: str, kind: type) -> object:
+def _parsed(raw: str, kind: type) -> Any:
     with contextlib.suppress(ValueError):
         if raw[:1] in ("'", '"'):  # quoted for a shell
             raw = shlex.split(raw)[0]

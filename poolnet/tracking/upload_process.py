@@ -16,8 +16,9 @@ from mlflow.exceptions import MlflowException
 
 from poolnet import files
 from poolnet.tracking import addresses, names, servers, sync
-from poolnet.tracking.publication import Publication, Refused
+from poolnet.tracking.publication import Publication, is_complete, upload_new
 from poolnet.tracking.publisher import ASK
+from poolnet.tracking.server_runs import Refused
 
 POLL_SECONDS = 1  # between two looks at the records
 
@@ -25,62 +26,60 @@ Echo = Callable[[str], object]
 
 
 @dataclasses.dataclass
-class Followed:
+class Upload:
     """A run and the state of its upload."""
 
     name: str
     carrier: str
-    publication: Publication | None = None
-    trouble: Exception | None = None  # what stood in the way last
+    publication: Publication | None = None  # once the record was read
+    error: Exception | None = None  # of the last attempt
     over: bool = False  # the server has all of it, or never will
 
 
-def follow(lines: Iterable[str], drain_timeout: float, echo: Echo, answer: Callable[[], object]) -> int:
+def run(lines: Iterable[str], drain_timeout: float, echo: Echo, reply: Callable[[], object]) -> int:
     """Publish the runs that the input lines name.
 
     Each line is `NAME CARRIER`. The function returns when the lines have ended and all is published. Each run is
     handled separately: a problem with one does not affect the others. After the last line, the function gives up
     `drain_timeout` seconds after the last progress.
 
-    The line `ASK` asks whether a new run may be recorded in the run `MLFLOW_RUN_ID`. `answer` is called when this line
+    The line `ASK` asks whether a new run may be recorded in the run `MLFLOW_RUN_ID`. `reply` writes a line: when `ASK`
     has come, and again if nothing speaks against the new run.
 
     Returns the exit code: 3 if something is not published, 2 if the only run is refused, if a run is refused while it
-    is trained, or if the answer to `ASK` is a refusal, and otherwise 0.
+    is trained, or if `ASK` is answered with a refusal, and otherwise 0.
     """
-    inbox, runs = _read(lines), {}
+    inbox = _read(lines)
+    uploads: dict[str, Upload] = {}
     closed, progress = False, time.monotonic()
-    while not (closed and all(run.over for run in runs.values())):
+    while not (closed and all(upload.over for upload in uploads.values())):
         line = _next(inbox)
         if line is None:
             closed, progress = True, time.monotonic()
         elif line == ASK:
             if not addresses.own().startswith("http"):
                 importlib.import_module("mlflow.store.tracking.sqlalchemy_store")  # a second or two
-            answer()
+            reply()
             if refusal := _refusal(os.environ["MLFLOW_RUN_ID"]):
                 echo(refusal)
                 return 2
-            answer()
+            reply()
         elif line:
             name, _, carrier = line.partition(" ")
-            runs[name] = Followed(name, carrier)
-        for run in runs.values():
-            if not run.over and _step(run, closed, echo):
+            uploads[name] = Upload(name, carrier)
+        for upload in uploads.values():
+            if not upload.over and _step(upload, closed, echo):
                 progress = time.monotonic()
-            if isinstance(run.trouble, Refused) and run.publication.run.is_training():
+            if isinstance(upload.error, Refused) and upload.publication and upload.publication.run.is_training():
                 return 2
         if closed and time.monotonic() - progress > drain_timeout:
             break
-    left = [run.trouble for run in runs.values() if run.trouble or not run.over]
-    return 0 if not left else 2 if len(runs) == 1 and isinstance(left[0], Refused) else 3
+    errors = [upload.error for upload in uploads.values() if upload.error or not upload.over]
+    return 0 if not errors else 2 if len(uploads) == 1 and isinstance(errors[0], Refused) else 3
 
 
-def _read(lines: Iterable[str]) -> queue.SimpleQueue:
-    """Read the lines into a queue, in a thread.
-
-    None follows the last line.
-    """
+def _read(lines: Iterable[str]) -> queue.SimpleQueue[str | None]:
+    """Read the lines into a queue in a thread, then None."""
     inbox: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def feed() -> None:
@@ -92,44 +91,45 @@ def _read(lines: Iterable[str]) -> queue.SimpleQueue:
     return inbox
 
 
-def _next(inbox: queue.SimpleQueue) -> str | None:
+def _next(inbox: queue.SimpleQueue[str | None]) -> str | None:
     try:
         return inbox.get(timeout=POLL_SECONDS)
     except queue.Empty:
         return ""
 
 
-def _step(run: Followed, closed: bool, echo: Echo) -> bool:
+def _step(upload: Upload, closed: bool, echo: Echo) -> bool:
     """Publish what the record of a run has now.
 
     Returns whether this made progress.
     """
-    before, known = run.publication and copy.deepcopy(run.publication.held), str(run.trouble)
+    before = copy.deepcopy(upload.publication.server_copy) if upload.publication else None
+    known = str(upload.error)
     try:
-        _advance(run, closed)
-        run.trouble = None
+        _upload(upload, closed)
+        upload.error = None
     except Exception as error:  # of a damaged record, a server, or the way to it: it is said, and tried again
-        run.trouble = error
-        run.over = isinstance(error, Refused) or (closed and sync.is_final(error))
+        upload.error = error
+        upload.over = isinstance(error, Refused) or (closed and sync.is_final(error))
         if str(error) != known:
-            echo(sync.said(error, run.publication.key if run.publication else ""))
-    return bool(run.publication) and run.publication.held != before
+            echo(sync.one_line(error, upload.publication.key if upload.publication else ""))
+    return upload.publication is not None and upload.publication.server_copy != before
 
 
-def _advance(run: Followed, closed: bool) -> None:
-    if not run.publication:
-        found = sync.find(run.name)
-        run.publication = Publication(found, servers.home_of(found), run.carrier)
-    followed = run.publication.run
-    if not (followed.folder / "record.json").exists():  # `sync --prune` was faster
-        run.over = True
+def _upload(upload: Upload, closed: bool) -> None:
+    if not upload.publication:
+        record = sync.find(upload.name)
+        upload.publication = Publication(record, servers.home_of(record), upload.carrier)
+    record = upload.publication.run
+    if not (record.folder / "record.json").exists():  # `sync --prune` was faster
+        upload.over = True
         return
-    with files.locked(followed.folder / "publish.lock", wait=0):
+    with files.locked(record.folder / "publish.lock", wait=0):
         if closed:
-            followed.mark_if_dead()
-        run.publication.advance()
+            record.mark_if_dead()
+        upload_new(upload.publication)
     # once all lines are in, a run that is still trained is another process's, which publishes it
-    run.over = run.publication.complete or (closed and followed.is_training())
+    upload.over = is_complete(upload.publication) or (closed and record.is_training())
 
 
 def _refusal(run_id: str) -> str:

@@ -28,7 +28,7 @@ from poolnet.errors import InputError
 from poolnet.runs import provenance, run_record
 from poolnet.runs.figures import of_run, save_all
 from poolnet.tracking import publisher, servers, sync, upload_process
-from poolnet.tracking.publication import Publication
+from poolnet.tracking.publication import Publication, adopt
 from poolnet.training import fast_step, features
 from poolnet.training.config import TrainConfig
 from poolnet.training.train_loop import resolve_device
@@ -311,8 +311,8 @@ def test_passwords_do_not_reach_the_screen_or_the_disk(monkeypatch):
         run = journaled()
         publication = Publication(run, servers.home_of(run))
         assert publication.uri == uri  # as long as the environment has it
-        publication.adopt(SimpleNamespace(experiment_id="7", run_id="4f"))
-        assert "http://127.0.0.1:5000/#/experiments/7/runs/4f?" in publication.held.look
+        adopt(publication, SimpleNamespace(experiment_id="7", run_id="4f"))
+        assert "http://127.0.0.1:5000/#/experiments/7/runs/4f?" in publication.server_copy.look
         for path in run.folder.rglob("*"):
             assert path.is_dir() or password.encode() not in path.read_bytes()
 
@@ -366,7 +366,7 @@ def test_an_experiment_whose_name_cannot_be_asked_is_not_taken_for_the_default_o
 def followed(run):
     """Published by the process beside a training, which would wait for an hour. Exit code and what is said."""
     said = []
-    return upload_process.follow([run.name], 3600, said.append, lambda: None), said
+    return upload_process.run([run.name], 3600, said.append, lambda: None), said
 
 
 @pytest.mark.parametrize(

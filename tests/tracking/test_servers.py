@@ -19,7 +19,7 @@ from conftest import run as command
 from finished_runs import journaled, publish
 from mlflow.utils.file_utils import path_to_local_sqlite_uri
 
-from poolnet.errors import NoAnswer
+from poolnet.errors import InputError, NoAnswer, RunError
 from poolnet.files import home
 from poolnet.runs import provenance, run_record
 from poolnet.tracking import addresses, servers
@@ -124,6 +124,17 @@ def test_an_address_that_can_never_work_is_refused_before_anything_is_done(uri, 
     assert run_record.names() == []
 
 
+def test_a_command_refuses_an_address_before_it_imports_mlflow(tmp_path):
+    code = (
+        "import sys; from poolnet.cli import main\n"
+        "try: main(['evaluate', 'models:/poolnet/1'])\n"
+        "except SystemExit as end: assert end.code == 2 and 'mlflow' not in sys.modules"
+    )
+    environment = world(tmp_path, "gopher://127.0.0.1/x")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+
+
 def test_a_store_in_a_folder_that_may_not_be_written_is_refused_before_training(tmp_path, capsys, letters, monkeypatch):
     protected = tmp_path / "protected"
     protected.mkdir(mode=0o555)
@@ -189,11 +200,35 @@ def test_every_call_of_a_server_that_hangs_ends(hanging, monkeypatch):
     assert 2 <= time.monotonic() - began < 3
 
 
+def test_a_server_that_had_less_time_is_waited_for_again(hanging, monkeypatch):
+    monkeypatch.setattr(servers, "_silent", {})
+    client = servers.client_of(hanging)
+    with servers.within(2):
+        time.sleep(1.5)
+        with pytest.raises(NoAnswer, match=r"no answer for 0\.5 s"):
+            client.search_experiments()
+    began = time.monotonic()
+    with servers.within(1), pytest.raises(NoAnswer, match="no answer for 1 s"):
+        client.search_experiments()
+    assert 1 <= time.monotonic() - began < 2
+
+
 def test_a_command_ends_in_one_line_when_the_server_hangs(hanging, letters):
     finished = poolnet("evaluate", "models:/poolnet/1", "--timeout", 1, env=world(letters.parent, hanging))
     assert finished.returncode == 1
     cure = "start the server, correct MLFLOW_TRACKING_URI, or wait longer with --timeout"
     assert finished.stderr == f"poolnet: error: {hanging}: no answer for 1 s; {cure}\n"
+
+
+def test_a_library_call_refuses_an_address_and_names_a_server_that_hangs(hanging, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mlruns")
+    with pytest.raises(InputError, match="MLFLOW_TRACKING_URI: found 'mlruns'"), servers.own_server():
+        raise AssertionError
+    monkeypatch.setattr(servers, "_silent", {})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", hanging)
+    refused = pytest.raises(RunError, match=rf"{hanging}: no answer for 1 s; start the server")
+    with refused, servers.within(1), servers.own_server():
+        servers.own_client()
 
 
 # --- servers that refuse, or are none --------------------------------------------------------------------------------

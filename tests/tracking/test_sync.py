@@ -20,9 +20,8 @@ from finished_runs import CONFIG, journaled, publish
 
 from poolnet import files, process
 from poolnet.runs import run_record, train_run
-from poolnet.tracking import addresses, servers, sync
-from poolnet.tracking.publication import Publication
-from poolnet.tracking.publisher import published
+from poolnet.tracking import addresses, published, servers, sync
+from poolnet.tracking.publication import Publication, is_complete, upload_new
 from poolnet.training import fast_step
 
 pytestmark = pytest.mark.usefixtures("letters")
@@ -97,8 +96,8 @@ def test_two_at_once_publish_everything_once():
         thread.start()
     for thread in two:
         thread.join()
-    published, second = sorted(rows, key=lambda row: row.did != "published")
-    assert (published.state, published.found, published.did, published.ok) == (
+    first, second = sorted(rows, key=lambda row: row.did != "published")
+    assert (first.state, first.found, first.did, first.ok) == (
         "FINISHED",
         "everything",
         "published",
@@ -129,9 +128,9 @@ def test_a_run_beside_a_running_sweep_is_published_without_waiting_for_its_end()
         for run in (left, finished):
             follower.stdin.write(f"{run.name} \n")
             follower.stdin.flush()
-        wait_for(lambda: published(finished).servers)
+        wait_for(lambda: published.read(finished).servers)
         assert [row["did"] for row in synced(left.name)] == ["nothing"]
-        wait_for(lambda: Publication(finished, servers.home_of(finished)).complete, 120)
+        wait_for(lambda: is_complete(Publication(finished, servers.home_of(finished))), 120)
         assert [row["did"] for row in synced(finished.name)] == ["nothing"]
         assert follower.poll() is None
         follower.kill()
@@ -142,16 +141,16 @@ def test_what_is_not_remembered_is_found_and_not_made_again(lost):
     finished = journaled(CONFIG.__class__(data="letters.npz", epochs=2))
     first = publish(finished)
     path = finished.folder / "published.json"
-    published = files.read_json(path)
-    (held,) = published["servers"].values()
+    memory = files.read_json(path)
+    (server_copy,) = memory["servers"].values()
     if lost == "all":
         path.unlink()
     elif lost == "run_id":
-        held["run_id"] = ""
+        server_copy["run_id"] = ""
     else:
-        held["done"].remove(lost)
+        server_copy["done"].remove(lost)
     if lost != "all":
-        files.write_json(path, published)
+        files.write_json(path, memory)
     again = publish(finished)
     assert again.to_dictionary() == first.to_dictionary()
     client = mlflow.MlflowClient()
@@ -194,8 +193,8 @@ def test_resume_goes_on_in_the_same_run_and_ends_as_if_nothing_had_happened(caps
     left, calm = interrupted(), publish(journaled())
     publish_killed = Publication(left, servers.home_of(left))
     left.mark_if_dead()
-    publish_killed.advance()
-    run_id = publish_killed.held.run_id
+    upload_new(publish_killed)
+    run_id = publish_killed.server_copy.run_id
     code, out, err = run(capsys, "train", "--resume", run_id)  # the id that the UI shows is good as well
     assert (code, err) == (0, "")
     assert re.findall(r"^Epoch (\d\d)", out, re.MULTILINE) == ["01", "02"]  # it was stopped before its checkpoint
@@ -289,14 +288,14 @@ def test_a_publisher_that_is_killed_is_made_up_for(moment):
     command = [*forked.POOLNET, "sync", "--follow"]
     finished = journaled()
     begun = {
-        "run": lambda held: held.run_id,
-        "metrics": lambda held: held.metrics,
-        "model": lambda held: "model" in held.done,
+        "run": lambda server_copy: server_copy.run_id,
+        "metrics": lambda server_copy: server_copy.metrics,
+        "model": lambda server_copy: "model" in server_copy.done,
     }
     with forked.start(command, stdin=subprocess.PIPE, text=True) as first:
         first.stdin.write(f"{finished.name} \n")
         first.stdin.flush()
-        wait_for(lambda: begun[moment](next(iter(published(finished).servers.values()))), 120)
+        wait_for(lambda: begun[moment](next(iter(published.read(finished).servers.values()))), 120)
         first.kill()
     (row,) = synced()
     assert row["did"] in ("published", "nothing")  # by the one or by the other
@@ -353,7 +352,7 @@ def test_a_run_that_cannot_be_published_does_not_keep_the_follower_from_those_be
     assert finished.returncode == 3, finished.stderr
     assert "was deleted on" in finished.stderr
     assert f"published.json: damaged; remove it, then: poolnet sync {damaged.name}" in finished.stderr
-    assert Publication(good, servers.home_of(good)).complete
+    assert is_complete(Publication(good, servers.home_of(good)))
 
 
 # --- what a server has lost ------------------------------------------------------------------------------------------
