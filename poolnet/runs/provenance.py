@@ -9,17 +9,18 @@ import platform
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
-DECIDE = ("python", "numpy", "torch", "machine")  # what of the environment the last digits depend on
+DECIDE = ("python", "numpy", "torch", "machine")  # the last digits of a run depend on these
 
 
-def differences(record: dict) -> list[str]:
+def differences(record: dict[str, Any]) -> list[str]:
     """Return how this environment differs from the recorded one.
 
     Only the parts that figures depend on are compared.
     """
-    begun, here = record["environment"], environment()
-    return [f"{name} {begun[name]} (here {here[name]})" for name in DECIDE if begun[name] != here[name]]
+    then, here = record["environment"], environment()
+    return [f"{name} {then[name]} (here {here[name]})" for name in DECIDE if then[name] != here[name]]
 
 
 def environment() -> dict[str, object]:
@@ -36,7 +37,7 @@ def environment() -> dict[str, object]:
 def user() -> str:
     try:
         return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a container's user without a name
+    except (OSError, KeyError, ImportError):  # the user has no name, as in some containers
         return "unknown"
 
 
@@ -47,7 +48,7 @@ def code_state() -> tuple[str | None, str, bytes]:
     and how they differ, as a diff. If the package is installed outside its repository, or git is missing, the result is
     None, `unknown` and no diff.
     """
-    if not _git("ls-files", "--error-unmatch", "__init__.py"):  # installed, or no git here
+    if not _git("ls-files", "--error-unmatch", "__init__.py"):
         return None, "unknown", b""
     diff = _git("diff", "HEAD", "--binary", "--no-ext-diff", "--no-textconv", "--no-color")
     return _git("rev-parse", "HEAD").decode().strip(), "true" if diff else "false", diff
