@@ -5,7 +5,7 @@ A line is one step: {"t": ms since 1970, "step": epoch, "metrics": {...}, "crc32
 
 import errno
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,8 @@ def _parsed(line: bytes, number: int) -> Step | None:
     whole = [type(t), type(step), type(metrics)] == [int, int, dict]
     if whole and "crc32" not in stored:
         whole = stored.keys() == {"t", "step", "metrics"} and step in (0, number - 1, number)
-        whole = whole and all(_is_possible(name, value) for name, value in metrics.items())
+        whole = whole and all(
+            type(value) in (int, float) and 0 <= value <= (1 if name.endswith("acc") else sys.float_info.max)
+            for name, value in metrics.items()
+        )
     return {"t": t, "step": step, "metrics": metrics} if whole else None
-
-
-def _is_possible(name: str, value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf and (value <= 1 or not name.endswith("acc"))

@@ -1,7 +1,4 @@
-"""The code and the environment that a run depends on.
-
-A run also depends on its data, which are not described here.
-"""
+"""The code and the environment that a run depends on."""
 
 import getpass
 import importlib.metadata
@@ -15,10 +12,7 @@ DECIDE = ("python", "numpy", "torch", "machine")  # the last digits of a run dep
 
 
 def differences(record: dict[str, Any]) -> list[str]:
-    """Return how this environment differs from the recorded one.
-
-    Only the parts that figures depend on are compared.
-    """
+    """Return how this environment differs from the recorded one."""
     then, here = record["environment"], environment()
     return [f"{name} {then[name]} (here {here[name]})" for name in DECIDE if then[name] != here[name]]
 
@@ -42,11 +36,10 @@ def user() -> str:
 
 
 def code_state() -> tuple[str | None, str, bytes]:
-    """Return the commit of the code and its changes.
+    """Return the commit, whether tracked files differ, and the diff.
 
-    The result has three parts: the commit that runs, whether tracked files differ from it (`true`, `false`, `unknown`),
-    and how they differ, as a diff. If the package is installed outside its repository, or git is missing, the result is
-    None, `unknown` and no diff.
+    The second is `true` or `false`. If the package is installed outside its repository, or git is missing, the result
+    is None, `unknown` and no diff.
     """
     if not _git("ls-files", "--error-unmatch", "__init__.py"):
         return None, "unknown", b""
@@ -55,10 +48,7 @@ def code_state() -> tuple[str | None, str, bytes]:
 
 
 def _git(*args: str) -> bytes:
-    """Return the output of git for the package's repository.
-
-    The output is empty if there is no repository.
-    """
+    """Return git's output, or nothing if there is no repository."""
     try:
         return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

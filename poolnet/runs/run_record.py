@@ -1,6 +1,6 @@
 """The crash-safe record of one run on disk.
 
-It is the folder `POOLNET_HOME/runs/NAME/`. The record is written before anything else is told of the run.
+It is the folder `POOLNET_HOME/runs/NAME/`. The record is written before anything else learns of the run.
 
     record.json          what the run is: settings, data digest, code, environment; written once (see record_form.py)
     metrics.jsonl        one line per step (see metrics_file.py); step 0 is the whole run
@@ -50,7 +50,7 @@ class RunRecord:
         self.folder, self.name = folder, folder.name
         self.record = record_form.read(folder)
         self.stem = self.name.rpartition("-")[0]  # what it shares with the other runs of its pool and seed
-        self._metrics_file = folder / "metrics.jsonl"
+        self._metrics_path = folder / "metrics.jsonl"
         # These two are for the process that trains.
         self._steps: dict[int, Step] = {}
         self._serial = 0  # of the newest checkpoint
@@ -76,7 +76,7 @@ class RunRecord:
             end_before = self.ended()
             with self.writing():
                 (self.folder / "end.json").unlink(missing_ok=True)
-                metrics_file.repair(self._metrics_file)
+                metrics_file.repair(self._metrics_path)
             self._steps = {step["step"]: step for step in self.metrics()}
             self._serial = max((serial for serial, _ in tensors.load_checkpoints(self.folder)), default=0)
             try:
@@ -126,17 +126,14 @@ class RunRecord:
 
         Raises `RunError` if a line is damaged.
         """
-        lines = metrics_file.read(self._metrics_file)
+        lines = metrics_file.read(self._metrics_path)
         steps = [step for step in lines if step]
         if len(steps) < len(lines):
-            raise self._damage(self._metrics_file, f"line {lines.index(None) + 1} is ")
+            raise self._damage(self._metrics_path, f"line {lines.index(None) + 1} is ")
         return steps
 
     def by_step(self) -> dict[int, dict[str, float]]:
-        """Return the metrics of each epoch.
-
-        Epoch 0 has the metrics of the whole run.
-        """
+        """Return the metrics by epoch; 0 is the whole run."""
         return {step["step"]: step["metrics"] for step in self.metrics()}
 
     def append(self, step: int, metrics: dict[str, float]) -> Step:
@@ -147,19 +144,16 @@ class RunRecord:
         if step not in self._steps:
             record = {"t": self._time(), "step": step, "metrics": metrics}
             with self.writing():
-                metrics_file.append(self._metrics_file, record)
+                metrics_file.append(self._metrics_path, record)
             self._steps[step] = record
         return self._steps[step]
 
     def _time(self) -> int:
-        """Return the time now, never before the last step.
-
-        So the times are in the order of the steps, even if the clock goes back.
-        """
-        steps = self._steps.values() or [step for step in metrics_file.read(self._metrics_file) if step]
+        """Return the time now, but never before the last step."""
+        steps = self._steps.values() or [step for step in metrics_file.read(self._metrics_path) if step]
         return max(now(), next(reversed(steps))["t"] if steps else self.record["started"])
 
-    # --- files that are replaced whole ----------------------------------------------------------------------------
+    # --- states, results and the end; each file is replaced as a whole --------------------------------------------
 
     def save_checkpoint(self, state: tensors.Arrays) -> None:
         """Save a training state as a checkpoint.
@@ -179,7 +173,7 @@ class RunRecord:
             tensors.save(self.folder / f"{name}.safetensors", arrays)
 
     def load_tensors(self, name: str) -> tensors.Arrays | None:
-        """Load what `save_tensors` saved, or None if damaged."""
+        """Load saved arrays, or return None if absent or damaged."""
         return tensors.load(self.folder / f"{name}.safetensors")
 
     def save_predictions(self, name: str, logits: np.ndarray, y: np.ndarray) -> None:
@@ -193,7 +187,7 @@ class RunRecord:
         Raises `RunError` if metrics, weights or predictions are missing or damaged.
         """
         if not {*range(self.record["config"]["epochs"] + 1)} <= self.by_step().keys():
-            raise self._damage(self._metrics_file, "some lines are missing, ")
+            raise self._damage(self._metrics_path, "some lines are missing, ")
         if self.load_tensors("model") is None:
             raise self._damage(self.folder / "model.safetensors")
         for name in ("val", "test"):
@@ -241,10 +235,7 @@ class RunRecord:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn disk errors in the block into a one-line `RunError`.
-
-        The line has the command that resumes the run.
-        """
+        """Turn a disk error into a `RunError` with the cure."""
         try:
             yield
         except OSError as error:
@@ -272,10 +263,7 @@ def create(stem: str, record: dict[str, Any], diff: bytes = b"") -> RunRecord:
 
 
 def names() -> list[str]:
-    """Return the names of all runs, oldest first.
-
-    These are the runs that have a record.
-    """
+    """Return the names of all recorded runs, oldest first."""
     times = {}
     for path in folder().glob("*/record.json"):
         with contextlib.suppress(FileNotFoundError):  # another process may have just removed it
@@ -284,11 +272,8 @@ def names() -> list[str]:
 
 
 def find(run: str) -> RunRecord | None:
-    """Find a run by name or MLflow run id.
-
-    The result is None if there is no such run.
-    """
-    is_name = re.fullmatch(r"\w+-seed\d+-[0-9a-f]{8}", run)  # which cannot lead out of the folder of runs
+    """Find a run by name or MLflow run id, or return None."""
+    is_name = re.fullmatch(r"\w+-seed\d+-[0-9a-f]{8}", run)  # so it cannot be a path out of the folder of runs
     if is_name and (folder() / run / "record.json").exists():
         return RunRecord(folder() / run)
     for name in names():
@@ -304,10 +289,7 @@ def resume_command(name: str) -> str:
 
 
 def now() -> int:
-    """Return the time in milliseconds since 1970.
-
-    MLflow counts time in the same way.
-    """
+    """Return milliseconds since 1970, as MLflow counts time."""
     return time.time_ns() // 1_000_000
 
 

@@ -14,7 +14,8 @@ Arrays = dict[str, np.ndarray]
 def save(path: Path, arrays: Arrays) -> None:
     """Replace a `.safetensors` file as a whole.
 
-    The checksum is an array of its own, since the format has none.
+    The checksum is an array of its own, since the format has none. A power cut may lose the file: it is not flushed.
+    Then its epochs are trained again, to the same figures.
     """
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     part = path.with_name(f".{path.stem}.part")

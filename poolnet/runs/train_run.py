@@ -37,10 +37,7 @@ def run(
     echo: Echo = print,
     echo_warning: Echo = print,
 ) -> RunRecord:
-    """Train a new run and write all its files.
-
-    `server` says where the run is tracked, as in its record.
-    """
+    """Train a new run, tracked by `server`, and write its files."""
     train_loop.resolve_device(config.device)
     splits, pooled = open_data(config, cache, echo)
     if splits.overlap:
@@ -132,9 +129,9 @@ def create(
 
 
 def settings(run: RunRecord) -> TrainConfig:
-    """Return the settings in the record of a run.
+    """Return the settings of a run that is to be trained.
 
-    The run is one that is to be trained. Raises `InputError` if this version does not know a setting.
+    Raises `InputError` if this version does not know a setting.
     """
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := run.record["config"].keys() - known:
@@ -143,10 +140,7 @@ def settings(run: RunRecord) -> TrainConfig:
 
 
 def check_options(run: RunRecord, given: Mapping[str, object]) -> None:
-    """Refuse options that contradict the record of a run.
-
-    This is for a run that is resumed. Raises `InputError`.
-    """
+    """Raise `InputError` if options contradict the run's record."""
     recorded = run.record["config"] | {"optimum": run.record["optimum"]}
     for name, value in given.items():
         if value != recorded[name]:
@@ -156,10 +150,7 @@ def check_options(run: RunRecord, given: Mapping[str, object]) -> None:
 
 
 def open_recorded_data(run: RunRecord, cache: bool, echo: Echo) -> tuple[Dataset, Pooled]:
-    """Open the data set that a run began with.
-
-    Raises `InputError` if the data set has changed since then.
-    """
+    """Open the data set of a run, or raise `InputError` if changed."""
     recorded = run.record["data"]
     path = Path(recorded["path"])
     config = settings(run)
@@ -232,20 +223,14 @@ def _train(
 
 
 def _form(state: State) -> dict[str, tuple]:
-    """Return names, types and shapes of a state's arrays.
-
-    Two states of the same training have the same form.
-    """
+    """Return what all states of one training share."""
     # Earlier versions wrote states within an epoch too. These have `parts`; those at an epoch's end have none.
     old = {"spent"} if len(state.get("parts", ())) else {"spent", "parts"}
     return {name: (array.dtype, array.shape) for name, array in state.items() if name not in old}
 
 
 def _differences(run: RunRecord) -> str:
-    """Return how environment and code differ from the record.
-
-    The record has the environment and the code that the run began with.
-    """
+    """Return how code and environment differ from the recorded ones."""
     recorded, here = run.record["code"]["commit"], provenance.code_state()[0]
     commit = [f"commit {recorded} (here {here})"] if recorded != here else []
     return ", ".join([*commit, *provenance.differences(run.record)])
