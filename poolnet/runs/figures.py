@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from matplotlib.ft2font import FT2Font
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
+from scipy.special import log_softmax
 
 from poolnet.data.dataset import LETTERS, Dataset, Split
 from poolnet.stats import scores
@@ -28,12 +28,9 @@ TRAIN, VAL, TEST = "#0072b2", "#d55e00", "#333333"  # told apart by the colour-b
 
 
 def of_run(config: TrainConfig, splits: Dataset, result: FitResult, optimum: LowestLoss | None) -> dict[str, Figure]:
-    """Return the figures of a finished run.
-
-    The keys are the file names, without `.png`.
-    """
+    """Draw the figures of a finished run, by file name."""
     title = drawable(f"{config.pool} on {splits.name}, seed {config.seed}")
-    weight = result.model.classifier.weight.detach().cpu().numpy()
+    weight = result.model.get_parameter("classifier.weight").detach().cpu().numpy()
     worst = f"{title}: highest test losses, true letter and what is said"
     return {
         "learning_curves": learning_curves(result.history, result.test, optimum, title),
@@ -118,7 +115,7 @@ def classifier_weights(weight: np.ndarray, title: str) -> Figure:
     signed = maps.shape[1] == 1
     maps = maps[:, 0] if signed else np.sqrt((maps**2).sum(1))
     limit = np.abs(maps).max()
-    cmap, low = (colormaps["RdBu_r"], -limit) if signed else (colormaps["viridis"], 0)
+    cmap, low = ("RdBu_r", -limit) if signed else ("viridis", 0)
     figure = Figure(figsize=(10, 4.6))
     figure.suptitle(title)
     image = grid(figure, (0.02, 0.03, 0.86, 0.88), maps, LETTERS, 5, (1, 2), cmap=cmap, vmin=low, vmax=limit)
@@ -132,21 +129,19 @@ def worst_mistakes(evaluation: Evaluation, split: Split, title: str, rows: int =
 
     The title of an image has its label, the letter that the model predicts, and the probability of this letter.
     """
-    logits = evaluation.logits.astype(np.float64)
-    top = logits.max(1, keepdims=True)
-    log_probs = logits - top - np.log(np.exp(logits - top).sum(1, keepdims=True))
+    log_probs = log_softmax(evaluation.logits.astype(np.float64), axis=1)
     losses = -log_probs[np.arange(len(split)), split.y]
     worst = np.argsort(-losses, kind="stable")[: rows * columns]
-    said = logits[worst].argmax(1)
-    probabilities = np.exp(log_probs[worst, said])
+    predicted = evaluation.logits[worst].argmax(1)
+    probabilities = np.exp(log_probs[worst, predicted])
     titles = [
         f"{LETTERS[true]}, said {LETTERS[letter]} {probability:.2f}"
-        for true, letter, probability in zip(split.y[worst], said, probabilities, strict=True)
+        for true, letter, probability in zip(split.y[worst], predicted, probabilities, strict=True)
     ]
     figure = Figure(figsize=(columns * 1.2, rows * 1.5 + 0.6))
     figure.suptitle(title)
     images = split.images(worst)[:, 0]
-    grid(figure, (0.01, 0.01, 0.98, 0.9), images, titles, columns, (4, 9), fontsize=8, cmap="gray")
+    grid(figure, (0.01, 0.01, 0.98, 0.9), images, titles, columns, (4, 9), fontsize=8)
     return figure
 
 
@@ -158,7 +153,9 @@ def grid(
     columns: int,
     gap: tuple[int, int],
     fontsize: float = 12,
-    **options: object,
+    cmap: str = "gray",
+    vmin: float | None = None,
+    vmax: float | None = None,
 ) -> AxesImage:
     """Draw a grid of images as one image.
 
@@ -174,4 +171,4 @@ def grid(
         top, left = row * (height + down) + down, column * (width + across)
         whole[top : top + height, left : left + width] = image
         axes.text(left + (width - 1) / 2, top - 0.5 - 0.2 * down, title, ha="center", fontsize=fontsize)
-    return axes.imshow(whole, interpolation="nearest", **options)
+    return axes.imshow(whole, interpolation="nearest", cmap=cmap, vmin=vmin, vmax=vmax)

@@ -1,7 +1,4 @@
-"""The code and the environment that a run depends on.
-
-A run also depends on its data, which are not described here.
-"""
+"""The code and the environment that a run depends on."""
 
 import getpass
 import importlib.metadata
@@ -9,17 +6,15 @@ import platform
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
-DECIDE = ("python", "numpy", "torch", "machine")  # what of the environment the last digits depend on
+DECIDE = ("python", "numpy", "torch", "machine")  # the last digits of a run depend on these
 
 
-def differences(record: dict) -> list[str]:
-    """Return how this environment differs from the recorded one.
-
-    Only the parts that figures depend on are compared.
-    """
-    begun, here = record["environment"], environment()
-    return [f"{name} {begun[name]} (here {here[name]})" for name in DECIDE if begun[name] != here[name]]
+def differences(record: dict[str, Any]) -> list[str]:
+    """Return how this environment differs from the recorded one."""
+    then, here = record["environment"], environment()
+    return [f"{name} {then[name]} (here {here[name]})" for name in DECIDE if then[name] != here[name]]
 
 
 def environment() -> dict[str, object]:
@@ -36,28 +31,24 @@ def environment() -> dict[str, object]:
 def user() -> str:
     try:
         return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a container's user without a name
+    except (OSError, KeyError, ImportError):  # the user has no name, as in some containers
         return "unknown"
 
 
 def code_state() -> tuple[str | None, str, bytes]:
-    """Return the commit of the code and its changes.
+    """Return the commit, whether tracked files differ, and the diff.
 
-    The result has three parts: the commit that runs, whether tracked files differ from it (`true`, `false`, `unknown`),
-    and how they differ, as a diff. If the package is installed outside its repository, or git is missing, the result is
-    None, `unknown` and no diff.
+    The second is `true` or `false`. If the package is installed outside its repository, or git is missing, the result
+    is None, `unknown` and no diff.
     """
-    if not _git("ls-files", "--error-unmatch", "__init__.py"):  # installed, or no git here
+    if not _git("ls-files", "--error-unmatch", "__init__.py"):
         return None, "unknown", b""
     diff = _git("diff", "HEAD", "--binary", "--no-ext-diff", "--no-textconv", "--no-color")
     return _git("rev-parse", "HEAD").decode().strip(), "true" if diff else "false", diff
 
 
 def _git(*args: str) -> bytes:
-    """Return the output of git for the package's repository.
-
-    The output is empty if there is no repository.
-    """
+    """Return git's output, or nothing if there is no repository."""
     try:
         return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

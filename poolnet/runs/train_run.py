@@ -22,8 +22,8 @@ from poolnet.training.config import TrainConfig
 from poolnet.training.train_loop import EpochRecord, FitResult, Start, State
 
 Echo = Callable[[object], object]
-Begun = Callable[[RunRecord], object]  # is told of a run as soon as it can be published
-Check = Callable[[], object]  # after each epoch; may raise `InputError`, which ends the run
+Begun = Callable[[RunRecord], object]  # is called as soon as the run can be published
+Check = Callable[[], object]  # is called after each epoch; may raise `InputError`, which ends the run
 Pooled = dict[str, np.ndarray] | None  # the features of each split; None for a network that learns its own
 
 
@@ -37,10 +37,7 @@ def run(
     echo: Echo = print,
     echo_warning: Echo = print,
 ) -> RunRecord:
-    """Train a new run and write all its files.
-
-    `server` says where the run is tracked, as in its record.
-    """
+    """Train a new run, tracked by `server`, and write its files."""
     train_loop.resolve_device(config.device)
     splits, pooled = open_data(config, cache, echo)
     if splits.overlap:
@@ -55,7 +52,7 @@ def run(
 
 def resume(
     name: str,
-    given: dict[str, object],
+    given: Mapping[str, object],
     cache: bool,
     begun: Begun = lambda run: None,
     check: Check = lambda: None,
@@ -73,9 +70,7 @@ def resume(
             f"{name}: no such run in {run_record.folder()}; if its folder is gone, train it anew with the "
             "command in the run's description in MLflow"
         )
-    if os.environ.get(
-        "MLFLOW_RUN_ID"
-    ):  # `mlflow run` passes its defaults on, and records them, as if they had been typed
+    if os.environ.get("MLFLOW_RUN_ID"):  # `mlflow run` passes its defaults on as if the user had typed them
         defaults = {**dataclasses.asdict(TrainConfig()), "optimum": False}
         given = {option: value for option, value in given.items() if value != defaults[option]}
     check_options(old, given)
@@ -97,10 +92,11 @@ def open_data(config: TrainConfig, cache: bool, echo: Echo, path: Path | None = 
 
     The data set is that of the settings, or the one at `path`. There are no features (None) for pool `conv`.
     """
-    path = path or dataset.locate(config.data, echo=echo)
+    # Both functions ignore what `echo` returns, though their types say None.
+    path = path or dataset.locate(config.data, echo)  # type: ignore[arg-type]
     if config.pool == "conv":
         return dataset.open_splits(path), None
-    return features.open_pooled(path, config.pool, cache=cache, echo=echo)
+    return features.open_pooled(path, config.pool, cache, echo)  # type: ignore[arg-type]
 
 
 def create(
@@ -115,7 +111,7 @@ def create(
     """Create the record of a new run.
 
     The run may belong to a sweep. Or it may reproduce the run with the id `reproduces`, with the `threads` of that run.
-    `server` says where the run is tracked: `uri` and the other keys of `tracking` in `run_record.FORM`.
+    `server` says where the run is tracked: `uri` and the other keys of `tracking` in `record_form.FORM`.
     """
     commit, dirty, diff = provenance.code_state()
     record = {
@@ -127,15 +123,15 @@ def create(
         "data": splits.summary(),
         "code": {"commit": commit, "dirty": dirty},
         "environment": {**provenance.environment(), "threads": threads if config.pool == "conv" else 1},
-        "tracking": {**server, **({"run_id": ""} if sweep else {})},  # for a sweep it is the parent's
+        "tracking": {**server, **({"run_id": ""} if sweep else {})},  # a sweep's id is its parent run's
     }
     return run_record.create(f"{config.pool}-seed{config.seed}", record, diff)
 
 
 def settings(run: RunRecord) -> TrainConfig:
-    """Return the settings in the record of a run.
+    """Return the settings of a run that is to be trained.
 
-    The run is one that is to be trained. Raises `InputError` if this version does not know a setting.
+    Raises `InputError` if this version does not know a setting.
     """
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown := run.record["config"].keys() - known:
@@ -143,11 +139,8 @@ def settings(run: RunRecord) -> TrainConfig:
     return TrainConfig(**run.record["config"])
 
 
-def check_options(run: RunRecord, given: dict[str, object]) -> None:
-    """Refuse options that contradict the record of a run.
-
-    This is for a run that is resumed. Raises `InputError`.
-    """
+def check_options(run: RunRecord, given: Mapping[str, object]) -> None:
+    """Raise `InputError` if options contradict the run's record."""
     recorded = run.record["config"] | {"optimum": run.record["optimum"]}
     for name, value in given.items():
         if value != recorded[name]:
@@ -157,10 +150,7 @@ def check_options(run: RunRecord, given: dict[str, object]) -> None:
 
 
 def open_recorded_data(run: RunRecord, cache: bool, echo: Echo) -> tuple[Dataset, Pooled]:
-    """Open the data set that a run began with.
-
-    Raises `InputError` if the data set has changed since then.
-    """
+    """Open the data set of a run, or raise `InputError` if changed."""
     recorded = run.record["data"]
     path = Path(recorded["path"])
     config = settings(run)
@@ -193,26 +183,27 @@ def carry_out(
 def _train(
     run: RunRecord, splits: Dataset, pooled: Pooled, check: Check, echo: Echo, echo_warning: Echo
 ) -> tuple[FitResult, fast_step.LowestLoss | None]:
-    config = dataclasses.replace(settings(run), device=run.record["device"])  # what `auto` meant then
-    records = run.by_step()
-    if records and (differences := _differences(run)):
+    config = dataclasses.replace(settings(run), device=run.record["device"])  # the one that `auto` chose
+    recorded = run.by_step()
+    if recorded and (differences := _differences(run)):
         echo_warning(f"{run.name} was begun with {differences}: the last digits may differ")
-
     names = {field.name for field in dataclasses.fields(EpochRecord)} - {"epoch"}
 
     def go_on(new: State) -> Start | None:
         for state in run.checkpoints():
-            epochs = range(1, int(state["epochs"]) + 1) if _form(state) == _form(new) else ()
-            if epochs and all(names <= records.get(epoch, {}).keys() for epoch in epochs):
-                echo(f"Resuming {run.name} after epoch {len(epochs)} of {config.epochs}")
-                figures = [(epoch, {name: records[epoch][name] for name in names}) for epoch in epochs]
-                return Start(tuple(EpochRecord(epoch, **known) for epoch, known in figures), state)
+            if _form(state) != _form(new):
+                continue
+            history = [recorded.get(epoch, {}) for epoch in range(1, int(state["epochs"]) + 1)]
+            if history and all(names <= values.keys() for values in history):
+                echo(f"Resuming {run.name} after epoch {len(history)} of {config.epochs}")
+                figures = [{name: values[name] for name in names} for values in history]
+                return Start(tuple(EpochRecord(epoch, **values) for epoch, values in enumerate(figures, 1)), state)
         return None  # every epoch is trained again, to the same figures; those recorded stay
 
     def on_epoch(record: EpochRecord) -> None:
         values = dataclasses.asdict(record)
         known = run.append(values.pop("epoch"), values)["metrics"]
-        echo(record)  # after the record: a screen that is gone must not cost the record
+        echo(record)  # after it is on disk, since a closed terminal makes echo fail
         for name in ("train_loss", "train_acc", "val_loss", "val_acc"):
             if known.get(name) != values[name]:
                 raise RunError(
@@ -221,10 +212,10 @@ def _train(
                 )
         check()
 
-    hooks = {"on_epoch": on_epoch, "on_state": run.save_checkpoint, "go_on": go_on}
     if pooled is None:
-        return train_loop.fit(config, splits, **hooks, conv_threads=run.record["environment"]["threads"]), None
-    result = fast_step.fit(config, splits, pooled, **hooks)
+        threads = run.record["environment"]["threads"]
+        return train_loop.fit(config, splits, on_epoch, run.save_checkpoint, go_on, threads), None
+    result = fast_step.fit(config, splits, pooled, on_epoch, run.save_checkpoint, go_on)
     best = fast_step.lowest_train_loss(result, splits.train, pooled["train"]) if run.record["optimum"] else None
     if best and not best.converged:
         echo_warning("the search for the optimum stopped early: the lowest train loss is lower still")
@@ -232,22 +223,16 @@ def _train(
 
 
 def _form(state: State) -> dict[str, tuple]:
-    """Return names, types and shapes of a state's arrays.
-
-    Two states of the same training have the same form.
-    """
-    # Earlier versions wrote states within an epoch too, with its `parts`, of which those at an end have none.
+    """Return what all states of one training share."""
+    # Earlier versions wrote states within an epoch too. These have `parts`; those at an epoch's end have none.
     old = {"spent"} if len(state.get("parts", ())) else {"spent", "parts"}
     return {name: (array.dtype, array.shape) for name, array in state.items() if name not in old}
 
 
 def _differences(run: RunRecord) -> str:
-    """Return how environment and code differ from the record.
-
-    The record has the environment and the code that the run began with.
-    """
-    begun, here = run.record["code"]["commit"], provenance.code_state()[0]
-    commit = [f"commit {begun} (here {here})"] if begun != here else []
+    """Return how code and environment differ from the recorded ones."""
+    recorded, here = run.record["code"]["commit"], provenance.code_state()[0]
+    commit = [f"commit {recorded} (here {here})"] if recorded != here else []
     return ", ".join([*commit, *provenance.differences(run.record)])
 
 

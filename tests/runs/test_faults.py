@@ -26,7 +26,7 @@ from poolnet.tracking import sync
 from poolnet.training.config import TrainConfig
 
 DEAD = "http://127.0.0.1:9"  # where nothing listens
-AWAY = (  # what is said of it before a training
+AWAY = (  # the warning before a training
     f"poolnet: warning: {DEAD} cannot be reached (Connection refused); what is trained is kept, and published later "
     "with: poolnet sync"
 )
@@ -148,7 +148,7 @@ def test_a_second_ctrl_c_and_a_checkpoint_cut_in_half_and_the_run_goes_on_all_th
 def snapshot(uri):
     """Everything on a server, to be compared with itself."""
     client = mlflow.MlflowClient(uri)
-    found = []
+    runs = []
     for run in client.search_runs(["0"]):
         metrics = {key: [vars(m) for m in client.get_metric_history(run.info.run_id, key)] for key in run.data.metrics}
         files = [
@@ -156,9 +156,9 @@ def snapshot(uri):
             for name in ("", "figures")
             for file in client.list_artifacts(run.info.run_id, name)
         ]
-        found.append((run.to_dictionary(), metrics, files))
+        runs.append((run.to_dictionary(), metrics, files))
     models = [vars(model)["_model_id"] for model in client.search_logged_models(["0"])]
-    return found, models, [(v.version, v.tags, v.source) for v in client.search_model_versions()]
+    return runs, models, [(v.version, v.tags, v.source) for v in client.search_model_versions()]
 
 
 def test_without_a_server_all_is_on_disk_and_sync_creates_the_run_elsewhere(letters, monkeypatch, tmp_path):
@@ -192,29 +192,29 @@ class Trouble(BaseHTTPRequestHandler):
     """Passes requests on to a real server, or answers with trouble."""
 
     protocol_version = "HTTP/1.1"
-    upstream, trouble, asked = "", None, 0
+    upstream, trouble, requests = "", None, 0
 
     def do(self):
-        type(self).asked += 1
+        type(self).requests += 1
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.trouble == "hang":
             self.server.over.wait(60)
             self.close_connection = True
             return
         if self.trouble:
-            status, kind, answer = self.trouble, "text/plain", b"trouble"
+            status, kind, content = self.trouble, "text/plain", b"trouble"
         else:
             connection = http.client.HTTPConnection(self.upstream, timeout=60)
             headers = {key: value for key, value in self.headers.items() if key.lower() != "host"}
             connection.request(self.command, self.path, body, headers)
             reply = connection.getresponse()
-            status, kind, answer = reply.status, reply.headers.get("Content-Type", ""), reply.read()
+            status, kind, content = reply.status, reply.headers.get("Content-Type", ""), reply.read()
             connection.close()
         self.send_response(status)
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(answer)))
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(answer)
+        self.wfile.write(content)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do
 
@@ -242,7 +242,7 @@ def test_a_server_in_trouble_costs_no_run(letters, troubled, monkeypatch):
     troubled.trouble = "hang"
     finished = poolnet("train", "--data", letters, "--epochs", 2, "--drain-timeout", 3)
     assert finished.returncode == 3
-    assert troubled.asked > 0
+    assert troubled.requests > 0
     (name,) = run_record.names()
     assert finished.stderr.count("\n") == 1
     assert f"poolnet sync {name}" in finished.stderr

@@ -87,8 +87,8 @@ def test_a_torn_tail_is_dropped_and_the_file_goes_on(run, cut, junk):
     data = path.read_bytes()
     path.write_bytes(data[: max(0, len(data) - cut)] + junk.replace(b"\n", b""))
     torn = RunRecord(run.folder)
-    left = torn.metrics()
-    assert left == written[: len(left)]
+    whole = torn.metrics()
+    assert whole == written[: len(whole)]
     with torn.training():
         again = [torn.append(step, {"loss": step / 7}) for step in range(1, 6)]
     assert RunRecord(run.folder).metrics() == again
@@ -196,7 +196,7 @@ def without(record, *keys):
 )
 def test_a_damaged_record_is_refused_in_one_line_and_the_others_are_found(run, content):
     other = run_record.create("max-seed42", RECORD)
-    files.write_json(other.folder / "published.json", {"home": "u", "servers": {"u": held("0" * 32)}})
+    files.write_json(other.folder / "published.json", {"home": "u", "servers": {"u": server_entry("0" * 32)}})
     (run.folder / "record.json").write_text(content)
     (run.folder / "published.json").write_text('{"servers": []}')
     with pytest.raises(
@@ -208,7 +208,7 @@ def test_a_damaged_record_is_refused_in_one_line_and_the_others_are_found(run, c
     assert run_record.find("0" * 32).name == other.name
 
 
-def held(run_id):
+def server_entry(run_id):
     return {"run_id": run_id, "experiment_id": "0", "done": [], "metrics": 0}
 
 
@@ -245,10 +245,10 @@ def test_settings_of_another_version_stop_nothing_but_training(run):
     """A later one has `dropout`, an earlier one had no `register`."""
     config = without(RECORD, "config", "register")["config"] | {"dropout": 0.5}
     files.write_json(run.folder / "record.json", run.record | {"config": config})
-    found = run_record.find(run.name)
-    assert found.record["config"] == RECORD["config"] | {"dropout": 0.5}
+    other = run_record.find(run.name)
+    assert other.record["config"] == RECORD["config"] | {"dropout": 0.5}
     with pytest.raises(InputError, match=f"{run.name}: dropout: no setting of this version; update poolnet"):
-        train_run.settings(found)
+        train_run.settings(other)
 
 
 # --- damaged metrics -------------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def test_lines_of_earlier_versions_have_no_checksum_and_must_be_what_they_can_be
 # --- who trains a run ------------------------------------------------------------------------------------------------
 
 
-LOOK = """
+CHECK = """
 import sys
 from poolnet.runs import run_record
 run = run_record.find(sys.argv[1])
@@ -326,22 +326,22 @@ print(sum(run.is_training() for _ in range(400)))
 
 
 def test_who_only_looks_is_never_taken_for_the_trainer_and_never_in_its_way(run):
-    command = [sys.executable, "-c", LOOK, run.name]
-    lookers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    assert [looker.communicate()[0] for looker in lookers] == ["0\n"] * 4
+    command = [sys.executable, "-c", CHECK, run.name]
+    checkers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [checker.communicate()[0] for checker in checkers] == ["0\n"] * 4
     with run.training():
-        lookers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-        assert [looker.communicate()[0] for looker in lookers] == ["400\n"] * 2
-    lookers = [subprocess.Popen([*command[:2], LOOK.replace("400", "10**9"), run.name]) for _ in range(3)]
+        checkers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        assert [checker.communicate()[0] for checker in checkers] == ["400\n"] * 2
+    checkers = [subprocess.Popen([*command[:2], CHECK.replace("400", "10**9"), run.name]) for _ in range(3)]
     time.sleep(1)
     try:
         for _ in range(20):
             with RunRecord(run.folder).training():
                 pass
     finally:
-        for looker in lookers:
-            looker.kill()
-            looker.wait()
+        for checker in checkers:
+            checker.kill()
+            checker.wait()
 
 
 # --- a training that is interrupted anywhere goes on to the same end -------------------------------------------------
@@ -356,8 +356,8 @@ def fits(pool, path):
 
 
 def assert_identical(result, expected):
-    for found, wanted in zip(result.history, expected.history, strict=True):
-        assert (found.train_loss, found.train_acc, found.val_loss, found.val_acc) == (
+    for epoch, wanted in zip(result.history, expected.history, strict=True):
+        assert (epoch.train_loss, epoch.train_acc, epoch.val_loss, epoch.val_acc) == (
             (wanted.train_loss, wanted.train_acc, wanted.val_loss, wanted.val_acc)
         )
     np.testing.assert_array_equal(result.test.logits, expected.test.logits)
@@ -386,7 +386,7 @@ def journaled(path, pool="max"):
 
 
 def without_times(run):
-    return {step: {k: v for k, v in found.items() if "second" not in k} for step, found in run.by_step().items()}
+    return {step: {k: v for k, v in values.items() if "second" not in k} for step, values in run.by_step().items()}
 
 
 def changed(state, name):
@@ -407,10 +407,10 @@ def test_a_checkpoint_that_is_none_of_this_training_is_passed_over(letters, pool
     run, splits, pooled = journaled(letters, pool)
 
     def trained():
-        said = []
+        lines = []
         with run.training():
-            result, _ = train_run._train(run, splits, pooled, lambda: None, said.append, pytest.fail)
-        return result, str(said[0])
+            result, _ = train_run._train(run, splits, pooled, lambda: None, lines.append, pytest.fail)
+        return result, str(lines[0])
 
     expected, _ = trained()
     newest, before = run.checkpoints()
@@ -419,8 +419,8 @@ def test_a_checkpoint_that_is_none_of_this_training_is_passed_over(letters, pool
         for slots, says in (((before, state), "after epoch 2 of 3"), ((state, state), "Epoch 01")):
             for slot in slots:
                 run.save_checkpoint(slot)
-            result, said = trained()
-            assert says in said, kind
+            result, line = trained()
+            assert says in line, kind
             assert_identical(result, expected)
     # as earlier versions wrote it at the end of an epoch
     run.save_checkpoint({**newest, "parts": np.empty((0, 3)), "spent": np.array(0.0)})
