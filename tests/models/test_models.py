@@ -16,42 +16,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Payload, assert_refused, enter, make_arrays, run
-from finished_runs import journaled, publish
+from finished_runs import REGISTERED, journaled, publish
 from torch import nn
 
 from poolnet.data.dataset import open_splits
 from poolnet.errors import InputError
 from poolnet.tracking import registry
 from poolnet.tracking.programs import EXPORT, WEIGHTS
-from poolnet.training.config import TrainConfig
 from poolnet.training.evaluation import evaluate
-
-CONFIG = TrainConfig(data="letters.npz", pool="avg", epochs=3, batch_size=32, lr=0.01)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A folder with data, and a store that has one version, which is champion."""
-    folder = tmp_path_factory.mktemp("models")
-    with pytest.MonkeyPatch.context() as patch:
-        enter(folder, patch)
-        np.savez("letters.npz", **make_arrays())
-        run = publish(journaled(CONFIG))
-        mlflow.MlflowClient().set_registered_model_alias("poolnet", "champion", "1")
-    return folder, run
-
-
-@pytest.fixture
-def trained(store, monkeypatch):
-    """The run that the champion is from; the test works in its folder and on its store, and changes neither."""
-    enter(store[0], monkeypatch)
-    return store[1]
 
 
 @pytest.fixture
 def alone(letters):
-    """The same on a store of the test's own."""
-    run = publish(journaled(CONFIG))
+    """The run that the champion is from, on a store of the test's own."""
+    run = publish(journaled(REGISTERED))
     mlflow.MlflowClient().set_registered_model_alias("poolnet", "champion", "1")
     return run
 
@@ -172,7 +150,7 @@ def test_data_that_changed_or_vanished_are_not_taken_for_those_of_the_training(c
 
 def test_a_model_whose_weights_were_changed_is_found_out(capsys, alone):
     """The files of another network of the same kind, put in the place of the registered one's."""
-    other = publish(journaled(dataclasses.replace(CONFIG, seed=7, epochs=1)))
+    other = publish(journaled(dataclasses.replace(REGISTERED, seed=7, epochs=1)))
     client = mlflow.MlflowClient()
     ours, theirs = (Path(registry.logged(client, each).artifact_location) for each in (alone, other))
     (ours / EXPORT).write_bytes((theirs / EXPORT).read_bytes())

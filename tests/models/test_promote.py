@@ -10,35 +10,22 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, enter, make_arrays, run
-from finished_runs import journaled, publish
+from conftest import assert_refused, make_arrays, run
+from finished_runs import REGISTERED, journaled, publish
 from mlflow.exceptions import MlflowException
 
 from poolnet.errors import RunError
 from poolnet.models import champions, promote
 from poolnet.tracking import programs, registry
-from poolnet.training.config import TrainConfig
 
-CONFIG = TrainConfig(data="letters.npz", pool="avg", epochs=3, batch_size=32, lr=0.01)
 WEAK, STRONG = {"epochs": 1, "lr": 1e-5}, {"epochs": 6, "lr": 0.05}
+VERSIONS = [dataclasses.replace(REGISTERED, **options) for options in (WEAK, STRONG, STRONG)]  # of the shared store
 
 
 def version(**options):
     """Train with these options, and register. Returns the version's number."""
-    publish(journaled(dataclasses.replace(CONFIG, **options)))
+    publish(journaled(dataclasses.replace(REGISTERED, **options)))
     return int(registry.newest(mlflow.MlflowClient()).version)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A folder with a store of three versions: weak, strong, and strong once more."""
-    folder = tmp_path_factory.mktemp("promote")
-    with pytest.MonkeyPatch.context() as patch:
-        enter(folder, patch)
-        np.savez("letters.npz", **make_arrays())
-        for options in (WEAK, STRONG, STRONG):
-            version(**options)
-    return folder
 
 
 EXPORTED = {}  # by network: what is exported of the few there are, each time that one is loaded
@@ -59,9 +46,8 @@ def exported_once(monkeypatch):
 
 
 @pytest.fixture
-def client(store, monkeypatch):
+def client(trained):
     """The store before any promotion."""
-    enter(store, monkeypatch)
     client = mlflow.MlflowClient()
     for alias in client.get_registered_model("poolnet").aliases:
         client.delete_registered_model_alias("poolnet", alias)
