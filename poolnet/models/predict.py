@@ -200,7 +200,7 @@ def _sheet(picture: np.ndarray) -> np.ndarray:
 
 
 def _coarse(colours: np.ndarray) -> np.ndarray:
-    """Number each colour by the highest three bits of its channels."""
+    """Number each colour by the top three bits per channel."""
     return reduce(lambda codes, channel: 8 * codes + channel, (colours >> 5).T.astype(np.int32))
 
 
@@ -312,7 +312,7 @@ def _is_near(box: tuple[slice, ...], main: tuple[slice, ...]) -> bool:
 
 
 def _corners(image: np.ndarray) -> np.ndarray:
-    """Return the pixels of the four corners, about a 28th of the image high and wide."""
+    """Return the pixels of the corners, each a 28th wide."""
     rows, columns = (np.arange(-side, side) for side in (max(1, round(length / SIDE)) for length in image.shape))
     return image[rows[:, None], columns]
 
@@ -409,14 +409,7 @@ def table(predictions: Iterable[Prediction]) -> str:
     for p in predictions:
         turned = "dark on bright" if p.inverted else ""
         rows.append(
-            (
-                printable(p.path),
-                p.letter,
-                f"{p.probability:.4f}",
-                p.runner_up,
-                f"{p.runner_up_probability:.4f}",
-                turned,
-            )
+            (printable(p.path), p.letter, f"{p.probability:.4f}", p.runner_up, f"{p.runner_up_probability:.4f}", turned)
         )
     return "\n".join(aligned(rows))
 

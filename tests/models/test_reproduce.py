@@ -25,18 +25,18 @@ def reproduced(name, *options, code=0, **environment):
 
 
 def test_the_same_data_and_code_give_the_same_to_the_bit(trained):
-    found, err = reproduced(trained.info.run_id)
-    assert (found["verdict"], found["first_difference"], err) == ("bit-identical", None, "")
-    assert found["compared"] == {"metrics": 3 * 4 + 7, "logits": (90 + 110) * 10, "weights": 500}
+    result, err = reproduced(trained.info.run_id)
+    assert (result["verdict"], result["first_difference"], err) == ("bit-identical", None, "")
+    assert result["compared"] == {"metrics": 3 * 4 + 7, "logits": (90 + 110) * 10, "weights": 500}
     client = mlflow.MlflowClient()
-    again = client.get_run(found["run_id"])
+    again = client.get_run(result["run_id"])
     assert (again.info.status, again.info.run_name) == ("FINISHED", "avg-seed42 again")
     assert again.data.tags["poolnet.reproduces"] == trained.info.run_id
     assert again.data.tags["poolnet.reproduction"] == "bit-identical"
     assert trained.info.run_id in again.data.tags["mlflow.note.content"]
-    assert client.get_run(trained.info.run_id).data.tags["poolnet.reproduced_by"] == found["run_id"]
+    assert client.get_run(trained.info.run_id).data.tags["poolnet.reproduced_by"] == result["run_id"]
     for key in ("train_loss", "val_acc"):
-        histories = [client.get_metric_history(each, key) for each in (trained.info.run_id, found["run_id"])]
+        histories = [client.get_metric_history(each, key) for each in (trained.info.run_id, result["run_id"])]
         values = [[(metric.step, metric.value) for metric in history] for history in histories]
         assert values[0] == values[1]
     # it is no further version, and no further run of its seed
@@ -48,8 +48,8 @@ def test_neither_threads_nor_the_place_of_the_data_change_a_digit(trained, tmp_p
     shutil.copy("letters.npz", tmp_path / "moved.npz")
     moved = ("--data", str(tmp_path / "moved.npz"))
     more = {"OMP_NUM_THREADS": "3", "OPENBLAS_NUM_THREADS": "3"}
-    found, err = reproduced(trained.data.tags["poolnet.run"], *moved, **more)
-    assert (found["verdict"], found["circumstances"], err) == ("bit-identical", [], "")
+    result, err = reproduced(trained.data.tags["poolnet.run"], *moved, **more)
+    assert (result["verdict"], result["circumstances"], err) == ("bit-identical", [], "")
 
 
 def test_a_conv_run_is_trained_again_with_its_own_number_of_threads(tmp_path):
@@ -60,9 +60,9 @@ def test_a_conv_run_is_trained_again_with_its_own_number_of_threads(tmp_path):
     old = train_run.create(config, False, splits, addresses.environment(), threads=3)
     with old.training():
         train_run.carry_out(old, splits, pooled, echo=lambda line: None)
-    found, _ = reproduced(publish(old).info.run_id)
-    assert found["verdict"] == "bit-identical"
-    assert found["circumstances"] == ["threads 3 (here 2; trained with 3 all the same)"]
+    result, _ = reproduced(publish(old).info.run_id)
+    assert result["verdict"] == "bit-identical"
+    assert result["circumstances"] == ["threads 3 (here 2; trained with 3 all the same)"]
 
 
 def test_one_byte_of_the_data_is_enough_to_refuse(capsys, trained, tmp_path):
@@ -116,15 +116,15 @@ def test_what_is_compared(pair):
     del original.metrics[1]["val_acc"]
     original.weights["fc.bias"][7] += 1e-5
     original.logits["test"][3, 4] += 1
-    found = differences(original, again)
-    assert [each.text.split(" 0.")[0].split(" 1.")[0].split(" np")[0].split(" -")[0] for each in found] == [
+    result = differences(original, again)
+    assert [each.text.split(" 0.")[0].split(" 1.")[0].split(" np")[0].split(" -")[0] for each in result] == [
         "epoch 1: val_acc",
         "epoch 3: train_loss",
         "test_acc",
         "logits of test[3, 4]",
         "fc.bias[7]",
     ]
-    assert [each.small for each in found] == [False, True, False, False, True]
+    assert [each.small for each in result] == [False, True, False, False, True]
 
 
 def test_timings_are_not_compared(pair):
