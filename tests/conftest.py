@@ -193,6 +193,35 @@ def letters(tmp_path, arrays):
     return path
 
 
+@pytest.fixture(scope="module")
+def store(request, tmp_path_factory):
+    """A folder with data and a store, which the tests of a file share, and the run that version 1 is from.
+
+    Version 1 is champion. A file that needs other versions names their settings in `VERSIONS`.
+    """
+    import mlflow
+    from finished_runs import REGISTERED, journaled, publish
+
+    from poolnet.runs import run_record
+
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        enter(folder, patch)
+        np.savez("letters.npz", **make_arrays())
+        configs = getattr(request.module, "VERSIONS", [REGISTERED])
+        run, *_ = [publish(journaled(config, optimum=True)) for config in configs]
+        mlflow.MlflowClient().set_registered_model_alias("poolnet", "champion", "1")
+        shutil.rmtree(run_record.folder())
+    return folder, run
+
+
+@pytest.fixture
+def trained(store, monkeypatch):
+    """The run of version 1; the test works in its folder and on its store."""
+    enter(store[0], monkeypatch)
+    return store[1]
+
+
 @pytest.fixture(scope="session")
 def real_letters(tmp_path_factory):
     """The real small notMNIST, prepared as the README says."""

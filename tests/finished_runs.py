@@ -8,6 +8,7 @@ from poolnet.tracking.publication import Publication, is_complete, upload_new
 from poolnet.training.config import TrainConfig
 
 CONFIG = TrainConfig(data="letters.npz", epochs=2, register=False)
+REGISTERED = TrainConfig(data="letters.npz", pool="avg", epochs=3, batch_size=32, lr=0.01)
 
 
 def journaled(config=CONFIG, optimum=False):

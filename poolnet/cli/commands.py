@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -20,10 +21,10 @@ from poolnet.cli.model_commands import (
     FILE,
     SEED,
     STUDY,
-    SWITCH,
     TIMEOUT,
     completed,
     points,
+    switch,
     tracking_server,
 )
 from poolnet.errors import InputError, RunError
@@ -46,16 +47,13 @@ COMPLETED = {  # of the options of `train`
 
 
 class InOrder(click.Group):
-    """A command group that lists commands in order of use.
+    """A command group that lists commands as they are defined.
 
-    The order is not by name.
+    That is the order of their use.
     """
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return [
-            *("prepare", "train", "sync", "sweep", "compare"),
-            *(command.name for command in model_commands.COMMANDS),
-        ]
+        return list(self.commands)
 
 
 @click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"]})
@@ -67,6 +65,58 @@ def cli() -> None:
     """
 
 
+def _output(context: click.Context, option: click.Parameter, text: str | None) -> Path | None:
+    """Check where to write, before the work begins."""
+    if text == "":
+        raise InputError("--out: found an empty text, expected the .npz to write")
+    return text if text is None else writable(expanded(Path(text)))
+
+
+@cli.group()
+def prepare() -> None:
+    """Make a data set: notMNIST, or letters rendered from fonts."""
+
+
+@prepare.command()
+@click.option("--large", type=FILE, help="notMNIST_large, a tarball or a folder.")
+@click.option("--small", type=FILE, help="notMNIST_small, a tarball or a folder. Alone it is split 80/10/10.")
+@click.option("--out", callback=_output, help="The .npz to write.  [default: what `--data notmnist` means]")
+@click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Seed of the split.")
+def notmnist(large: Path | None, small: Path | None, out: Path | None, seed: int) -> None:
+    """Decode, clean and split notMNIST.
+
+    Without --large and --small, both are downloaded.
+    """
+    from poolnet.data import dataset, notmnist, npz
+
+    out = out or writable(dataset.prepared("notmnist"))
+    arrays, counts = notmnist.prepare(large, small, seed)
+    echo(notmnist.table(arrays, counts))
+    for line in notmnist.scarce(arrays):
+        echo_warning(line)
+    npz.save(out, arrays)
+    echo(f"Wrote {out}")
+
+
+@prepare.command()
+@click.option("--train", type=click.IntRange(min=1), default=60_000, show_default=True, help="Images in train.")
+@click.option("--val", type=click.IntRange(min=1), default=6_000, show_default=True, help="Images in val.")
+@click.option("--test", type=click.IntRange(min=1), default=6_000, show_default=True, help="Images in test.")
+@click.option("--out", callback=_output, required=True, help="The .npz to write.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the rendering.")
+def glyphs(out: Path, seed: int, **sizes: int) -> None:
+    """Render letters A to J from matplotlib's fonts.
+
+    As many as you want: `--data glyphs` has a fixed number of each split.
+    """
+    from poolnet.data import glyphs, npz
+
+    with progress(length=sum(sizes.values()), label="Rendering") as bar:
+        arrays = glyphs.render(**sizes, seed=seed, progress=bar.update)
+    npz.save(out, arrays)
+    echo(f"Wrote {out}")
+
+
 def train_options(command: Callable) -> Callable:
     """Add an option for each field of `TrainConfig`.
 
@@ -75,9 +125,14 @@ def train_options(command: Callable) -> Callable:
     for field in reversed(dataclasses.fields(TrainConfig)):
         names = dict.fromkeys((f"--{field.name.replace('_', '-')}", f"--{field.name}"))  # `mlflow run` says batch_size
         kind = click.Choice(POOLS) if field.name == "pool" else field.type
-        about = {"help": field.metadata["help"], "shell_complete": COMPLETED.get(field.name)}
-        option = click.option(*names, field.name, type=kind, default=field.default, show_default=True, **about)
-        command = option(command)
+        command = click.option(
+            *(*names, field.name),
+            type=kind,
+            default=field.default,
+            show_default=True,
+            help=field.metadata["help"],
+            shell_complete=COMPLETED.get(field.name),
+        )(command)
     return command
 
 
@@ -85,12 +140,10 @@ def train_options(command: Callable) -> Callable:
 @train_options
 @click.option("--resume", metavar="RUN", default="", help="Go on with a run that was interrupted, with its settings.")
 @click.option("--no-cache", is_flag=True, help="Pool the images anew, and keep no features on disk.")
-@click.option("--optimum", **SWITCH, help="Also find the lowest train loss there is.")
+@switch("--optimum", help="Also find the lowest train loss there is.")
 @TIMEOUT
 @click.pass_context
-def train(
-    context: click.Context, resume: str, no_cache: bool, optimum: bool, timeout: float, **options: object
-) -> None:
+def train(context: click.Context, resume: str, no_cache: bool, optimum: bool, timeout: float, **options: Any) -> None:
     """Train one network and record it in MLflow."""
     from poolnet.tracking.train import train
 
@@ -101,15 +154,13 @@ def train(
     }
     trained = train(TrainConfig(**options), optimum, not no_cache, resume, given, timeout, echo, echo_warning)
     server, run = trained.server, trained.run
-    if server.version:
-        echo(f"Model: models:/poolnet/{server.version}")
-    elif server.model_id:
-        echo(f"Model: models:/{server.model_id}")
+    if model := f"poolnet/{server.version}" if server.version else server.model_id:
+        echo(f"Model: models:/{model}")
     if server.look:
         echo(f"Look at it: {server.look}")
     if trained.trouble:
-        failed(f"{trained.trouble}; all is safe in {run.folder}, and published by: poolnet sync {run.name}", 3)
-        context.exit(3)
+        where = f"all is safe in {run.folder}, and published by: poolnet sync {run.name}"
+        context.exit(failed(f"{trained.trouble}; {where}", 3))
 
 
 @cli.command()
@@ -176,7 +227,7 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, timeout:
     """
     from poolnet.studies.study import read
 
-    found = read(study, data)
+    plan = read(study, data)
     if workers and not (workers.isdecimal() and 0 < int(workers[:5]) < 1000):
         raise InputError(f"--workers: found {workers!r}, expected a whole number from 1 to 999")
     from poolnet.tracking.train import look_ahead
@@ -192,13 +243,13 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, timeout:
     with Publisher(timeout) as publisher:
         from poolnet.studies import sweep as sweeps
 
-        tell = (lambda line: None) if as_json or sys.stderr.isatty() else echo  # there a bar shows how far it is
-        under_way = sweeps.opened(found, tell, echo_warning)
-        sweeps.carry_out(under_way, int(workers or sweeps.default_workers(found)), publisher, tell, echo_warning)
-    results = under_way.results.values()
+        lines = (lambda line: None) if as_json or sys.stderr.isatty() else echo  # there a bar shows how far it is
+        under_way = sweeps.opened(plan, lines, echo_warning)
+        sweeps.carry_out(under_way, int(workers or sweeps.default_workers(plan)), publisher, lines, echo_warning)
+    results = list(under_way.results.values())
     if as_json:
-        about = {"sweep": under_way.name, "data_sha256": under_way.data_sha256, "look": under_way.look}
-        echo(to_json({**about, "runs": list(results)}))
+        summary = {"sweep": under_way.name, "data_sha256": under_way.data_sha256, "look": under_way.look}
+        echo(to_json({**summary, "runs": results}))
     else:
         done, now = sum(result.done for result in results), sum(result.done and result.trained for result in results)
         echo(f"{under_way.name}: {done} of {len(results)} runs finished, {now} of them now")
@@ -207,11 +258,9 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, timeout:
         if under_way.look:
             echo(f"Look at it: {under_way.look}")
     if under_way.missing:
-        failed(f"missing runs: {len(under_way.missing)}, see above; again with: {again}", 1)
-        context.exit(1)
+        context.exit(failed(f"missing runs: {len(under_way.missing)}, see above; again with: {again}", 1))
     if under_way.trouble:
-        failed(f"{under_way.trouble}; all is safe in {home()}, and published by: poolnet sync", 3)
-        context.exit(3)
+        context.exit(failed(f"{under_way.trouble}; all is safe in {home()}, and published by: poolnet sync", 3))
 
 
 @cli.command()
@@ -254,8 +303,8 @@ def compare(
         by = by or "pool"
     if [bool(names), bool(study), bool(by)].count(True) != 1 or (names and len(names) != 2):
         raise InputError("compare: expected one of --study STUDY.toml, --experiment NAME --by OPTION, or two runs")
-    found = read(Path(study), data) if study else None
-    within = points("--margin", margin) or (found.margin if found else MARGIN)
+    plan = read(Path(study), data) if study else None
+    within = points("--margin", margin) or (plan.margin if plan else MARGIN)
 
     with tracking_server(timeout):
         from poolnet.studies import compare, report
@@ -263,73 +312,20 @@ def compare(
         from poolnet.tracking import servers
 
         client = servers.own_client()
-        uri = client.uri
-        where = servers.experiment_named(client, experiment)
-        if found:
-            selected = select.of_study(client, [where], found)
+        experiment_id = servers.experiment_named(client, experiment)
+        if plan:
+            selected = select.of_study(client, [experiment_id], plan)
         elif by:
-            selected = select.of_experiment(client, [where], by, arms or (), data)
+            selected = select.of_experiment(client, [experiment_id], by, arms or (), data)
         else:
             selected = select.of_runs(client, names)
-        comparison = compare.of_selected(client, selected, found.question if found else "", within, seed)
-        run_id = report.publish(client, uri, where, comparison)
-        look = servers.page_of(uri, where, run_id)
+        comparison = compare.of_selected(client, selected, plan.question if plan else "", within, seed)
+        run_id = report.publish(client, client.uri, experiment_id, comparison)
+        look = servers.page_of(client.uri, experiment_id, run_id)
     if as_json:
         echo(to_json({**report.contents(comparison), "run_id": run_id, "look": look}))
     else:
         echo(f"{report.table(comparison)}\nLook at it: {look}")
-
-
-def _output(context: click.Context, option: click.Parameter, text: str | None) -> Path | None:
-    """Check where to write, before the work begins."""
-    if text == "":
-        raise InputError("--out: found an empty text, expected the .npz to write")
-    return text if text is None else writable(expanded(Path(text)))
-
-
-@cli.group()
-def prepare() -> None:
-    """Make a data set: notMNIST, or letters rendered from fonts."""
-
-
-@prepare.command()
-@click.option("--large", type=FILE, help="notMNIST_large, a tarball or a folder.")
-@click.option("--small", type=FILE, help="notMNIST_small, a tarball or a folder. Alone it is split 80/10/10.")
-@click.option("--out", callback=_output, help="The .npz to write.  [default: what `--data notmnist` means]")
-@click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Seed of the split.")
-def notmnist(large: Path | None, small: Path | None, out: Path | None, seed: int) -> None:
-    """Decode, clean and split notMNIST.
-
-    Without --large and --small, both are downloaded.
-    """
-    from poolnet.data import dataset, notmnist, npz
-
-    out = out or writable(dataset.prepared("notmnist"))
-    arrays, counts = notmnist.prepare(large, small, seed)
-    echo(notmnist.table(arrays, counts))
-    for line in notmnist.scarce(arrays):
-        echo_warning(line)
-    npz.save(out, arrays)
-    echo(f"Wrote {out}")
-
-
-@prepare.command()
-@click.option("--train", type=click.IntRange(min=1), default=60_000, show_default=True, help="Images in train.")
-@click.option("--val", type=click.IntRange(min=1), default=6_000, show_default=True, help="Images in val.")
-@click.option("--test", type=click.IntRange(min=1), default=6_000, show_default=True, help="Images in test.")
-@click.option("--out", callback=_output, required=True, help="The .npz to write.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the rendering.")
-def glyphs(out: Path, seed: int, **sizes: int) -> None:
-    """Render letters A to J from matplotlib's fonts.
-
-    As many as you want: `--data glyphs` has a fixed number of each split.
-    """
-    from poolnet.data import glyphs, npz
-
-    with progress(length=sum(sizes.values()), label="Rendering") as bar:
-        arrays = glyphs.render(**sizes, seed=seed, progress=bar.update)
-    npz.save(out, arrays)
-    echo(f"Wrote {out}")
 
 
 for command in model_commands.COMMANDS:

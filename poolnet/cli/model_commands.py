@@ -6,6 +6,7 @@ They parse, call and print, as in `commands.py`.
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import click
@@ -27,12 +28,12 @@ def completed(*words: str, suffix: str = "") -> Callable[..., list[CompletionIte
 
     def complete(context: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
         folder = os.path.dirname(incomplete)  # noqa: PTH120 - keeps "./"
-        found = []
+        paths = []
         with contextlib.suppress(OSError):  # no such folder
             for path in sorted(Path(folder or ".").iterdir()) if suffix else ():
                 if path.suffix == suffix or (path.is_dir() and not path.name.startswith(".")):
-                    found.append(os.path.join(folder, path.name) + ("/" if path.is_dir() else ""))  # noqa: PTH118
-        return [CompletionItem(word) for word in [*words, *found] if word.startswith(incomplete)]
+                    paths.append(os.path.join(folder, path.name) + ("/" if path.is_dir() else ""))  # noqa: PTH118
+        return [CompletionItem(word) for word in [*words, *paths] if word.startswith(incomplete)]
 
     return complete
 
@@ -41,7 +42,7 @@ DATA = completed("glyphs", "notmnist", suffix=".npz")
 STUDY = completed(suffix=".toml")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the bootstraps.")
-SWITCH = {"type": bool, "is_flag": False, "flag_value": True, "default": False}  # `mlflow run` gives it a value
+switch = partial(click.option, type=bool, is_flag=False, flag_value=True, default=False)  # `mlflow run` gives a value
 
 
 def _seconds(context: click.Context, option: click.Parameter, value: float) -> float:
@@ -114,15 +115,15 @@ def evaluate(model: str, data: str, split: str, seed: int, timeout: float, as_js
         from poolnet.tracking import registry, servers
 
         client = servers.own_client()
-        card = evaluation_report.score(client, registry.load(model, check_export=True), data, split, seed)
-        run_id = evaluation_report.publish(client, card)
+        report = evaluation_report.score(client, registry.load(model, check_export=True), data, split, seed)
+        run_id = evaluation_report.publish(client, report)
         look = servers.page_of(client.uri, client.get_run(run_id).info.experiment_id, run_id)
     if as_json:
-        echo(to_json({**evaluation_report.contents(card), "run_id": run_id, "look": look}))
+        echo(to_json({**evaluation_report.contents(report), "run_id": run_id, "look": look}))
     else:
-        echo(f"{evaluation_report.table(card)}\nLook at it: {look}")
-    if card.agrees is False:
-        echo_warning(card.agreement)
+        echo(f"{evaluation_report.table(report)}\nLook at it: {look}")
+    if report.agrees is False:
+        echo_warning(report.agreement)
 
 
 @click.command()
@@ -135,8 +136,8 @@ def evaluate(model: str, data: str, split: str, seed: int, timeout: float, as_js
     help="Of what: champion, champion-max, champion-avg.",
 )
 @click.option("--non-inferior", default="", metavar="M", help="Also if it is not worse by M points of accuracy.")
-@click.option("--force", **SWITCH, help="Whatever the test says; recorded as such.")
-@click.option("--rollback", **SWITCH, help="Give the alias back to the champion before.")
+@switch("--force", help="Whatever the test says; recorded as such.")
+@switch("--rollback", help="Give the alias back to the champion before.")
 @TIMEOUT
 @AS_JSON
 @click.pass_context
@@ -163,11 +164,7 @@ def promote(
         from poolnet.models import promote
         from poolnet.tracking import servers
 
-        client = servers.own_client()
-        back = promote.rollback(client, alias) if rollback else None
-        decision = back or promote.decide(client, model, alias, margin, force)
-        promote.enact(client, decision)
-        promote.publish(client, decision)
+        decision = promote.promote(servers.own_client(), model, alias, margin, force, rollback)
     refused = decision.kind == "refused"
     if as_json:
         echo(to_json({**vars(decision), "promoted": decision.promoted, "sentence": decision.sentence}))
@@ -210,17 +207,17 @@ def predict(
 
         net = registry.load(model).net
     unreadable: list[InputError] = []
-    found = list(predict.predict(net, paths, invert, unreadable.append))
+    predictions = list(predict.predict(net, paths, invert, unreadable.append))
     if as_json:
-        echo(to_json({"predictions": found}))
+        echo(to_json({"predictions": predictions}))
     elif as_csv:
-        echo("".join(predict.csv_lines(found)), nl=False)
-    elif found:
-        echo(predict.table(found))
+        echo("".join(predict.csv_lines(predictions)), nl=False)
+    elif predictions:
+        echo(predict.table(predictions))
     for error in unreadable:
         failed(error, 1)
     if unreadable:
-        context.exit(1 if found else 2)
+        context.exit(1 if predictions else 2)
 
 
 @click.command()
@@ -246,24 +243,23 @@ def reproduce(context: click.Context, run: str, data: str, timeout: float, as_js
 
         client = servers.own_client()
         original = reproduce.find(client, run)
-        tell = (lambda line: None) if as_json else echo
-        found = reproduce.reproduce(original, data, publisher, tell, echo_warning)
+        progress = (lambda line: None) if as_json else echo
+        result = reproduce.reproduce(original, data, publisher, progress, echo_warning)
         trouble = publisher.close()
         server_copy = publisher.server_copy
         if not trouble:
-            reproduce.publish(client, found, server_copy.run_id)
+            reproduce.publish(client, result, server_copy.run_id)
     if as_json:
-        more = {"run_id": server_copy.run_id or None, "look": server_copy.look or None}
-        echo(to_json({**reproduce.contents(found), **more}))
+        links = {"run_id": server_copy.run_id or None, "look": server_copy.look or None}
+        echo(to_json({**reproduce.contents(result), **links}))
     else:
-        echo(found.sentence)
+        echo(result.sentence)
         if server_copy.look:
             echo(f"Look at it: {server_copy.look}")
     if trouble:
-        where = found.again.folder
-        again = f"poolnet sync {found.again.name}; this verdict is not, reproduce it again for that"
-        failed(f"{trouble}; all is safe in {where}, and published by: {again}", 3)
-    context.exit(1 if found.verdict == "different" else 3 if trouble else 0)
+        again = f"poolnet sync {result.again.name}; this verdict is not, reproduce it again for that"
+        failed(f"{trouble}; all is safe in {result.again.folder}, and published by: {again}", 3)
+    context.exit(1 if result.verdict == "different" else 3 if trouble else 0)
 
 
 @click.command()
@@ -289,12 +285,12 @@ def register(file: Path, pool: str, data: str, timeout: float, as_json: bool) ->
         client = servers.own_client()
         registered = import_weights.register(client, file, pool, data)
         look = servers.page_of(client.uri, registered.experiment_id, registered.run_id)
-    scores = {name: {"loss": each.loss, "acc": each.acc} for name, each in registered.scores.items()}
     if as_json:
+        scores = {name: {"loss": each.loss, "acc": each.acc} for name, each in registered.scores.items()}
         echo(to_json({"version": registered.version, "run_id": registered.run_id, "look": look, "scores": scores}))
         return
-    for name, score in scores.items():
-        echo(f"{name}: loss={score['loss']:.4f}, acc={score['acc']:.4f}")
+    for name, each in registered.scores.items():
+        echo(f"{name}: loss={each.loss:.4f}, acc={each.acc:.4f}")
     echo(f"Model: models:/poolnet/{registered.version}\nLook at it: {look}")
 
 

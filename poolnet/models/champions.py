@@ -101,16 +101,15 @@ def crown(client: MlflowClient, alias: str, version: int, over: int | None, tags
 
 
 def _refuse_if_changed(client: MlflowClient, alias: str, expected: int | None, version: int) -> None:
-    found = holder(client, alias)
-    if (int(found.version) if found else None) != expected:
-        now = f"version {found.version} is {alias} now" if found else f"nothing is {alias} now"
+    champion = holder(client, alias)
+    if (int(champion.version) if champion else None) != expected:
+        now = f"version {champion.version} is {alias} now" if champion else f"nothing is {alias} now"
         raise RunError(f"version {version}: another promotion came first, and {now}; try the same command again")
 
 
 def mark_replaced(client: MlflowClient, alias: str, version: int, over: int | None) -> None:
     """Tag the previous champion with the version that replaced it."""
-    found = client.search_model_versions(f"name = '{NAME}' AND version_number = '{over}'") if over else []
-    for replaced in found:
+    for replaced in client.search_model_versions(f"name = '{NAME}' AND version_number = '{over}'") if over else []:
         if replaced.tags.get(f"{alias}.replaced_by") != str(version):
             client.set_model_version_tag(NAME, replaced.version, f"{alias}.replaced_by", str(version))
 
@@ -123,18 +122,17 @@ def forget(client: MlflowClient, alias: str, version: int) -> None:
     client.delete_model_version_tag(NAME, str(version), f"{alias}.since")
 
 
-def unfinished_rollback(client: MlflowClient, alias: str, champion: ModelVersion | None) -> int | None:
+def unfinished_rollback(client: MlflowClient, alias: str, champion: ModelVersion) -> int | None:
     """Return the version whose rollback was killed halfway, or None.
 
     Halfway means that `champion` had come back already, but the rolled-back version still has its tag `since`.
     """
-    tags = champion.tags if champion else {}
+    tags = champion.tags
     if tags.get(f"{alias}.decision") != "rollback" or not tags[f"{alias}.over"].isdecimal():
         return None
     over, since = tags[f"{alias}.over"], f"{alias}.since"
-    found = client.search_model_versions(f"name = '{NAME}' AND version_number = '{over}'")
-    unfinished = [version for version in found if version.tags.get(since, "~") < tags.get(since, "")]
-    return int(over) if unfinished else None
+    versions = client.search_model_versions(f"name = '{NAME}' AND version_number = '{over}'")
+    return int(over) if any(version.tags.get(since, "~") < tags.get(since, "") for version in versions) else None
 
 
 def describe(client: MlflowClient, alias: str, version: int, tags: dict[str, str], text: str) -> None:
@@ -143,14 +141,14 @@ def describe(client: MlflowClient, alias: str, version: int, tags: dict[str, str
     The numbers become tags. The text becomes the first paragraph of the description, if all of it fits in
     `DESCRIPTION_LIMIT` characters.
     """
-    known = client.get_model_version(NAME, str(version))
+    before = client.get_model_version(NAME, str(version))
     kept = {f"{alias}.since", f"{alias}.before"}  # a decision that changes nothing leaves the history
-    for key in known.tags.keys() - tags.keys() - kept:
+    for key in before.tags.keys() - tags.keys() - kept:
         if key.startswith(f"{alias}."):  # of an earlier decision
             client.delete_model_version_tag(NAME, str(version), key)
     for key, value in tags.items():
         client.set_model_version_tag(NAME, str(version), key, value)
-    description = known.description or ""
+    description = before.description or ""
     whole = "\n\n".join(filter(None, (text, description)))
     if text not in description and len(whole) <= DESCRIPTION_LIMIT:  # else the tags say it: others' words stay
         client.update_model_version(NAME, str(version), whole)

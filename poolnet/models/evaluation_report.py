@@ -27,17 +27,28 @@ from poolnet.tracking.registry import Loaded
 from poolnet.training.evaluation import Evaluation, evaluate
 
 MEASURES = ("precision", "recall", "f1")  # of each letter
+
+
+@dataclasses.dataclass(frozen=True)
+class LossAcc:
+    loss: float
+    acc: float
+
+
 # Between the training and an evaluation of the same model on the same data, on one kind of device and on two.
-TOLERANCE = {"loss": 1e-6, "acc": 1e-6}
-TOLERANCE_ELSEWHERE = {"loss": 1e-4, "acc": 1e-3}  # and one letter: sums in another order turn near ties round
+TOLERANCE = LossAcc(loss=1e-6, acc=1e-6)
+TOLERANCE_ELSEWHERE = LossAcc(loss=1e-4, acc=1e-3)  # and one letter: sums in another order turn near ties round
+
+
+# --- computing --------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationReport:
     """The scores of one model on one split.
 
-    The last field holds loss and accuracy as the training run logged them. It is None if the training run was on other
-    data or did not log them, or if the server does not have that run.
+    `recorded` is what the training run logged. It is None if the training run was on other data or logged no such
+    values, or if the server does not have that run.
     """
 
     model: Loaded
@@ -46,55 +57,52 @@ class EvaluationReport:
     split: Split
     evaluation: Evaluation
     scores: Scores
-    recorded: dict[str, float] | None
+    recorded: LossAcc | None
 
     @property
-    def name(self) -> str:
-        """A short name of the model, with its pooling."""
-        if self.model.version:
-            return f"{self.model.version.name} version {self.model.version.version} ({self.model.pool})"
-        place = self.model.uri if ":/" in self.model.uri else Path(self.model.uri).name
-        return f"{place} ({self.model.pool})"
+    def title(self) -> str:
+        version, uri = self.model.version, self.model.uri
+        place = uri if ":/" in uri else Path(uri).name
+        model = f"{version.name} version {version.version}" if version else place
+        return f"{model} ({self.model.pool}) on {self.splits.name}, {self.split.name}: {self.scores.n:,} letters"
 
     @property
-    def agrees(self) -> bool | None:
-        """Whether the scores agree with those of the training run.
-
-        None if there are no scores to compare with.
-        """
-        if self.recorded is None:
-            return None
-        return all(
-            abs(getattr(self.evaluation, key) - value) <= self.tolerance[key] for key, value in self.recorded.items()
-        )
-
-    @property
-    def tolerance(self) -> dict[str, float]:
+    def tolerance(self) -> LossAcc:
         """The allowed difference from the recorded loss and accuracy.
 
         Evaluation runs on the CPU. Training may have run on any device.
         """
-        device = self.trained.data.tags.get(names.DEVICE, "cpu")
-        if device.startswith("cpu"):
+        if not self.trained or self.trained.data.tags.get(names.DEVICE, "cpu").startswith("cpu"):
             return TOLERANCE
-        return TOLERANCE_ELSEWHERE | {"acc": max(TOLERANCE_ELSEWHERE["acc"], 1.001 / self.scores.n)}
+        one_letter = 1.001 / self.scores.n
+        return dataclasses.replace(TOLERANCE_ELSEWHERE, acc=max(TOLERANCE_ELSEWHERE.acc, one_letter))
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether the scores agree with the recorded ones, if any."""
+        if self.recorded is None:
+            return None
+        loss, acc = self.evaluation.loss - self.recorded.loss, self.evaluation.acc - self.recorded.acc
+        return abs(loss) <= self.tolerance.loss and abs(acc) <= self.tolerance.acc
 
     @property
     def agreement(self) -> str:
         if not self.trained:
             return "Not compared with its run, which this server does not have."
-        run, found = _run_name(self.trained), self.evaluation
+        run = self.trained.data.tags.get(names.RUN) or self.trained.info.run_name
         if self.recorded is None:
             other = self.trained.data.tags.get(names.DATA_SHA256) != self.splits.sha256
             why = "was on other data" if other else f"recorded no such figures of {self.split.name}"
             return f"Not compared with its run {run}, which {why}."
         if self.agrees:
-            within = " and ".join(f"{value:g} ({key})" for key, value in self.tolerance.items())
-            if self.tolerance == TOLERANCE:
-                within = f"{TOLERANCE['loss']:g}"
+            within = f"{self.tolerance.loss:g}"
+            if self.tolerance != TOLERANCE:
+                within += f" (loss) and {self.tolerance.acc:g} (acc)"
             return f"Agrees with its run {run}: loss and accuracy are the same within {within}."
-        pairs = [f"{key} {getattr(found, key):.7f}, recorded {value:.7f}" for key, value in self.recorded.items()]
-        return f"Differs from its run {run}: found {'; '.join(pairs)}."
+        return (
+            f"Differs from its run {run}: found loss {self.evaluation.loss:.7f}, recorded {self.recorded.loss:.7f}; "
+            f"acc {self.evaluation.acc:.7f}, recorded {self.recorded.acc:.7f}."
+        )
 
 
 def score(client: MlflowClient, model: Loaded, path: str, split: str, seed: int) -> EvaluationReport:
@@ -103,76 +111,76 @@ def score(client: MlflowClient, model: Loaded, path: str, split: str, seed: int)
     The data set is the one at `path`. If `path` is empty, it is the one that the model was trained on.
     """
     trained = servers.look_up(client, model.run_id) if model.run_id else None
-    splits = _open(model, trained, path)
-    part = getattr(splits, split)
-    if len(part) < 2:
-        raise InputError(f"{splits.path}: {split}: found {len(part)} image, expected two or more to score a model on")
-    found = evaluate(model.net, part)
+    splits = dataset.open_splits(dataset.locate(path)) if path else _training_data(model.uri, trained)
+    images = getattr(splits, split)
+    if len(images) < 2:
+        raise InputError(f"{splits.path}: {split}: found {len(images)} image, expected two or more to score a model on")
+    evaluation = evaluate(model.net, images)
     try:
-        counted = scores.of(found.logits, found.y, seed)
+        all_scores = scores.of(evaluation.logits, evaluation.y, seed)
     except ValueError as error:  # weights that are not finite
         raise InputError(f"{model.uri} on {splits.path}: {error}") from None
-    return EvaluationReport(model, trained, splits, part, found, counted, _recorded(trained, splits, split))
+    recorded = None
+    if trained and trained.data.tags.get(names.DATA_SHA256) == splits.sha256 and split != "train":
+        loss, acc = (trained.data.metrics.get(f"{split}_{name}") for name in ("loss", "acc"))  # with the final weights
+        recorded = LossAcc(loss, acc) if loss is not None and acc is not None else None
+    return EvaluationReport(model, trained, splits, images, evaluation, all_scores, recorded)
 
 
-def _open(model: Loaded, trained: Run | None, path: str) -> Dataset:
-    """Open the data set at `path`, or the training data.
+def _training_data(uri: str, trained: Run | None) -> Dataset:
+    """Open the data set that a model was trained on.
 
-    If `path` is empty, the data set that the model was trained on is opened. It must still be the same: `InputError` if
-    its SHA-256 is not the recorded one.
+    It is read from the path that the run recorded. If no file is there now, it is what the options of the run mean on
+    this machine. Raises `InputError` if its SHA-256 is not the recorded one.
     """
-    if path:
-        return dataset.open_splits(dataset.locate(path))
     digest = trained.data.tags.get(names.DATA_SHA256) if trained else None
-    if not digest:
-        raise InputError(f"{model.uri}: found no record of the data it was trained on; name some with --data")
+    if not trained or not digest:
+        raise InputError(f"{uri}: found no record of the data it was trained on; name some with --data")
+    paths: list[Path] = []
+    for entry in trained.inputs.dataset_inputs if trained.inputs else []:
+        with contextlib.suppress(ValueError, AttributeError):  # somebody else's
+            paths += filter(Path.is_file, [Path(json.loads(entry.dataset.source).get("uri") or "")])
     try:
-        splits = dataset.open_splits(_place(trained))
+        splits = dataset.open_splits(paths[0] if paths else dataset.locate(training_runs.config(trained).data))
     except InputError as error:
-        raise InputError(f"{error} (what {model.uri} was trained on); name its place here with --data") from None
+        raise InputError(f"{error} (what {uri} was trained on); name its place here with --data") from None
     if splits.sha256 != digest:
         raise InputError(
-            f"{splits.path}: found SHA-256 {splits.sha256[:16]}..., but {digest[:16]}... in the record of {model.uri}; "
+            f"{splits.path}: found SHA-256 {splits.sha256[:16]}..., but {digest[:16]}... in the record of {uri}; "
             "to score it on other data name them with --data"
         )
     return splits
 
 
-def _place(trained: Run) -> Path:
-    """Return the path of the data set of a run.
+# --- showing ----------------------------------------------------------------------------------------------------------
 
-    It is the path that the run recorded. If no file is there now, it is what the options of the run mean on this
-    machine.
+
+def table(report: EvaluationReport) -> str:
+    """Return the report as text for a terminal."""
+    lines = [report.title, ""]
+    for rows in (_summary(report.scores), _letters(report.scores), _confusion(report.scores)):
+        lines += [*aligned(rows), ""]
+    return "\n".join([*lines, report.agreement])
+
+
+def markdown(report: EvaluationReport) -> str:
+    """Return the report in Markdown.
+
+    It becomes the description of the run in MLflow.
     """
-    for entry in trained.inputs.dataset_inputs:
-        with contextlib.suppress(ValueError, AttributeError):  # somebody else's
-            path = Path(json.loads(entry.dataset.source).get("uri") or "")
-            if path.is_file():
-                return path
-    return dataset.locate(training_runs.config(trained).data)
+    lines = [f"**{marked(report.title)}**", "", marked(report.agreement), ""]
+    lines += [*piped(_summary(report.scores)), "", *piped(_letters(report.scores)), ""]
+    lines += [
+        f"- Model: {coded(report.model.uri)}",
+        f"- Data: {coded(report.splits.name)}, SHA-256 `{report.splits.sha256}`",
+        "- Intervals say what other examples would change: Wilson's for shares, bootstrap for the loss. A model whose "
+        "probabilities are true has an ECE below that of chance in 95 % of samples of this size.",
+    ]
+    return "\n".join(lines)
 
 
-def _recorded(trained: Run | None, splits: Dataset, split: str) -> dict[str, float] | None:
-    """Return the loss and accuracy that the training run logged.
-
-    These are the values on val or test with the final weights. None if the training run was on other data or logged no
-    such values.
-    """
-    if not trained or trained.data.tags.get(names.DATA_SHA256) != splits.sha256 or split == "train":
-        return None
-    found = {key: trained.data.metrics.get(f"{split}_{key}") for key in ("loss", "acc")}
-    return None if None in found.values() else found
-
-
-def _run_name(run: Run) -> str:
-    return run.data.tags.get(names.RUN) or run.info.run_name
-
-
-# --- forms ------------------------------------------------------------------------------------------------------------
-
-
-def _summary(card: EvaluationReport) -> list[list[str]]:
-    s, ece = card.scores, card.scores.calibration.ece
+def _summary(s: Scores) -> list[list[str]]:
+    ece = s.calibration.ece
     beyond = "above" if ece > s.ece_if_calibrated else "within"
     return [
         ["score", "estimate", "95 % interval"],
@@ -182,121 +190,94 @@ def _summary(card: EvaluationReport) -> list[list[str]]:
     ]
 
 
-def _classes(card: EvaluationReport) -> list[list[str]]:
+def _letters(s: Scores) -> list[list[str]]:
     rows = [["letter", "n", "precision", "recall", "F1"]]
-    for found in card.scores.per_class:
-        shares = (_share(share) for share in (found.precision, found.recall, found.f1))
-        rows.append([LETTERS[found.label], f"{found.n:,}", *shares])
+    for letter in s.per_class:
+        row = [LETTERS[letter.label], f"{letter.n:,}"]
+        for share in (letter.precision, letter.recall, letter.f1):
+            interval = f"{share.estimate:.3f} ({share.low:.3f} to {share.high:.3f})"
+            row.append("-" if math.isnan(share.estimate) else interval)
+        rows.append(row)
     return rows
 
 
-def _share(share: Share) -> str:
-    return "-" if math.isnan(share.estimate) else f"{share.estimate:.3f} ({share.low:.3f} to {share.high:.3f})"
-
-
-def _confusion(card: EvaluationReport) -> list[list[str]]:
-    rows = card.scores.confusion.tolist()
+def _confusion(s: Scores) -> list[list[str]]:
+    rows = s.confusion.tolist()
     return [["true, said", *LETTERS], *([letter, *map(str, row)] for letter, row in zip(LETTERS, rows, strict=True))]
 
 
-def _title(card: EvaluationReport) -> str:
-    return f"{card.name} on {card.splits.name}, {card.split.name}: {card.scores.n:,} letters"
-
-
-def table(card: EvaluationReport) -> str:
-    """Return the report as text for a terminal."""
-    parts = (aligned(rows(card)) for rows in (_summary, _classes, _confusion))
-    return "\n".join([_title(card), "", *(line for part in parts for line in (*part, "")), card.agreement])
-
-
-def markdown(card: EvaluationReport) -> str:
-    """Return the report in Markdown.
-
-    It becomes the description of the run in MLflow.
-    """
-    lines = [f"**{marked(_title(card))}**", "", marked(card.agreement), ""]
-    lines += [*piped(_summary(card)), "", *piped(_classes(card)), ""]
-    lines += [
-        f"- Model: {coded(card.model.uri)}",
-        f"- Data: {coded(card.splits.name)}, SHA-256 `{card.splits.sha256}`",
-        "- Intervals say what other examples would change: Wilson's for shares, bootstrap for the loss. A model whose "
-        "probabilities are true has an ECE below that of chance in 95 % of samples of this size.",
-    ]
-    return "\n".join(lines)
-
-
-def contents(card: EvaluationReport) -> dict:
+def contents(report: EvaluationReport) -> dict[str, object]:
     """Return the whole report as a dictionary for JSON.
 
     The keys are the names in the JSON output.
     """
-    s, model = card.scores, card.model
+    s, model = report.scores, report.model
     return {
         "model": model.uri,
         "version": int(model.version.version) if model.version else None,
         "pool": model.pool,
-        "data": card.splits.name,
-        "data_sha256": card.splits.sha256,
-        "split": card.split.name,
+        "data": report.splits.name,
+        "data_sha256": report.splits.sha256,
+        "split": report.split.name,
         "n": s.n,
-        "loss": {"estimate": s.loss.estimate, "low": s.loss.low, "high": s.loss.high},
+        "loss": Share(s.loss.estimate, s.loss.low, s.loss.high),
         "acc": s.acc,
         "ece": s.calibration.ece,
         "ece_if_calibrated": s.ece_if_calibrated,
         "per_class": [
-            {"letter": LETTERS[found.label], "n": found.n, **{key: getattr(found, key) for key in MEASURES}}
-            for found in s.per_class
+            {"letter": LETTERS[letter.label], "n": letter.n, **{name: getattr(letter, name) for name in MEASURES}}
+            for letter in s.per_class
         ],
         "confusion": s.confusion.tolist(),
-        "trained_by": card.trained.info.run_id if card.trained else None,
-        "recorded": card.recorded,
-        "agrees": card.agrees,
-        "agreement": card.agreement,
+        "trained_by": report.trained.info.run_id if report.trained else None,
+        "recorded": report.recorded,
+        "agrees": report.agrees,
+        "agreement": report.agreement,
     }
 
 
-# --- the run in MLflow ------------------------------------------------------------------------------------------------
+# --- logging ----------------------------------------------------------------------------------------------------------
 
 
-def publish(client: MlflowClient, card: EvaluationReport) -> str:
+def publish(client: MlflowClient, report: EvaluationReport) -> str:
     """Save the report as a run in MLflow.
 
-    The run holds the scores and is linked to the model and the data set. Returns the id of the run.
+    The run holds scores, predictions and figures. It is linked to the model and the data set. Returns the id of the
+    run.
     """
-    split, s = card.split.name, card.scores
-    metrics = {f"{split}_loss": card.evaluation.loss, f"{split}_acc": card.evaluation.acc, "ece": s.calibration.ece}
+    split, s, pool, evaluation = report.split.name, report.scores, report.model.pool, report.evaluation
+    metrics = {f"{split}_loss": evaluation.loss, f"{split}_acc": evaluation.acc, "ece": s.calibration.ece}
     metrics |= {f"{split}_loss_low": s.loss.low, f"{split}_loss_high": s.loss.high}
     metrics |= {f"{split}_acc_low": s.acc.low, f"{split}_acc_high": s.acc.high}
-    for found in s.per_class:
-        shares = {key: getattr(found, key).estimate for key in MEASURES}
-        metrics |= {f"{key}_{LETTERS[found.label]}": value for key, value in shares.items() if not math.isnan(value)}
-    agrees = {True: "agrees", False: "differs", None: "not compared"}[card.agrees]
-    tags = {names.EVALUATION: agrees, names.DATA_SHA256: card.splits.sha256, names.NOTE: markdown(card)}
-    params = {"model": card.model.uri, "split": split, "pool": card.model.pool}
-    model_id, dataset = card.model.model_id, publication.datasets(card.splits.summary())[split]
-    experiment_id = card.trained.info.experiment_id if card.trained else servers.own_experiment(client)
-    with tempfile.TemporaryDirectory() as scratch:
-        _write(card, Path(scratch))
-        about = {"metrics": metrics, "params": params, "tags": tags, "folder": Path(scratch), "dataset": dataset}
-        with result_runs.run(
-            client, experiment_id, "evaluate", f"{card.model.pool} on {card.splits.name} {split}"
-        ) as run_id:
-            client.log_inputs(run_id, [dataset], [LoggedModelInput(model_id)] if model_id else [])
-            result_runs.log(client, run_id, **about, model_id=model_id)
-    return run_id
-
-
-def _write(card: EvaluationReport, folder: Path) -> None:
-    """Write the artifacts of the run into a folder.
-
-    They are the numbers, the predictions and the figures.
-    """
-    (folder / "evaluation.json").write_text(to_json(contents(card), indent=1), encoding="utf-8")
-    (folder / "predictions").mkdir()
-    np.savez(folder / "predictions" / f"{card.split.name}.npz", logits=card.evaluation.logits, y=card.evaluation.y)
-    title = figures.drawable(_title(card))
+    for letter in s.per_class:
+        shares = {f"{name}_{LETTERS[letter.label]}": getattr(letter, name).estimate for name in MEASURES}
+        metrics |= {name: share for name, share in shares.items() if not math.isnan(share)}
+    agrees = {True: "agrees", False: "differs", None: "not compared"}[report.agrees]
+    tags = {names.EVALUATION: agrees, names.DATA_SHA256: report.splits.sha256, names.NOTE: markdown(report)}
+    params = {"model": report.model.uri, "split": split, "pool": pool}
+    model_id, dataset = report.model.model_id, publication.datasets(report.splits.summary())[split]
+    experiment_id = report.trained.info.experiment_id if report.trained else servers.own_experiment(client)
+    title = figures.drawable(report.title)
     drawn = {
-        "confusion_matrix": figures.confusion_matrix(card.evaluation, title),
-        "worst_mistakes": figures.worst_mistakes(card.evaluation, card.split, f"{title}, highest losses"),
+        "confusion_matrix": figures.confusion_matrix(evaluation, title),
+        "worst_mistakes": figures.worst_mistakes(evaluation, report.split, f"{title}, highest losses"),
     }
-    figures.save_all(folder / "figures", drawn)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "evaluation.json").write_text(to_json(contents(report), indent=1), encoding="utf-8")
+        (folder / "predictions").mkdir()
+        np.savez(folder / "predictions" / f"{split}.npz", logits=evaluation.logits, y=evaluation.y)
+        figures.save_all(folder / "figures", drawn)
+        with result_runs.run(client, experiment_id, "evaluate", f"{pool} on {report.splits.name} {split}") as run_id:
+            client.log_inputs(run_id, [dataset], [LoggedModelInput(model_id)] if model_id else [])
+            result_runs.log(
+                client,
+                run_id,
+                metrics=metrics,
+                params=params,
+                tags=tags,
+                folder=folder,
+                dataset=dataset,
+                model_id=model_id,
+            )
+    return run_id

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mlflow.entities import Run
 from mlflow.tracking.client import MlflowClient
 
 from poolnet.data import dataset
@@ -49,25 +48,25 @@ def read(path: Path, pool: str) -> SimplePoolNet | SimpleConvNet:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # at a pickle that torch.save did not write
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            weights = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, UserWarning):  # whose text explains how to run what is in the file after all
         raise InputError(f"{path}: found other things than tensors, which are not loaded; {cure}") from None
     except Exception as error:  # whatever torch says of other files, which means nothing to who never saw its code
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: of offsets in a cut file
             raise InputError(f"{path}: cannot be read ({error.strerror}), {cure}") from None
-        found, more = _kind(path)
-        raise InputError(f"{path}: found {found}, {cure}{more}") from None
+        kind, remedy = _kind(path)
+        raise InputError(f"{path}: found {kind}, {cure}{remedy}") from None
     net = build_model(pool, seed=0)
     shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-    if not isinstance(found, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+    if not isinstance(weights, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
         raise InputError(f"{path}: found no state_dict, {cure}")
-    if not all(tensor.layout == torch.strided and tensor.dtype in DTYPES for tensor in found.values()):
+    if not all(tensor.layout == torch.strided and tensor.dtype in DTYPES for tensor in weights.values()):
         raise InputError(f"{path}: found weights that are no plain floating-point tensors, {cure}")
-    other = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    other = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if other != shapes:
         raise InputError(f"{path}: found {_listed(other)}, expected for --pool {pool}: {_listed(shapes)}")
     try:
-        net.load_state_dict(found)
+        net.load_state_dict(weights)
     except RuntimeError as error:  # of tensors without data, say
         raise InputError(f"{path}: cannot be loaded ({servers.reason(error)}), {cure}") from None
     if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):  # as float32
@@ -114,41 +113,23 @@ def register(client: MlflowClient, path: Path, pool: str, source: str) -> Regist
     experiment_id = servers.own_experiment(client)
     same = f"{pool} {digest} {splits.sha256 if splits else ''}".strip()
     with locked(home() / "register.lock", LOCK_SECONDS):
-        begun = _begun(client, experiment_id, same)
-        if version := _finished(client, begun):
-            return Registered(version, begun.info.run_id, experiment_id, scores)
-        begun_id = begun.info.run_id if begun else ""
-        more = {names.WEIGHTS: same}
-        with result_runs.run(
-            client, experiment_id, "register", f"{pool} from {params['file']}", begun_id, more
-        ) as run_id:
+        begun = ""
+        for run in client.search_runs([experiment_id], f"tags.`{names.WEIGHTS}` = '{same}'", max_results=1):
+            begun = run.info.run_id
+            model = registry.logged(client, run) if run.info.status == "FINISHED" else None
+            if model and (version := registry.version_of(client, begun, model.model_id)):
+                return Registered(version, begun, experiment_id, scores)
+        title = f"{pool} from {params['file']}"
+        with result_runs.run(client, experiment_id, "register", title, begun, {names.WEIGHTS: same}) as run_id:
             run = client.get_run(run_id)
             model_id = registry.log(client, run, {**params, "epochs": 0}, arrays)
             _log(client, run_id, model_id, params, splits, scores)
             tags = {"pool": pool, "source": params["file"]}
             if splits:
-                tags |= {f"{name}_acc": repr(found.acc) for name, found in scores.items()}
+                tags |= {f"{name}_acc": repr(evaluation.acc) for name, evaluation in scores.items()}
                 tags["data_sha256"] = splits.sha256
             version = registry.register(client, run_id, model_id, tags)
     return Registered(version, run_id, run.info.experiment_id, scores)
-
-
-def _begun(client: MlflowClient, experiment_id: str, same: str) -> Run | None:
-    """Find an earlier run on the same weights and data.
-
-    An earlier command started it. None if there is no such run.
-    """
-    found = client.search_runs([experiment_id], f"tags.`poolnet.weights` = '{same}'", max_results=1)
-    return found[0] if found else None
-
-
-def _finished(client: MlflowClient, begun: Run | None) -> int | None:
-    """Return the version that a finished run has made.
-
-    None if the run is missing or not finished, or if the version does not exist any more.
-    """
-    model = registry.logged(client, begun) if begun and begun.info.status == "FINISHED" else None
-    return registry.version_of(client, begun.info.run_id, model.model_id) if model else None
 
 
 def _log(
@@ -174,11 +155,11 @@ def _log(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "predictions"
         folder.mkdir()
-        for name, found in scores.items():
-            np.savez(folder / f"{name}.npz", logits=found.logits, y=found.y)
+        for name, evaluation in scores.items():
+            np.savez(folder / f"{name}.npz", logits=evaluation.logits, y=evaluation.y)
         client.log_inputs(run_id, [inputs[name] for name in scores])
-        for name, found in scores.items():
-            metrics = {f"{name}_loss": found.loss, f"{name}_acc": found.acc}
+        for name, evaluation in scores.items():
+            metrics = {f"{name}_loss": evaluation.loss, f"{name}_acc": evaluation.acc}
             result_runs.log(
                 client,
                 run_id,

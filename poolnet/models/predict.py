@@ -200,7 +200,7 @@ def _sheet(picture: np.ndarray) -> np.ndarray:
 
 
 def _coarse(colours: np.ndarray) -> np.ndarray:
-    """Number each colour by the highest three bits of its channels."""
+    """Number each colour by the top three bits per channel."""
     return reduce(lambda codes, channel: 8 * codes + channel, (colours >> 5).T.astype(np.int32))
 
 
@@ -270,16 +270,16 @@ def _pieces(labels: np.ndarray, sizes: np.ndarray) -> list[int]:
 
     The list is empty if other masses could be the letter as well.
     """
-    boxes = [(), *ndimage.find_objects(labels)]
+    boxes: list[tuple[slice, ...]] = [(), *ndimage.find_objects(labels)]
     large = [n for n in range(1, len(sizes)) if sizes[n] >= LARGE * sizes.max() or _is_long(boxes[n], labels.shape)]
     if not 0 < len(large) <= MANY:
         return []
-    around = {n for n in large if len(large) > 1 and _is_around(n, large, labels, boxes)}
-    main = max(set(large) - around or large, key=lambda n: sizes[n])
-    of_size = np.flatnonzero(sizes > max(SPECK, PART * sizes[main]))
-    pieces = [main, *(n for n in of_size if n not in {main, *around} and _is_near(boxes[n], boxes[main]))]
+    frames = {n for n in large if len(large) > 1 and _is_frame(n, large, labels, boxes)}
+    main = max(set(large) - frames or large, key=lambda n: sizes[n])
+    of_size = np.flatnonzero(sizes > max(SPECK, PART * sizes[main])).tolist()
+    pieces = [main, *(n for n in of_size if n not in {main, *frames} and _is_near(boxes[n], boxes[main]))]
     others = sizes.copy()
-    others[[*pieces, *around]] = 0
+    others[[*pieces, *frames]] = 0
     rivals = others.max() > RIVAL * sizes[main] or others.sum() > sizes[main]
     return [] if rivals or sizes[main] < TINY * labels.size else pieces
 
@@ -288,7 +288,7 @@ def _is_long(box: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
     return any(side.stop - side.start >= length / 4 for side, length in zip(box, shape, strict=True))
 
 
-def _is_around(number: int, large: list[int], labels: np.ndarray, boxes: list[tuple[slice, ...]]) -> bool:
+def _is_frame(number: int, large: list[int], labels: np.ndarray, boxes: list[tuple[slice, ...]]) -> bool:
     """Whether a mass is a frame or border of another.
 
     A frame is around the other mass. A border lies along an edge that the other mass stays away from.
@@ -312,7 +312,7 @@ def _is_near(box: tuple[slice, ...], main: tuple[slice, ...]) -> bool:
 
 
 def _corners(image: np.ndarray) -> np.ndarray:
-    """Return the pixels of the four corners, about a 28th of the image high and wide."""
+    """Return the pixels of the corners, each a 28th wide."""
     rows, columns = (np.arange(-side, side) for side in (max(1, round(length / SIDE)) for length in image.shape))
     return image[rows[:, None], columns]
 
@@ -409,14 +409,7 @@ def table(predictions: Iterable[Prediction]) -> str:
     for p in predictions:
         turned = "dark on bright" if p.inverted else ""
         rows.append(
-            (
-                printable(p.path),
-                p.letter,
-                f"{p.probability:.4f}",
-                p.runner_up,
-                f"{p.runner_up_probability:.4f}",
-                turned,
-            )
+            (printable(p.path), p.letter, f"{p.probability:.4f}", p.runner_up, f"{p.runner_up_probability:.4f}", turned)
         )
     return "\n".join(aligned(rows))
 

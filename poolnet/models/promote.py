@@ -46,6 +46,10 @@ class Paired:
     def better(self) -> bool:
         return self.mcnemar.p < ALPHA and self.mcnemar.only_b > self.mcnemar.only_a
 
+    @property
+    def not_worse(self) -> bool:
+        return self.p_inferior is not None and self.p_inferior < ALPHA
+
     def __str__(self) -> str:
         points, nats, test = self.points, self.nats, self.mcnemar
         return (
@@ -66,9 +70,9 @@ class Decision:
     kind: str
     version: int  # the challenger, or for a rollback the champion that comes back
     over: int | None  # the champion when it was decided
-    margin: float | None
-    val: Paired | None
-    test: Paired | None
+    margin: float | None = None
+    val: Paired | None = None
+    test: Paired | None = None
     earlier: tuple[int, ...] = ()  # the champions before the one that it makes
 
     @property
@@ -79,7 +83,7 @@ class Decision:
     def sentence(self) -> str:
         within = f"not worse by {self.margin or 0:g} points"
         over = f" instead of version {self.over}" if self.over else ""
-        says = {
+        verbs = {
             "first": f"is the first {self.alias}",
             "better": f"is {self.alias}{over}, being better",
             "not worse": f"is {self.alias}{over}, being {within}",
@@ -89,10 +93,11 @@ class Decision:
             "refused": f"is not {self.alias}: it is not shown to be better than version {self.over}"
             + (f", nor to be {within}" if self.margin else ""),
         }
-        text = f"Version {self.version} {says[self.kind]}."
+        text = f"Version {self.version} {verbs[self.kind]}."
         if self.val:
             text += f" On the same {self.val.n:,} validation letters: {self.val}"
-            text += f"; p of being worse by the margin {_p(self.val.p_inferior)}." if self.margin else "."
+            p = self.val.p_inferior
+            text += "." if p is None else f"; p of being worse by the margin {_p(p)}."
         if self.test:
             text += f" On test, which decides nothing: {self.test.points.estimate:+.2f} points."
         return text
@@ -100,6 +105,17 @@ class Decision:
 
 def _p(p: float) -> str:
     return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
+
+
+def promote(client: MlflowClient, uri: str, alias: str, margin: float | None, force: bool, back: bool) -> Decision:
+    """Make a model champion if it is better.
+
+    With `back`, the previous champion gets the alias again instead. The decision is written down in any case.
+    """
+    decision = rollback(client, alias) if back else decide(client, uri, alias, margin, force)
+    enact(client, decision)
+    publish(client, decision)
+    return decision
 
 
 # --- deciding ---------------------------------------------------------------------------------------------------------
@@ -115,31 +131,39 @@ def decide(client: MlflowClient, uri: str, alias: str, margin: float | None, for
     error.
     """
     _check_alias(alias)
-    challenger, pool = _challenger(client, uri, alias)
-    wanted = alias.removeprefix("champion-")
-    if wanted in POOLS and wanted != alias and pool != wanted:
-        raise InputError(f"--alias {alias}: found a {pool} model in version {challenger.version}, expected {wanted}")
-    champion = champions.holder(client, alias)
+    pool = alias.removeprefix("champion-")
+    newest = "" if uri else registry.newest(client, pool=pool if pool in POOLS else "").version
+    loaded = registry.load(uri or f"models:/{NAME}/{newest}", check_export=True)
+    challenger = loaded.version
+    if not challenger or challenger.name != NAME:
+        raise InputError(f"{loaded.uri}: found no version of {NAME}, expected a registered one, as in models:/{NAME}/1")
+    own = registry.logged(client, _run(client, challenger))
+    if not own or own.model_id != loaded.model_id:  # it is the run's predictions that are compared
+        raise InputError(f"{loaded.uri}: found a model that is not the one its run was scored with, expected that")
+    if pool in POOLS and pool != alias and pool != loaded.pool:
+        raise InputError(
+            f"--alias {alias}: found a {loaded.pool} model in version {challenger.version}, expected {pool}"
+        )
+    version, champion = int(challenger.version), champions.holder(client, alias)
     earlier = tuple(champions.before(client, alias, champion))
-    found = Decision(alias, "first", int(challenger.version), None, margin, None, None, earlier)
-    if champion is None:
-        return found
+    if not champion:
+        return Decision(alias, "first", version, None, margin, earlier=earlier)
     over = int(champion.version)
-    if champion.version == challenger.version:
-        return dataclasses.replace(found, kind="unchanged", over=over)
-    found = dataclasses.replace(found, over=over, earlier=(*earlier, over))
+    if over == version:
+        return Decision(alias, "unchanged", version, over, margin, earlier=earlier)
+    val = test = None
     try:
         val = _paired(client, champion, challenger, "val", margin)
+        with contextlib.suppress(InputError):  # it decides nothing
+            test = _paired(client, champion, challenger, "test", margin)
     except InputError:
-        if force:
-            return dataclasses.replace(found, kind="forced")
-        raise
-    with contextlib.suppress(InputError):  # it decides nothing
-        found = dataclasses.replace(found, test=_paired(client, champion, challenger, "test", margin))
-    kind = "better" if val.better else "refused"
-    if margin and not val.better and val.p_inferior < ALPHA:
-        kind = "not worse"
-    return dataclasses.replace(found, kind="forced" if force and kind == "refused" else kind, val=val)
+        if not force:
+            raise
+    if val and (val.better or val.not_worse):
+        kind = "better" if val.better else "not worse"
+    else:
+        kind = "forced" if force else "refused"
+    return Decision(alias, kind, version, over, margin, val, test, (*earlier, over))
 
 
 def _check_alias(alias: str) -> None:
@@ -149,22 +173,6 @@ def _check_alias(alias: str) -> None:
     """
     if not re.fullmatch(r"[\w-]+", alias) or re.fullmatch(r"v\d+|latest", alias.lower()):
         raise InputError(f"--alias: found {alias!r}, expected letters, digits, - and _, as in champion-max")
-
-
-def _challenger(client: MlflowClient, uri: str, alias: str) -> tuple[ModelVersion, str]:
-    """Return the version to be promoted, and its pool.
-
-    The pool is the one that the model itself has.
-    """
-    pool = alias.removeprefix("champion-")
-    newest = "" if uri else registry.newest(client, pool=pool if pool in POOLS else "").version
-    loaded = registry.load(uri or f"models:/{NAME}/{newest}", check_export=True)
-    if not loaded.version or loaded.version.name != NAME:
-        raise InputError(f"{loaded.uri}: found no version of {NAME}, expected a registered one, as in models:/{NAME}/1")
-    own = registry.logged(client, _run(client, loaded.version))
-    if not own or own.model_id != loaded.model_id:  # it is the run's predictions that are compared
-        raise InputError(f"{loaded.uri}: found a model that is not the one its run was scored with, expected that")
-    return loaded.version, loaded.pool
 
 
 def _paired(
@@ -182,19 +190,20 @@ def _paired(
             f"champion, version {champion.version}, is {digests[0][:16] or 'unknown'}; train both on the same data, or "
             "decide without a test: --force"
         )
-    names = [f"{NAME} version {version.version}" for version in (champion, challenger)]
+    titles = [f"{NAME} version {version.version}" for version in (champion, challenger)]
     (a, y), (b, other_y) = (
-        training_runs.predictions(client, run.info.run_id, name, split) for run, name in zip(runs, names, strict=True)
+        training_runs.predictions(client, run.info.run_id, title, split)
+        for run, title in zip(runs, titles, strict=True)
     )
     if not np.array_equal(y, other_y):
-        raise InputError(f"{names[1]}: found other labels in its predictions of {split} than in those of {names[0]}")
+        raise InputError(f"{titles[1]}: found other labels in its predictions of {split} than in those of {titles[0]}")
     (right_a, nll_a), (right_b, nll_b) = (paired.per_example(logits, y) for logits in (a, b))
     if len(y) < 2:
-        raise InputError(f"{names[1]}: found {len(y)} example of {split}, expected 2 or more")
-    for name, run, nll in zip(names, runs, (nll_a, nll_b), strict=True):
+        raise InputError(f"{titles[1]}: found {len(y)} example of {split}, expected 2 or more")
+    for title, run, nll in zip(titles, runs, (nll_a, nll_b), strict=True):
         loss, logged = nll.mean(), run.data.metrics.get(f"{split}_loss", np.nan)
         if not abs(loss - logged) < 1e-5:
-            raise InputError(f"{name}: found predictions of {split} with loss {loss:.6f}, but {logged:.6f} logged")
+            raise InputError(f"{title}: found predictions of {split} with loss {loss:.6f}, but {logged:.6f} logged")
     rng = np.random.default_rng(0)
     test = paired.mcnemar(right_a, right_b)
     return Paired(
@@ -208,7 +217,7 @@ def _paired(
 
 def _run(client: MlflowClient, version: ModelVersion) -> Run:
     try:
-        return client.get_run(version.run_id)
+        return client.get_run(str(version.run_id))  # of a version without a run: "None", which is not there
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
@@ -223,12 +232,12 @@ def rollback(client: MlflowClient, alias: str) -> Decision:
     _check_alias(alias)
     present = champions.holder(client, alias)
     earlier = champions.before(client, alias, present)
-    if over := champions.unfinished_rollback(client, alias, present):  # it was killed: this command ends it
-        return Decision(alias, "rollback", int(present.version), over, None, None, None, tuple(earlier))
+    if present and (over := champions.unfinished_rollback(client, alias, present)):  # killed: this command ends it
+        return Decision(alias, "rollback", int(present.version), over, earlier=tuple(earlier))
     if not earlier:
         raise InputError(f"--rollback: found no champion before the present one of {alias}")
     over = int(present.version) if present else None
-    return Decision(alias, "rollback", earlier[-1], over, None, None, None, tuple(earlier[:-1]))
+    return Decision(alias, "rollback", earlier[-1], over, earlier=tuple(earlier[:-1]))
 
 
 # --- writing down -----------------------------------------------------------------------------------------------------
@@ -264,9 +273,9 @@ def _tags(decision: Decision) -> dict[str, str]:
     """
     tags: dict[str, object] = {"decision": decision.kind, "over": decision.over or "none"}
     if decision.val:
-        points, p = decision.val.points, decision.val.mcnemar.p
+        points = decision.val.points
         tags |= {"n": decision.val.n, "points": points.estimate, "points_low": points.low, "points_high": points.high}
-        tags["p"] = p
+        tags["p"] = decision.val.mcnemar.p
     if decision.val and decision.margin:
         tags |= {"margin_points": decision.margin, "p_inferior": decision.val.p_inferior}
     if decision.test:

@@ -8,8 +8,9 @@ import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mlflow.entities import Run
@@ -17,11 +18,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import process
-from poolnet.data.dataset import SPLITS, Dataset
+from poolnet.data.dataset import SPLITS
 from poolnet.errors import InputError
 from poolnet.runs import provenance, run_record, train_run
 from poolnet.runs.run_record import RunRecord
-from poolnet.runs.train_run import Echo, Pooled
+from poolnet.runs.train_run import Echo
 from poolnet.tracking import addresses, names, registry, servers, training_runs
 from poolnet.tracking.publisher import Publisher
 from poolnet.training import train_loop
@@ -40,7 +41,7 @@ class Original:
     """
 
     run: Run
-    record: dict
+    record: dict[str, Any]
     diff: bytes
     metrics: dict[int, dict[str, float]]
     logits: dict[str, np.ndarray]
@@ -52,19 +53,36 @@ class Original:
 
 
 @dataclasses.dataclass(frozen=True)
+class Difference:
+    """A figure that differs between the two runs."""
+
+    text: str
+    small: bool  # within tolerance
+
+
+@dataclasses.dataclass(frozen=True)
 class Reproduction:
     """The result of training a run again.
 
-    `circumstances` are the differences between now and the time when the run was trained. `first` is the first figure
-    that differs.
+    `circumstances` are the differences between now and the time when the run was trained.
     """
 
     original: Original
     again: RunRecord
-    circumstances: tuple[str, ...]
-    verdict: str  # bit-identical, within tolerance, different
-    first: str
+    circumstances: list[str]
+    differences: list[Difference]
     compared: dict[str, int]  # how many figures
+
+    @property
+    def verdict(self) -> str:
+        if not self.differences:
+            return "bit-identical"
+        return "within tolerance" if all(difference.small for difference in self.differences) else "different"
+
+    @property
+    def first(self) -> str:
+        """The first figure that differs, or an empty text."""
+        return self.differences[0].text if self.differences else ""
 
     @property
     def sentence(self) -> str:
@@ -91,25 +109,30 @@ def find(client: MlflowClient, name: str) -> Original:
     if not model:
         raise InputError(f"{name}: found no model of it on the server, whose weights were to be compared")
     net = registry.load(f"models:/{model.model_id}").net
+    metrics: dict[int, dict[str, float]] = {}
+    for key in run.data.metrics:
+        for metric in client.get_metric_history(run.info.run_id, key):
+            metrics.setdefault(metric.step, {})[key] = metric.value
     return Original(
         run=run,
         record=record,
         diff=_artifact(client, run, "git.diff") if record["code"]["dirty"] == "true" else b"",
-        metrics=_metrics(client, run),
+        metrics=metrics,
         logits={split: training_runs.predictions(client, run.info.run_id, name, split)[0] for split in ("val", "test")},
         weights={key: tensor.numpy() for key, tensor in net.state_dict().items()},
     )
 
 
-def _record(client: MlflowClient, run: Run) -> dict:
+def _record(client: MlflowClient, run: Run) -> dict[str, Any]:
     try:
         record = json.loads(_artifact(client, run, "record.json"))
         TrainConfig(**record["config"])
-        wanted = [record["code"][key] for key in ("commit", "dirty")] + [record["data"]["path"], record["device"]]
-        wanted += [record["environment"][key] for key in provenance.DECIDE] + [record["optimum"]]
-        wanted += [{split["name"]: split["sha256"] for split in record["data"]["splits"]}[name] for name in SPLITS]
-        if record["environment"]["threads"] < 1:
-            raise ValueError(f"{record['environment']['threads']} threads")
+        code, data, environment = record["code"], record["data"], record["environment"]
+        _ = [code["commit"], code["dirty"], data["path"], record["device"], record["optimum"]]
+        _ = [environment[key] for key in provenance.DECIDE]
+        _ = [{split["name"]: split["sha256"] for split in data["splits"]}[name] for name in SPLITS]
+        if environment["threads"] < 1:
+            raise ValueError(f"{environment['threads']} threads")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{run.info.run_id}: found no readable record.json on the server ({error!r})") from None
     return record
@@ -123,47 +146,50 @@ def _artifact(client: MlflowClient, run: Run, name: str) -> bytes:
             raise InputError(f"{run.info.run_id}: found no {name} on the server ({servers.reason(error)})") from None
 
 
-def _metrics(client: MlflowClient, run: Run) -> dict[int, dict[str, float]]:
-    steps: dict[int, dict[str, float]] = {}
-    for key in run.data.metrics:
-        for metric in client.get_metric_history(run.info.run_id, key):
-            steps.setdefault(metric.step, {})[key] = metric.value
-    return steps
-
-
 def reproduce(
-    original: Original, data: str, publisher: Publisher, echo: Echo = print, echo_warning: Echo = print
+    original: Original,
+    data: str,
+    publisher: Publisher,
+    echo: Echo = print,
+    echo_warning: Callable[[Any], object] = print,
 ) -> Reproduction:
     """Train the run again and compare all its figures.
 
     The data set is read from its recorded place, or from `data` if that is given. If no file is at the recorded place,
     the `data` setting of the run is used. Raises `InputError` if the data are not the same.
     """
-    config, differences = _settings(original.record, data)
-    splits, pooled = _open(original, config, data, echo)
-    differences += _code_differences(original) + provenance.differences(original.record)
-    threads = original.record["environment"]["threads"]
+    record = original.record
+    config, circumstances = _settings(record, data)
+    path = Path(record["data"]["path"])
+    splits, pooled = train_run.open_data(config, True, echo, path if path.exists() and not data else None)
+    digests = {split["name"]: split["sha256"] for split in record["data"]["splits"]}
+    for split in splits:
+        if split.sha256 != (digest := digests[split.name]):
+            raise InputError(
+                f"{splits.path}: {split.name}: found SHA-256 {split.sha256[:16]}..., but {digest[:16]}... "
+                f"in the record of {original.name}, which other data cannot reproduce; name that data set with --data"
+            )
+    circumstances += _code_differences(original) + provenance.differences(record)
+    threads = record["environment"]["threads"]
     if config.pool == "conv" and threads != train_loop.CONV_THREADS:
-        differences.append(f"threads {threads} (here {train_loop.CONV_THREADS}; trained with {threads} all the same)")
-    for difference in differences:
-        echo_warning(f"{original.name} was trained with {difference}")
+        circumstances.append(f"threads {threads} (here {train_loop.CONV_THREADS}; trained with {threads} all the same)")
+    for circumstance in circumstances:
+        echo_warning(f"{original.name} was trained with {circumstance}")
     server, run_id = addresses.environment(), original.run.info.run_id
-    again = train_run.create(config, original.record["optimum"], splits, server, "", run_id, threads)
+    again = train_run.create(config, record["optimum"], splits, server, "", run_id, threads)
     process.last_words = f"stopped; reproduce it again, or go on with: {run_record.resume_command(again.name)}"
     with again.training():
         publisher.add(again)
         train_run.carry_out(again, splits, pooled, publisher.check, echo, echo_warning)
-    found = list(_differences(original, again))
-    verdict = "bit-identical" if not found else "within tolerance" if all(small for small, _ in found) else "different"
     compared = {
-        "metrics": sum(len(_compared(values)) for values in again.by_step().values()),
+        "metrics": sum(name not in TIMINGS for values in again.by_step().values() for name in values),
         "logits": sum(logits.size for logits in original.logits.values()),
         "weights": sum(weight.size for weight in original.weights.values()),
     }
-    return Reproduction(original, again, tuple(differences), verdict, found[0][1] if found else "", compared)
+    return Reproduction(original, again, circumstances, list(_differences(original, again)), compared)
 
 
-def _settings(record: dict, data: str) -> tuple[TrainConfig, list[str]]:
+def _settings(record: dict[str, Any], data: str) -> tuple[TrainConfig, list[str]]:
     """Return the recorded settings, adapted to this machine.
 
     The device is the recorded one. If it is not available, it is one that this machine has, and the second value names
@@ -179,20 +205,6 @@ def _settings(record: dict, data: str) -> tuple[TrainConfig, list[str]]:
     return config, []
 
 
-def _open(original: Original, config: TrainConfig, data: str, echo: Echo) -> tuple[Dataset, Pooled]:
-    recorded_data = original.record["data"]
-    path = Path(recorded_data["path"])
-    splits, pooled = train_run.open_data(config, True, echo, path if path.exists() and not data else None)
-    known = {split["name"]: split["sha256"] for split in recorded_data["splits"]}
-    for split in splits:
-        if split.sha256 != known[split.name]:
-            raise InputError(
-                f"{splits.path}: {split.name}: found SHA-256 {split.sha256[:16]}..., but {known[split.name][:16]}... "
-                f"in the record of {original.name}, which other data cannot reproduce; name that data set with --data"
-            )
-    return splits, pooled
-
-
 def _code_differences(original: Original) -> list[str]:
     recorded_code, (commit, dirty, diff) = original.record["code"], provenance.code_state()
     if recorded_code["commit"] != commit or "unknown" in (recorded_code["dirty"], dirty):
@@ -206,29 +218,26 @@ def _code_differences(original: Original) -> list[str]:
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def _differences(original: Original, again: RunRecord) -> Iterable[tuple[bool, str]]:
+def _differences(original: Original, again: RunRecord) -> Iterator[Difference]:
     """Yield each figure that differs between the two runs.
 
-    Each item says whether the difference is within tolerance, and what differs. Epochs come first, in their order.
+    Epochs come first, in their order.
     """
     steps = again.by_step()
     for step in sorted(steps, key=lambda step: step or np.inf):
-        for name, value in _compared(steps[step]).items():
+        for name, value in steps[step].items():
             before = original.metrics.get(step, {}).get(name)
-            if before != value:
+            if name not in TIMINGS and before != value:
                 where = f"epoch {step}: {name}" if step else name
                 small = before is not None and abs(before - value) <= _tolerance(name)
-                yield small, f"{where} {value!r}, recorded {before!r}"
+                yield Difference(f"{where} {value!r}, recorded {before!r}", small)
     for split, logits in original.logits.items():
         with np.load(again.folder / "predictions" / f"{split}.npz", allow_pickle=False) as saved:
             yield from _array_differences(f"logits of {split}", logits, saved["logits"])
     weights = again.load_tensors("model")
+    assert weights is not None  # `again` has just written them
     for name, weight in original.weights.items():
         yield from _array_differences(name, weight, weights[name])
-
-
-def _compared(values: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if name not in TIMINGS}
 
 
 def _tolerance(name: str) -> float:
@@ -243,47 +252,47 @@ def _tolerance(name: str) -> float:
     return TOLERANCE.get(kind, 0)
 
 
-def _array_differences(name: str, before: np.ndarray, after: np.ndarray) -> Iterable[tuple[bool, str]]:
+def _array_differences(name: str, before: np.ndarray, after: np.ndarray) -> Iterator[Difference]:
     if (before.shape, before.dtype) != (after.shape, after.dtype):
-        yield False, f"{name} of {after.dtype} {after.shape}, recorded {before.dtype} {before.shape}"
+        yield Difference(f"{name} of {after.dtype} {after.shape}, recorded {before.dtype} {before.shape}", False)
     elif before.tobytes() != after.tobytes():
         bits = [np.ascontiguousarray(array).view(f"u{array.itemsize}") for array in (before, after)]  # -0 is not 0
         index = tuple(np.argwhere(bits[0] != bits[1])[0].tolist())
         small = bool(np.abs(before - after).max() <= TOLERANCE["logit or weight"])
-        yield small, f"{name}{list(index)} {after[index]!r}, recorded {before[index]!r}"
+        yield Difference(f"{name}{list(index)} {after[index]!r}, recorded {before[index]!r}", small)
 
 
-# --- telling ----------------------------------------------------------------------------------------------------------
+# --- logging ----------------------------------------------------------------------------------------------------------
 
 
-def publish(client: MlflowClient, found: Reproduction, run_id: str) -> None:
+def publish(client: MlflowClient, reproduction: Reproduction, run_id: str) -> None:
     """Record the reproduction in both runs on the server.
 
     The new run says what it came to. The old run says which run reproduced it.
     """
-    original = found.original.run.info
-    link = f"[{found.original.name}](#/experiments/{original.experiment_id}/runs/{original.run_id})"
-    lines = [f"**Reproduction of {link}.** {found.sentence}."]
-    lines += [f"- The original was trained with {difference}" for difference in found.circumstances]
+    original = reproduction.original.run.info
+    link = f"[{reproduction.original.name}](#/experiments/{original.experiment_id}/runs/{original.run_id})"
+    lines = [f"**Reproduction of {link}.** {reproduction.sentence}."]
+    lines += [f"- The original was trained with {difference}" for difference in reproduction.circumstances]
     before = client.get_run(run_id).data.tags.get(names.NOTE, "")
     client.set_tag(run_id, names.NOTE, "\n".join([*lines, "", before]))
-    client.set_tag(run_id, names.REPRODUCTION, found.verdict)
+    client.set_tag(run_id, names.REPRODUCTION, reproduction.verdict)
     with contextlib.suppress(MlflowException):  # of an original in an experiment that is somebody else's
         client.set_tag(original.run_id, names.REPRODUCED_BY, run_id)
 
 
-def contents(found: Reproduction) -> dict:
+def contents(reproduction: Reproduction) -> dict[str, object]:
     """Return the whole result as a dictionary for JSON.
 
     The keys are the names in the JSON output.
     """
     return {
-        "verdict": found.verdict,
-        "sentence": found.sentence,
-        "first_difference": found.first or None,
-        "compared": found.compared,
-        "circumstances": list(found.circumstances),
-        "original": found.original.name,
-        "original_run_id": found.original.run.info.run_id,
-        "run": found.again.name,
+        "verdict": reproduction.verdict,
+        "sentence": reproduction.sentence,
+        "first_difference": reproduction.first or None,
+        "compared": reproduction.compared,
+        "circumstances": reproduction.circumstances,
+        "original": reproduction.original.name,
+        "original_run_id": reproduction.original.run.info.run_id,
+        "run": reproduction.again.name,
     }

@@ -16,42 +16,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Payload, assert_refused, enter, make_arrays, run
-from finished_runs import journaled, publish
+from finished_runs import REGISTERED, journaled, publish
 from torch import nn
 
 from poolnet.data.dataset import open_splits
 from poolnet.errors import InputError
 from poolnet.tracking import registry
 from poolnet.tracking.programs import EXPORT, WEIGHTS
-from poolnet.training.config import TrainConfig
 from poolnet.training.evaluation import evaluate
-
-CONFIG = TrainConfig(data="letters.npz", pool="avg", epochs=3, batch_size=32, lr=0.01)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A folder with data, and a store that has one version, which is champion."""
-    folder = tmp_path_factory.mktemp("models")
-    with pytest.MonkeyPatch.context() as patch:
-        enter(folder, patch)
-        np.savez("letters.npz", **make_arrays())
-        run = publish(journaled(CONFIG))
-        mlflow.MlflowClient().set_registered_model_alias("poolnet", "champion", "1")
-    return folder, run
-
-
-@pytest.fixture
-def trained(store, monkeypatch):
-    """The run that the champion is from; the test works in its folder and on its store, and changes neither."""
-    enter(store[0], monkeypatch)
-    return store[1]
 
 
 @pytest.fixture
 def alone(letters):
-    """The same on a store of the test's own."""
-    run = publish(journaled(CONFIG))
+    """The run that the champion is from, on a store of the test's own."""
+    run = publish(journaled(REGISTERED))
     mlflow.MlflowClient().set_registered_model_alias("poolnet", "champion", "1")
     return run
 
@@ -73,12 +51,12 @@ def addresses(run):
 def test_a_model_is_found_at_every_address_that_mlflow_resolves(trained):
     test = open_splits("letters.npz").test
     for kind, uri in addresses(trained).items():
-        found = registry.load(uri)
-        scored = evaluate(found.net, test)
+        loaded = registry.load(uri)
+        scored = evaluate(loaded.net, test)
         recorded = (trained.data.metrics["test_loss"], trained.data.metrics["test_acc"])
         assert (scored.loss, scored.acc) == pytest.approx(recorded, abs=1e-6), kind
-        assert (found.pool, found.run_id) == ("avg", trained.info.run_id), kind
-        assert (found.version and int(found.version.version)) == (None if kind == "folder" else 1), kind
+        assert (loaded.pool, loaded.run_id) == ("avg", trained.info.run_id), kind
+        assert (loaded.version and int(loaded.version.version)) == (None if kind == "folder" else 1), kind
         served = mlflow.pyfunc.load_model(uri).predict(test.images(slice(None)))
         assert np.allclose(served, scored.logits, atol=1e-5), kind
 
@@ -109,14 +87,14 @@ def scored(capsys, *options):
 @pytest.mark.parametrize("split", ["test", "val"])
 def test_evaluate_agrees_with_the_training_and_is_kept_with_model_and_data(capsys, trained, split):
     client = mlflow.MlflowClient()
-    found, err = scored(capsys, "models:/poolnet@champion", "--split", split)
+    report, err = scored(capsys, "models:/poolnet@champion", "--split", split)
     assert err == ""
-    assert found["agrees"] is True
-    assert found["loss"]["estimate"] == pytest.approx(trained.data.metrics[f"{split}_loss"], abs=1e-6)
-    assert found["acc"]["estimate"] == trained.data.metrics[f"{split}_acc"]
-    assert found["loss"]["low"] < found["loss"]["estimate"] < found["loss"]["high"]
-    assert np.array(found["confusion"]).sum() == found["n"] == len(getattr(open_splits("letters.npz"), split))
-    kept = client.get_run(found["run_id"])
+    assert report["agrees"] is True
+    assert report["loss"]["estimate"] == pytest.approx(trained.data.metrics[f"{split}_loss"], abs=1e-6)
+    assert report["acc"]["estimate"] == trained.data.metrics[f"{split}_acc"]
+    assert report["loss"]["low"] < report["loss"]["estimate"] < report["loss"]["high"]
+    assert np.array(report["confusion"]).sum() == report["n"] == len(getattr(open_splits("letters.npz"), split))
+    kept = client.get_run(report["run_id"])
     assert kept.info.status == "FINISHED"
     assert kept.data.tags["poolnet.evaluation"] == "agrees"
     assert [entry.model_id for entry in kept.inputs.model_inputs] == [registry.logged(client, trained).model_id]
@@ -124,10 +102,10 @@ def test_evaluate_agrees_with_the_training_and_is_kept_with_model_and_data(capsy
     assert getattr(open_splits("letters.npz"), split).sha256.startswith(dataset.digest)
     # the model's own page has the figures too, beside those of its training
     model = client.get_logged_model(registry.logged(client, trained).model_id)
-    ours = {m.key: m for m in model.metrics if m.run_id == found["run_id"]}
-    assert ours[f"{split}_acc"].value == found["acc"]["estimate"]
+    ours = {m.key: m for m in model.metrics if m.run_id == report["run_id"]}
+    assert ours[f"{split}_acc"].value == report["acc"]["estimate"]
     assert ours[f"{split}_acc"].dataset_digest == dataset.digest
-    names = {file.path for file in client.list_artifacts(found["run_id"])}
+    names = {file.path for file in client.list_artifacts(report["run_id"])}
     assert names == {"evaluation.json", "figures", "predictions"}
 
 
@@ -146,18 +124,18 @@ def test_another_device_may_turn_a_letter_round(capsys, alone, device, agrees):
     client.set_tag(run_id, "poolnet.device", device)
     client.log_metric(run_id, "test_loss", alone.data.metrics["test_loss"] + 5e-5)
     client.log_metric(run_id, "test_acc", alone.data.metrics["test_acc"] - 1 / 110)
-    found, _ = scored(capsys, "models:/poolnet/1")
-    assert found["agrees"] is agrees
+    report, _ = scored(capsys, "models:/poolnet/1")
+    assert report["agrees"] is agrees
     client.log_metric(run_id, "test_acc", alone.data.metrics["test_acc"] - 2 / 110)
     assert scored(capsys, "models:/poolnet/1")[0]["agrees"] is False
 
 
 def test_other_data_are_scored_and_not_compared(capsys, trained):
     np.savez("other.npz", **make_arrays(seed=5))
-    found, err = scored(capsys, "models:/poolnet/1", "--data", "other.npz")
+    report, err = scored(capsys, "models:/poolnet/1", "--data", "other.npz")
     assert err == ""
-    assert found["agrees"] is None
-    assert "was on other data" in found["agreement"]
+    assert report["agrees"] is None
+    assert "was on other data" in report["agreement"]
 
 
 @pytest.mark.usefixtures("alone")
@@ -172,7 +150,7 @@ def test_data_that_changed_or_vanished_are_not_taken_for_those_of_the_training(c
 
 def test_a_model_whose_weights_were_changed_is_found_out(capsys, alone):
     """The files of another network of the same kind, put in the place of the registered one's."""
-    other = publish(journaled(dataclasses.replace(CONFIG, seed=7, epochs=1)))
+    other = publish(journaled(dataclasses.replace(REGISTERED, seed=7, epochs=1)))
     client = mlflow.MlflowClient()
     ours, theirs = (Path(registry.logged(client, each).artifact_location) for each in (alone, other))
     (ours / EXPORT).write_bytes((theirs / EXPORT).read_bytes())
@@ -180,8 +158,8 @@ def test_a_model_whose_weights_were_changed_is_found_out(capsys, alone):
         code, _, err = run(capsys, *command)
         assert_refused(code, err, "models:/poolnet/1: found an export, which MLflow would serve")
     (ours / WEIGHTS).write_bytes((theirs / WEIGHTS).read_bytes())
-    found, err = scored(capsys, "models:/poolnet/1")
-    assert found["agrees"] is False
+    report, err = scored(capsys, "models:/poolnet/1")
+    assert report["agrees"] is False
     assert err.startswith("poolnet: warning: Differs from its run ")
     assert err.count("\n") == 1
 
@@ -199,8 +177,8 @@ UNCHECKED = {  # what is done to a model's folder, and why its export is not che
 def test_an_export_that_cannot_be_checked_is_said(capsys, alone, case):
     change, why = UNCHECKED[case]
     change(Path(registry.logged(mlflow.MlflowClient(), alone).artifact_location))
-    found, err = scored(capsys, "models:/poolnet/1")
-    assert found["agrees"] is True
+    report, err = scored(capsys, "models:/poolnet/1")
+    assert report["agrees"] is True
     assert err.count("\n") == 1
     assert err.startswith("poolnet: warning: models:/poolnet/1: its weights are used, and its export,")
     assert why in err
@@ -335,8 +313,10 @@ def test_a_pickled_model_is_refused_by_every_command_and_its_payload_never_run(c
     code, out, err = run(capsys, *command)
     lines = [line for line in err.splitlines() if line.startswith("poolnet: error: ")]
     assert (code, out, len(lines)) == (2, "", 1)
-    said = ["torch.save(model.state_dict()"] if command[0] == "register" else ["pickled model", "poolnet register FILE"]
-    assert all(words in lines[0] for words in said)
+    expected = (
+        ["torch.save(model.state_dict()"] if command[0] == "register" else ["pickled model", "poolnet register FILE"]
+    )
+    assert all(words in lines[0] for words in expected)
     assert not pickled.exists()
     assert mlflow.MlflowClient().get_model_version_by_alias("poolnet", "champion").version == 1
 
@@ -376,10 +356,7 @@ SMUGGLED = {  # what is changed in a model's folder, and the words of the refusa
     "code beside the model": (lambda folder: (folder / "code").mkdir(), "found code beside the model"),
     "a file in its data": (lambda folder: (folder / "data" / "x.so").write_bytes(b""), "found data/x.so beside"),
     "a huge file": (lambda folder: os.truncate(folder / WEIGHTS, 5 << 20), "weights.safetensors of 5,242,880 bytes"),
-    "a folder for a file": (
-        lambda folder: swapped(folder / WEIGHTS, Path.mkdir),
-        "safetensors of unknown size",
-    ),
+    "a folder for a file": (lambda folder: swapped(folder / WEIGHTS, Path.mkdir), "safetensors of unknown size"),
     "a pipe": (lambda folder: swapped(folder / WEIGHTS, pipe), "safetensors of unknown size"),
     "damaged weights": (lambda folder: (folder / WEIGHTS).write_bytes(b"\x80\x04N."), "no readable data/weights"),
     "no MLmodel": (lambda folder: (folder / "MLmodel").unlink(), "found no model of MLflow's"),
@@ -462,25 +439,25 @@ def registered(capsys, *options):
 def test_weights_of_the_notebook_become_a_version_that_says_the_same(capsys, letters):
     names = {}
     exec(NOTEBOOK, names)
-    found = registered(capsys, "notebook.pt", "--pool", "avg", "--data", "letters.npz")
+    printed = registered(capsys, "notebook.pt", "--pool", "avg", "--data", "letters.npz")
     test = open_splits("letters.npz").test
     images = torch.from_numpy(test.images(slice(None)))
     with torch.inference_mode():
         expected = names["model"](images).numpy()
-        ours = registry.load(f"models:/poolnet/{found['version']}").net(images).numpy()
+        ours = registry.load(f"models:/poolnet/{printed['version']}").net(images).numpy()
     assert np.allclose(ours, expected, atol=1e-6)
     assert np.allclose(mlflow.pyfunc.load_model("models:/poolnet/1").predict(images.numpy()), expected, atol=1e-6)
-    assert found["scores"]["test"]["acc"] == (expected.argmax(1) == test.y).mean()
+    assert printed["scores"]["test"]["acc"] == (expected.argmax(1) == test.y).mean()
     version = mlflow.MlflowClient().get_model_version("poolnet", "1")
     assert version.tags["pool"] == "avg"
-    assert float(version.tags["test_acc"]) == found["scores"]["test"]["acc"]
+    assert float(version.tags["test_acc"]) == printed["scores"]["test"]["acc"]
     assert scored(capsys, "models:/poolnet/1")[0]["agrees"] is True
 
 
 def test_weights_without_data_are_a_version_too(capsys):
     torch.save(registry_weights("max"), "weights.pt")
-    found = registered(capsys, "weights.pt", "--pool", "max")
-    assert found["scores"] == {}
+    printed = registered(capsys, "weights.pt", "--pool", "max")
+    assert printed["scores"] == {}
     code, _, err = run(capsys, "evaluate", "models:/poolnet/1")
     assert_refused(code, err, "no record of the data", "--data")
 
@@ -522,7 +499,7 @@ def archive(**arrays):
 
 
 @pytest.mark.parametrize(
-    ("content", "found"),
+    ("content", "kind"),
     [
         (None, "no such file"),
         (b"", "found an empty file"),
@@ -533,11 +510,11 @@ def archive(**arrays):
         (archive(weight=np.zeros((10, 49))), "found arrays of NumPy, expected what torch.save("),
     ],
 )
-def test_files_that_are_no_weights_are_one_line(capsys, content, found):
+def test_files_that_are_no_weights_are_one_line(capsys, content, kind):
     if content is not None:
         Path("weights.pt").write_bytes(content)
     code, _, err = run(capsys, "register", "weights.pt", "--pool", "max")
-    assert_refused(code, err, f"weights.pt: {found}", "torch.save(model.state_dict(), FILE)")
+    assert_refused(code, err, f"weights.pt: {kind}", "torch.save(model.state_dict(), FILE)")
 
 
 def test_the_line_that_makes_weights_of_numpys_arrays_does(capsys):
@@ -554,9 +531,9 @@ def test_names_that_are_not_utf8_are_shown_with_escapes(capsys, letters):
     torch.save(registry_weights("max"), name := os.fsdecode(b"w`\xff.pt"))
     assert registered(capsys, name, "--pool", "max", "--data", "letters.npz")["version"] == 1
     version = mlflow.MlflowClient().get_model_version("poolnet", "1")
-    found = mlflow.get_run(version.run_id)
-    assert version.tags["source"] == found.data.params["file"] == r"w`\udcff.pt"
-    assert r"Weights from `` w`\udcff.pt ``, SHA-256" in found.data.tags["mlflow.note.content"]
+    weights_run = mlflow.get_run(version.run_id)
+    assert version.tags["source"] == weights_run.data.params["file"] == r"w`\udcff.pt"
+    assert r"Weights from `` w`\udcff.pt ``, SHA-256" in weights_run.data.tags["mlflow.note.content"]
     for command in (
         ["evaluate", "models:/poolnet/1", "--data"],
         ["train", "--data"],

@@ -10,35 +10,22 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, enter, make_arrays, run
-from finished_runs import journaled, publish
+from conftest import assert_refused, make_arrays, run
+from finished_runs import REGISTERED, journaled, publish
 from mlflow.exceptions import MlflowException
 
 from poolnet.errors import RunError
 from poolnet.models import champions, promote
 from poolnet.tracking import programs, registry
-from poolnet.training.config import TrainConfig
 
-CONFIG = TrainConfig(data="letters.npz", pool="avg", epochs=3, batch_size=32, lr=0.01)
 WEAK, STRONG = {"epochs": 1, "lr": 1e-5}, {"epochs": 6, "lr": 0.05}
+VERSIONS = [dataclasses.replace(REGISTERED, **options) for options in (WEAK, STRONG, STRONG)]  # of the shared store
 
 
 def version(**options):
     """Train with these options, and register. Returns the version's number."""
-    publish(journaled(dataclasses.replace(CONFIG, **options)))
+    publish(journaled(dataclasses.replace(REGISTERED, **options)))
     return int(registry.newest(mlflow.MlflowClient()).version)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A folder with a store of three versions: weak, strong, and strong once more."""
-    folder = tmp_path_factory.mktemp("promote")
-    with pytest.MonkeyPatch.context() as patch:
-        enter(folder, patch)
-        np.savez("letters.npz", **make_arrays())
-        for options in (WEAK, STRONG, STRONG):
-            version(**options)
-    return folder
 
 
 EXPORTED = {}  # by network: what is exported of the few there are, each time that one is loaded
@@ -59,9 +46,8 @@ def exported_once(monkeypatch):
 
 
 @pytest.fixture
-def client(store, monkeypatch):
+def client(trained):
     """The store before any promotion."""
-    enter(store, monkeypatch)
     client = mlflow.MlflowClient()
     for alias in client.get_registered_model("poolnet").aliases:
         client.delete_registered_model_alias("poolnet", alias)
@@ -76,32 +62,32 @@ def client(store, monkeypatch):
 
 
 def promoted(capsys, *options, code=0):
-    found, out, err = run(capsys, "promote", *options, "--json")
-    assert found == code, err
+    exit_code, out, err = run(capsys, "promote", *options, "--json")
+    assert exit_code == code, err
     return json.loads(out)
 
 
 def champion(client, alias="champion"):
-    found = champions.holder(client, alias)
-    return int(found.version) if found else None
+    version = champions.holder(client, alias)
+    return int(version.version) if version else None
 
 
 def test_the_first_champion_needs_no_test(capsys, client):
-    found = promoted(capsys, "models:/poolnet/1")
-    assert (found["kind"], found["promoted"], found["val"]) == ("first", True, None)
+    decision = promoted(capsys, "models:/poolnet/1")
+    assert (decision["kind"], decision["promoted"], decision["val"]) == ("first", True, None)
     assert champion(client) == 1
     assert promoted(capsys, "models:/poolnet/1")["kind"] == "unchanged"
 
 
 def test_a_better_challenger_wins_and_says_why(capsys, client):
     promoted(capsys, "models:/poolnet/1")
-    found = promoted(capsys, "models:/poolnet/2")
-    assert (found["kind"], found["over"], champion(client)) == ("better", 1, 2)
+    decision = promoted(capsys, "models:/poolnet/2")
+    assert (decision["kind"], decision["over"], champion(client)) == ("better", 1, 2)
     # by hand, from what both runs predicted of the same validation letters
     runs = [client.get_run(client.get_model_version("poolnet", number).run_id) for number in "12"]
     saved = [np.load(client.download_artifacts(each.info.run_id, "predictions/val.npz")) for each in runs]
     a, b = (each["logits"].argmax(1) == each["y"] for each in saved)
-    val = found["val"]
+    val = decision["val"]
     assert (val["mcnemar"]["only_a"], val["mcnemar"]["only_b"]) == ((a & ~b).sum(), (b & ~a).sum())
     assert val["points"]["estimate"] == pytest.approx(100 * (b.mean() - a.mean()))
     assert val["points"]["low"] > 0
@@ -112,8 +98,8 @@ def test_a_better_challenger_wins_and_says_why(capsys, client):
     assert float(tags["champion.points"]) == val["points"]["estimate"]
     assert float(tags["champion.p"]) == val["mcnemar"]["p"]
     assert (tags["champion.decision"], tags["champion.over"]) == ("better", "1")
-    assert float(tags["champion.test_points"]) == found["test"]["points"]["estimate"]
-    assert found["sentence"] in text
+    assert float(tags["champion.test_points"]) == decision["test"]["points"]["estimate"]
+    assert decision["sentence"] in text
     assert client.get_model_version("poolnet", "1").tags["champion.replaced_by"] == "2"
 
 
@@ -129,25 +115,25 @@ def test_a_challenger_that_is_not_better_is_refused_with_numbers(capsys, client,
     refused = client.get_model_version("poolnet", str(challenger))
     assert refused.tags["champion.decision"] == "refused"
     assert "is not shown to be better" in refused.description
-    found = promoted(capsys, f"models:/poolnet/{challenger}", code=1)
-    assert (found["promoted"], found["kind"]) == (False, "refused")
+    decision = promoted(capsys, f"models:/poolnet/{challenger}", code=1)
+    assert (decision["promoted"], decision["kind"]) == (False, "refused")
 
 
 def test_an_equal_one_wins_if_not_being_worse_is_enough_and_sure(capsys, client):
     promoted(capsys, "models:/poolnet/2")
     # 90 letters without a difference do not exclude one of a point
     assert promoted(capsys, "models:/poolnet/3", "--non-inferior", "1", code=1)["val"]["p_inferior"] > 0.05
-    found = promoted(capsys, "models:/poolnet/3", "--non-inferior", "5")
-    assert (found["kind"], champion(client)) == ("not worse", 3)
-    assert found["val"]["p_inferior"] < 0.05
+    decision = promoted(capsys, "models:/poolnet/3", "--non-inferior", "5")
+    assert (decision["kind"], champion(client)) == ("not worse", 3)
+    assert decision["val"]["p_inferior"] < 0.05
     assert promoted(capsys, "models:/poolnet/1", "--non-inferior", "5", code=1)["kind"] == "refused"
 
 
 def test_force_is_recorded_as_such(capsys, client):
     promoted(capsys, "models:/poolnet/2")
-    found = promoted(capsys, "models:/poolnet/1", "--force")
-    assert (found["kind"], champion(client)) == ("forced", 1)
-    assert found["val"]["points"]["estimate"] < 0
+    decision = promoted(capsys, "models:/poolnet/1", "--force")
+    assert (decision["kind"], champion(client)) == ("forced", 1)
+    assert decision["val"]["points"]["estimate"] < 0
     kept = client.get_model_version("poolnet", "1")
     assert kept.tags["champion.decision"] == "forced"
     assert "by force and not by evidence" in kept.description
@@ -158,8 +144,8 @@ def test_without_a_model_the_newest_version_of_the_aliass_pool_is_meant(capsys, 
     assert promoted(capsys)["version"] == newest
     assert promoted(capsys, "--alias", "champion-avg")["version"] == other
     assert promoted(capsys, "--alias", "champion-max")["version"] == newest
-    found = [champion(client, alias) for alias in ("champion", "champion-avg", "champion-max")]
-    assert found == [newest, other, newest]
+    numbers = [champion(client, alias) for alias in ("champion", "champion-avg", "champion-max")]
+    assert numbers == [newest, other, newest]
     code, _, err = run(capsys, "promote", f"models:/poolnet/{newest}", "--alias", "champion-avg")
     assert_refused(code, err, "champion-avg", f"max model in version {newest}, expected avg")
 
@@ -171,8 +157,8 @@ def test_other_data_are_refused_unless_forced(capsys, client):
     code, _, err = run(capsys, "promote", f"models:/poolnet/{number}")
     assert_refused(code, err, f"version {number}: found data SHA-256", "champion, version 1", "--force")
     assert champion(client) == 1
-    found = promoted(capsys, f"models:/poolnet/{number}", "--force")
-    assert (found["kind"], found["val"], champion(client)) == ("forced", None, number)
+    decision = promoted(capsys, f"models:/poolnet/{number}", "--force")
+    assert (decision["kind"], decision["val"], champion(client)) == ("forced", None, number)
 
 
 def test_predictions_that_are_not_the_models_are_refused(capsys, client, tmp_path):
@@ -192,8 +178,8 @@ def test_rollback_goes_back_step_by_step(capsys, client):
     assert_refused(code, err, "no champion before the present one")
     promoted(capsys, "models:/poolnet/2")
     promoted(capsys, "models:/poolnet/3", "--force")
-    found = promoted(capsys, "--rollback")
-    assert (found["kind"], found["version"], found["over"], champion(client)) == ("rollback", 2, 3, 2)
+    decision = promoted(capsys, "--rollback")
+    assert (decision["kind"], decision["version"], decision["over"], champion(client)) == ("rollback", 2, 3, 2)
     assert "rolled back" in client.get_model_version("poolnet", "2").description
     assert promoted(capsys, "--rollback")["version"] == champion(client) == 1
     assert run(capsys, "promote", "--rollback")[0] == 2
@@ -362,8 +348,8 @@ def test_weights_from_elsewhere_can_be_promoted_once_they_are_scored(capsys, cli
     code, _, err = run(capsys, "promote")
     assert_refused(code, err, "found data SHA-256 unknown")
     assert run(capsys, "register", "weights.pt", "--pool", "avg", "--data", "letters.npz")[0] == 0
-    found = promoted(capsys)
-    assert (found["kind"], champion(client)) == ("better", found["version"])
+    decision = promoted(capsys)
+    assert (decision["kind"], champion(client)) == ("better", decision["version"])
 
 
 def test_a_server_takes_all_of_it_too(capsys, letters, server, monkeypatch):

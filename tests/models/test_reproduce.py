@@ -10,32 +10,11 @@ import mlflow
 import numpy as np
 import pytest
 from conftest import assert_refused, enter, inside, make_arrays, poolnet, run
-from finished_runs import journaled, publish
+from finished_runs import REGISTERED, journaled, publish
 
 from poolnet.models import reproduce
 from poolnet.runs import provenance, run_record, train_run
 from poolnet.tracking import addresses, training_runs
-from poolnet.training.config import TrainConfig
-
-CONFIG = TrainConfig(data="letters.npz", pool="avg", epochs=3, batch_size=32, lr=0.01)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A folder with data, and a finished run of them on a store; the run's own folder is gone."""
-    folder = tmp_path_factory.mktemp("reproduce")
-    with pytest.MonkeyPatch.context() as patch:
-        enter(folder, patch)
-        np.savez("letters.npz", **make_arrays())
-        original = publish(journaled(CONFIG, optimum=True))
-        shutil.rmtree(run_record.folder())
-    return folder, original
-
-
-@pytest.fixture
-def original(store, monkeypatch):
-    enter(store[0], monkeypatch)
-    return store[1]
 
 
 def reproduced(name, *options, code=0, **environment):
@@ -45,60 +24,60 @@ def reproduced(name, *options, code=0, **environment):
     return json.loads(finished.stdout), finished.stderr
 
 
-def test_the_same_data_and_code_give_the_same_to_the_bit(original):
-    found, err = reproduced(original.info.run_id)
-    assert (found["verdict"], found["first_difference"], err) == ("bit-identical", None, "")
-    assert found["compared"] == {"metrics": 3 * 4 + 7, "logits": (90 + 110) * 10, "weights": 500}
+def test_the_same_data_and_code_give_the_same_to_the_bit(trained):
+    result, err = reproduced(trained.info.run_id)
+    assert (result["verdict"], result["first_difference"], err) == ("bit-identical", None, "")
+    assert result["compared"] == {"metrics": 3 * 4 + 7, "logits": (90 + 110) * 10, "weights": 500}
     client = mlflow.MlflowClient()
-    again = client.get_run(found["run_id"])
+    again = client.get_run(result["run_id"])
     assert (again.info.status, again.info.run_name) == ("FINISHED", "avg-seed42 again")
-    assert again.data.tags["poolnet.reproduces"] == original.info.run_id
+    assert again.data.tags["poolnet.reproduces"] == trained.info.run_id
     assert again.data.tags["poolnet.reproduction"] == "bit-identical"
-    assert original.info.run_id in again.data.tags["mlflow.note.content"]
-    assert client.get_run(original.info.run_id).data.tags["poolnet.reproduced_by"] == found["run_id"]
+    assert trained.info.run_id in again.data.tags["mlflow.note.content"]
+    assert client.get_run(trained.info.run_id).data.tags["poolnet.reproduced_by"] == result["run_id"]
     for key in ("train_loss", "val_acc"):
-        histories = [client.get_metric_history(each, key) for each in (original.info.run_id, found["run_id"])]
+        histories = [client.get_metric_history(each, key) for each in (trained.info.run_id, result["run_id"])]
         values = [[(metric.step, metric.value) for metric in history] for history in histories]
         assert values[0] == values[1]
     # it is no further version, and no further run of its seed
     assert len(client.search_model_versions("name = 'poolnet'")) == 1
-    assert [each.run_id for each in training_runs.search(client, ["0"])] == [original.info.run_id]
+    assert [each.run_id for each in training_runs.search(client, ["0"])] == [trained.info.run_id]
 
 
-def test_neither_threads_nor_the_place_of_the_data_change_a_digit(original, tmp_path):
+def test_neither_threads_nor_the_place_of_the_data_change_a_digit(trained, tmp_path):
     shutil.copy("letters.npz", tmp_path / "moved.npz")
     moved = ("--data", str(tmp_path / "moved.npz"))
     more = {"OMP_NUM_THREADS": "3", "OPENBLAS_NUM_THREADS": "3"}
-    found, err = reproduced(original.data.tags["poolnet.run"], *moved, **more)
-    assert (found["verdict"], found["circumstances"], err) == ("bit-identical", [], "")
+    result, err = reproduced(trained.data.tags["poolnet.run"], *moved, **more)
+    assert (result["verdict"], result["circumstances"], err) == ("bit-identical", [], "")
 
 
 def test_a_conv_run_is_trained_again_with_its_own_number_of_threads(tmp_path):
     """Runs of earlier versions took as many as there were cores, and their digits depend on that."""
     np.savez("letters.npz", **make_arrays())
-    config = dataclasses.replace(CONFIG, pool="conv", epochs=1)
+    config = dataclasses.replace(REGISTERED, pool="conv", epochs=1)
     splits, pooled = train_run.open_data(config, False, print)
     old = train_run.create(config, False, splits, addresses.environment(), threads=3)
     with old.training():
         train_run.carry_out(old, splits, pooled, echo=lambda line: None)
-    found, _ = reproduced(publish(old).info.run_id)
-    assert found["verdict"] == "bit-identical"
-    assert found["circumstances"] == ["threads 3 (here 2; trained with 3 all the same)"]
+    result, _ = reproduced(publish(old).info.run_id)
+    assert result["verdict"] == "bit-identical"
+    assert result["circumstances"] == ["threads 3 (here 2; trained with 3 all the same)"]
 
 
-def test_one_byte_of_the_data_is_enough_to_refuse(capsys, original, tmp_path):
+def test_one_byte_of_the_data_is_enough_to_refuse(capsys, trained, tmp_path):
     arrays = make_arrays()
     arrays["X_val"][3, 4, 5] ^= 1
     np.savez(tmp_path / "changed.npz", **arrays)
     before = run_record.names()
-    code, _, err = run(capsys, "reproduce", original.info.run_id, "--data", tmp_path / "changed.npz")
+    code, _, err = run(capsys, "reproduce", trained.info.run_id, "--data", tmp_path / "changed.npz")
     assert_refused(code, err, "changed.npz: val: found SHA-256", "in the record of avg-seed42-")
     assert run_record.names() == before
 
 
 def test_a_metric_that_differs_is_found_with_its_step(letters):
     """Somebody has logged another loss over that of an epoch."""
-    changed = publish(journaled(CONFIG))
+    changed = publish(journaled(REGISTERED))
     client = mlflow.MlflowClient()
     value = client.get_metric_history(changed.info.run_id, "val_loss")[1].value
     client.log_metric(changed.info.run_id, "val_loss", value + 0.5, step=2)
@@ -115,7 +94,7 @@ def test_a_metric_that_differs_is_found_with_its_step(letters):
 def both(store):
     with pytest.MonkeyPatch.context() as patch:
         enter(store[0], patch)
-        return reproduce.find(mlflow.MlflowClient(), store[1].info.run_id), journaled(CONFIG, optimum=True)
+        return reproduce.find(mlflow.MlflowClient(), store[1].info.run_id), journaled(REGISTERED, optimum=True)
 
 
 @pytest.fixture
@@ -124,34 +103,34 @@ def pair(both):
     return copy.deepcopy(both[0]), both[1]
 
 
-def verdicts(original, again):
+def differences(original, again):
     return list(reproduce._differences(original, again))
 
 
 def test_what_is_compared(pair):
     original, again = pair
-    assert verdicts(original, again) == []
+    assert differences(original, again) == []
     assert set(original.metrics) == {0, 1, 2, 3}
     original.metrics[3]["train_loss"] += 1e-7
     original.metrics[0]["test_acc"] += 0.01
     del original.metrics[1]["val_acc"]
     original.weights["fc.bias"][7] += 1e-5
     original.logits["test"][3, 4] += 1
-    found = verdicts(original, again)
-    assert [text.split(" 0.")[0].split(" 1.")[0].split(" np")[0].split(" -")[0] for _, text in found] == [
+    result = differences(original, again)
+    assert [each.text.split(" 0.")[0].split(" 1.")[0].split(" np")[0].split(" -")[0] for each in result] == [
         "epoch 1: val_acc",
         "epoch 3: train_loss",
         "test_acc",
         "logits of test[3, 4]",
         "fc.bias[7]",
     ]
-    assert [small for small, _ in found] == [False, True, False, False, True]
+    assert [each.small for each in result] == [False, True, False, False, True]
 
 
 def test_timings_are_not_compared(pair):
     original, again = pair
     original.metrics[1]["epoch_seconds"] += 1
-    assert verdicts(original, again) == []
+    assert differences(original, again) == []
 
 
 def test_other_code_is_named(monkeypatch, pair):
@@ -171,8 +150,8 @@ def test_other_code_is_named(monkeypatch, pair):
 
 def test_another_device_and_other_packages_are_named(pair):
     original, _ = pair
-    config, differences = reproduce._settings({**original.record, "device": "cuda:99"}, "")
-    assert differences == [f"device cuda:99 (here {config.device})"]
+    config, circumstances = reproduce._settings({**original.record, "device": "cuda:99"}, "")
+    assert circumstances == [f"device cuda:99 (here {config.device})"]
     assert config.register is False
     record = {**original.record, "environment": {**original.record["environment"], "torch": "2.10.0"}}
     assert provenance.differences(record)[0].startswith("torch 2.10.0 (here ")
@@ -185,7 +164,7 @@ def test_what_cannot_be_reproduced_is_one_line(capsys, letters):
     foreign = client.create_run("0").info.run_id
     code, _, err = run(capsys, "reproduce", foreign)
     assert_refused(code, err, foreign, "none of poolnet train")
-    finished = publish(journaled(CONFIG)).info.run_id
+    finished = publish(journaled(REGISTERED)).info.run_id
     client.set_terminated(finished, "KILLED")
     code, _, err = run(capsys, "reproduce", finished)
     assert_refused(code, err, "found it KILLED", "poolnet train --resume avg-seed42-")

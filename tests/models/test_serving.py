@@ -75,8 +75,8 @@ def ask(port, data=b"", headers=JSON, method="POST", path="/invocations"):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         connection.request(method, path, data, headers)
-        answer = connection.getresponse()
-        return answer.status, answer.read()
+        response = connection.getresponse()
+        return response.status, response.read()
     finally:
         connection.close()
 
@@ -85,24 +85,24 @@ def encoded(images, key="inputs"):
     return json.dumps({key: np.asarray(images).tolist()}).encode()
 
 
-def predictions(answer):
-    status, body = answer
+def predictions(response):
+    status, body = response
     assert status == 200, body
     return np.array(json.loads(body)["predictions"], dtype=np.float32)
 
 
 @pytest.mark.parametrize(("key", "rows"), [("inputs", 1), ("inputs", 110), ("instances", 3)])
 def test_the_server_gives_the_logits_that_training_had(champion, port, key, rows):
-    found = predictions(ask(port, encoded(champion.images[:rows], key)))
-    np.testing.assert_allclose(found, champion.logits[:rows], rtol=0, atol=1e-5)
+    logits = predictions(ask(port, encoded(champion.images[:rows], key)))
+    np.testing.assert_allclose(logits, champion.logits[:rows], rtol=0, atol=1e-5)
 
 
 def test_many_clients_at_once_each_get_their_own_answer(champion, port):
     rng = np.random.default_rng(0)
-    asked = [rng.choice(len(champion.images), size, replace=False) for size in rng.integers(1, 9, REQUESTS)]
+    choices = [rng.choice(len(champion.images), size, replace=False) for size in rng.integers(1, 9, REQUESTS)]
     with ThreadPoolExecutor(CLIENTS) as clients:
-        found = list(clients.map(lambda rows: predictions(ask(port, encoded(champion.images[rows]))), asked))
-    for rows, logits in zip(asked, found, strict=True):
+        answers = list(clients.map(lambda rows: predictions(ask(port, encoded(champion.images[rows]))), choices))
+    for rows, logits in zip(choices, answers, strict=True):
         np.testing.assert_allclose(logits, champion.logits[rows], rtol=0, atol=1e-5)
 
 
