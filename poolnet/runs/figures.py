@@ -88,7 +88,7 @@ def confusion_matrix(evaluation: Evaluation, title: str) -> Figure:
     Rows are the true letters. Shades are shares of a row. Numbers are counts of images.
     """
     size = len(LETTERS)
-    counts = scores.confusion(evaluation.logits, evaluation.y)
+    counts = scores.confusion_matrix(evaluation.y, evaluation.logits.argmax(1))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     figure = Figure(figsize=(7, 6.4))
     figure.subplots_adjust(left=0.08, right=0.99, bottom=0.07, top=0.94)

@@ -7,7 +7,6 @@ and the cells of one example share its difficulty. Intervals have a level of 95 
 otherwise.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,40 +36,31 @@ class Effect:
 
 @dataclass(frozen=True)
 class McNemar:
-    """The result of a McNemar test on two arms.
+    """The result of a McNemar test on two arms."""
 
-    It holds how many examples only one arm has right, and the p-value of these two counts.
-    """
-
-    only_a: int
+    only_a: int  # examples that only this arm has right
     only_b: int
     p: float
 
 
 @dataclass(frozen=True)
 class ClassEffect:
-    """The difference between two arms on one class.
-
-    The class has `n` examples. `p_holm` is `effect.p` adjusted for the number of all classes that have a p-value.
-    """
+    """The difference between two arms on one class."""
 
     label: int
-    n: int
+    n: int  # examples of the class
     effect: Effect
-    p_holm: float
+    p_holm: float  # effect.p, adjusted for the number of classes that have a p-value
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The expected calibration error of a model, with its bins.
-
-    For each bin, (bins,), it holds the number of examples, their mean confidence and their accuracy.
-    """
+    """The expected calibration error of a model, with its bins."""
 
     ece: float
-    counts: np.ndarray
-    confidence: np.ndarray
-    accuracy: np.ndarray
+    counts: np.ndarray  # (bins,), examples in each bin
+    confidence: np.ndarray  # (bins,), their mean
+    accuracy: np.ndarray  # (bins,)
 
 
 def over_seeds(d: ArrayLike) -> Effect:
@@ -132,7 +122,7 @@ def over_examples(d: ArrayLike, rng: np.random.Generator, resamples: int = 9999)
     d = _values(d, "examples")
     if not np.ptp(d):
         return _effect(d[0], 0.0, np.inf)
-    found = scipy.stats.bootstrap(
+    bootstrap = scipy.stats.bootstrap(
         (d,),
         np.mean,
         confidence_level=LEVEL,
@@ -142,9 +132,8 @@ def over_examples(d: ArrayLike, rng: np.random.Generator, resamples: int = 9999)
         vectorized=True,
         rng=rng,
     )
-    interval = found.confidence_interval
-    effect = _effect(d.mean(), found.standard_error, np.inf)
-    return replace(effect, low=float(interval.low), high=float(interval.high))
+    low, high = map(float, bootstrap.confidence_interval)
+    return replace(_effect(d.mean(), bootstrap.standard_error, np.inf), low=low, high=high)
 
 
 @threadpool_limits.wrap(limits=1, user_api="blas")  # whose digits depend on their number
@@ -167,26 +156,16 @@ def two_way(d: ArrayLike, rng: np.random.Generator, resamples: int = 2000) -> Ef
         raise ValueError(f"expected 2 or more resamples, found {resamples}")
     if not np.ptp(d):
         return _effect(d[0, 0], 0.0, S - 1)
-    means = [(seeds * (examples @ d.T)).sum(1) for seeds, examples in _weights(S, N, resamples, rng)]
+    means, size = [], max(1, CELLS // max(S, N))
+    for start in range(0, resamples, size):
+        k = min(size, resamples - start)
+        seeds, examples = _draw(S, k, rng), _draw(N, k, rng)
+        means.append((seeds * (examples @ d.T)).sum(1))
     return _effect(d.mean(), np.concatenate(means).std(ddof=1), _two_way_df(d))
 
 
-def _weights(S: int, N: int, resamples: int, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield bootstrap weights of seeds and of examples.
-
-    Each item has the weights of k resamples: (k, S) for seeds and (k, N) for examples. Each row sums to 1.
-    """
-    size = max(1, CELLS // max(S, N))
-    for start in range(0, resamples, size):
-        k = min(size, resamples - start)
-        yield _draw(S, k, rng), _draw(N, k, rng)
-
-
 def _draw(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw n - 1 of n things, k times.
-
-    The draws are with replacement. Returns the share of each thing, (k, n).
-    """
+    """Draw n - 1 of n with replacement, k times: shares (k, n)."""
     drawn = rng.integers(n, size=(k, n - 1))
     drawn += n * np.arange(k)[:, None]
     return np.bincount(drawn.ravel(), minlength=k * n).reshape(k, n) / (n - 1)
@@ -241,17 +220,14 @@ def per_class(
     d, y = np.asarray(d), np.asarray(y)
     if d.ndim != 2 or y.shape != d.shape[1:] or not np.isin(y, np.arange(classes)).all():
         raise ValueError(f"expected d (S, N) and y (N,) below {classes}, found {_form(d)} and {_form(y)}")
-    columns = [d[:, y == label] for label in range(classes)]
-    effects = [_of_class(part, rng, resamples) for part in columns]
-    adjusted = holm([effect.p for effect in effects])
-    found = zip(columns, effects, adjusted, strict=True)
-    return tuple(ClassEffect(label, x.shape[1], effect, float(p)) for label, (x, effect, p) in enumerate(found))
-
-
-def _of_class(d: np.ndarray, rng: np.random.Generator, resamples: int) -> Effect:
-    if d.shape[1] < 2:
-        return Effect(*[np.nan] * 6)
-    return two_way(d, rng, resamples) if len(d) > 1 else over_examples(d[0], rng, resamples)
+    parts, effects = [d[:, y == label] for label in range(classes)], []
+    for part in parts:
+        if part.shape[1] < 2:
+            effects.append(Effect(*[np.nan] * 6))
+        else:
+            effects.append(two_way(part, rng, resamples) if len(d) > 1 else over_examples(part[0], rng, resamples))
+    adjusted = holm([effect.p for effect in effects]).tolist()
+    return tuple(map(ClassEffect, range(classes), [part.shape[1] for part in parts], effects, adjusted))
 
 
 def per_example(logits: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -366,23 +342,15 @@ def _quantile(df: float | np.ndarray) -> float | np.ndarray:
 
 
 def _effect(estimate: float, se: float, df: float) -> Effect:
-    """Build an effect with the interval estimate +- t se.
-
-    If se is 0, the interval has no width. Then p is 1 if the estimate is 0, else 0.
-    """
+    """Build an effect with the interval estimate +- t se."""
     if se == 0:
-        p, reach = float(estimate == 0), 0.0
-    else:
-        p, reach = 2 * scipy.special.stdtr(df, -abs(estimate) / se), _quantile(df) * se
+        return Effect(*map(float, (estimate, estimate, estimate, se, df, estimate == 0)))
+    reach, p = _quantile(df) * se, 2 * scipy.special.stdtr(df, -abs(estimate) / se)
     return Effect(*map(float, (estimate, estimate - reach, estimate + reach, se, df, p)))
 
 
 def _values(d: ArrayLike, *axes: str) -> np.ndarray:
-    """Return d in float64 after a check of its shape.
-
-    d must have one axis for each name, each of length 2 or more, and all values must be finite. Otherwise `ValueError`
-    is raised.
-    """
+    """Return d in float64; refuse a wrong shape with `ValueError`."""
     d = np.asarray(d, np.float64)
     if d.ndim != len(axes) or min(d.shape) < 2 or not np.isfinite(d).all():
         raise ValueError(f"expected finite values, 2 or more {' x '.join(axes)}, found {_form(d)}")
@@ -390,10 +358,7 @@ def _values(d: ArrayLike, *axes: str) -> np.ndarray:
 
 
 def _logits(logits: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits in float64 and labels after a check.
-
-    Raises `ValueError` if they do not fit each other.
-    """
+    """Return logits in float64 and labels, if they fit."""
     logits, y = np.asarray(logits, np.float64), np.asarray(y)
     fits = logits.ndim == 2 and y.shape == logits.shape[:1] and len(y) and np.issubdtype(y.dtype, np.integer)
     if not (fits and np.isfinite(logits).all() and 0 <= y.min() <= y.max() < logits.shape[1]):

@@ -17,10 +17,7 @@ from poolnet.stats.paired import Calibration, Effect
 
 @dataclass(frozen=True)
 class Share:
-    """A proportion and its 95 % interval.
-
-    All three values are NaN if there are no examples to take a share of.
-    """
+    """A proportion and its 95 % interval; NaN if of nothing."""
 
     estimate: float
     low: float
@@ -29,14 +26,10 @@ class Share:
 
 @dataclass(frozen=True)
 class ClassScore:
-    """The precision, recall and F1 of one class.
-
-    The class has `n` examples. Precision is the share of right answers among the examples that are predicted as this
-    class.
-    """
+    """The precision, recall and F1 of one class."""
 
     label: int
-    n: int
+    n: int  # examples of the class
     precision: Share
     recall: Share
     f1: Share
@@ -66,23 +59,20 @@ def of(logits: ArrayLike, y: ArrayLike, seed: int = 0) -> Scores:
     """
     rng = np.random.default_rng(seed)
     right, nll = paired.per_example(logits, y)
-    counts = confusion(logits, y)
+    confusion = confusion_matrix(y, np.argmax(logits, axis=1), classes=np.shape(logits)[1])
     return Scores(
         n=len(right),
         loss=paired.over_examples(nll, rng, resamples=999),
         acc=wilson(int(right.sum()), len(right)),
         calibration=paired.calibration(logits, y),
         ece_if_calibrated=paired.ece_if_calibrated(logits, rng),
-        per_class=per_class(counts),
-        confusion=counts,
+        per_class=per_class(confusion),
+        confusion=confusion,
     )
 
 
 def wilson(successes: int, n: int) -> Share:
-    """Return a share of n examples with Wilson's interval.
-
-    The examples are independent.
-    """
+    """Return a share of n independent examples, with Wilson's interval."""
     if not n:
         return Share(*[np.nan] * 3)
     share, z = successes / n, float(ndtri(0.975))
@@ -92,14 +82,9 @@ def wilson(successes: int, n: int) -> Share:
     return Share(share, 0.0 if not successes else low, 1.0 if successes == n else high)
 
 
-def confusion(logits: ArrayLike, y: ArrayLike) -> np.ndarray:
-    """Return the confusion matrix as counts (K, K).
-
-    Rows are true classes, columns are predicted classes.
-    """
-    logits, y = np.asarray(logits), np.asarray(y)
-    K = logits.shape[1]
-    return np.bincount(K * y + logits.argmax(1), minlength=K * K).reshape(K, K)
+def confusion_matrix(y: ArrayLike, predicted: ArrayLike, classes: int = 10) -> np.ndarray:
+    """Count examples by true class (rows) and predicted class (columns)."""
+    return np.bincount(classes * np.asarray(y) + predicted, minlength=classes**2).reshape(classes, classes)
 
 
 def per_class(confusion: np.ndarray) -> tuple[ClassScore, ...]:
@@ -108,10 +93,10 @@ def per_class(confusion: np.ndarray) -> tuple[ClassScore, ...]:
     F1 is 2 J / (1 + J). J is the number of hits as a share of the examples that are of the class or predicted as it
     (Hand, Christen & Kirielle 2021). The ends of F1's interval are computed in the same way from those of J.
     """
-    found = []
+    scores = []
     for label, hits in enumerate(confusion.diagonal().tolist()):
-        n, said = int(confusion[label].sum()), int(confusion[:, label].sum())
-        jaccard = wilson(hits, n + said - hits)
+        n, predicted = int(confusion[label].sum()), int(confusion[:, label].sum())
+        jaccard = wilson(hits, n + predicted - hits)
         f1 = Share(*(2 * j / (1 + j) for j in (jaccard.estimate, jaccard.low, jaccard.high)))
-        found.append(ClassScore(label, n, wilson(hits, said), wilson(hits, n), f1))
-    return tuple(found)
+        scores.append(ClassScore(label, n, wilson(hits, predicted), wilson(hits, n), f1))
+    return tuple(scores)

@@ -9,6 +9,7 @@ import math
 import numbers
 import operator
 from dataclasses import dataclass
+from typing import Any, get_type_hints
 
 from poolnet.errors import InputError
 
@@ -18,10 +19,7 @@ POOLS = ("max", "avg", "conv")  # conv: the two strided convolutions that poolin
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of one training run, with their defaults.
-
-    The defaults are written down only here. They are those of the reference experiment.
-    """
+    """The settings of one training run; the one home of their defaults."""
 
     data: str = dataclasses.field(default="glyphs", metadata={"help": "glyphs, notmnist, or the path of an .npz file."})
     pool: str = dataclasses.field(default="max", metadata={"help": "max, avg, or conv (the baseline)."})
@@ -37,8 +35,8 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _typed(field, getattr(self, field.name)))
+        for name, kind in get_type_hints(TrainConfig).items():
+            object.__setattr__(self, name, _typed(name, kind, getattr(self, name)))
         if self.pool not in POOLS:
             raise InputError(f"pool: found {self.pool!r}, expected one of {', '.join(POOLS)}")
         for name in ("epochs", "batch_size"):
@@ -50,19 +48,16 @@ class TrainConfig:
             raise InputError(f"seed: found {self.seed}, expected a whole number from 0 to 2**63 - 1")
 
 
-def _typed(field: dataclasses.Field, value: object) -> object:
-    """Convert a value to the type of its field.
-
-    NumPy's numbers become Python's. Raises `InputError` for a wrong type.
-    """
-    expected = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}[field.type]
+def _typed(name: str, kind: type, value: Any) -> object:
+    """Convert a value, also NumPy's, to the type of its field."""
+    expected = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}[kind]
     try:
-        if isinstance(value, bool) != (field.type is bool):
+        if isinstance(value, bool) != (kind is bool):
             raise TypeError
-        if field.type is int:
+        if kind is int:
             return operator.index(value)
-        if not isinstance(value, numbers.Real if field.type is float else field.type):
+        if not isinstance(value, numbers.Real if kind is float else kind):
             raise TypeError
-        return field.type(value)
+        return kind(value)
     except (TypeError, OverflowError):
-        raise InputError(f"{field.name}: found {value!r}, expected {expected}") from None
+        raise InputError(f"{name}: found {value!r}, expected {expected}") from None

@@ -1,7 +1,4 @@
-"""Evaluate a model on a split, batch by batch.
-
-The result is loss, accuracy and logits. No files and no MLflow are used.
-"""
+"""Evaluate a model on a split, batch by batch."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -58,6 +55,7 @@ def fetcher(split: Split, device: torch.device) -> Fetch:
     """
     if device.type == "cpu":
         return lambda rows: (torch.from_numpy(split.images(rows.numpy())), torch.from_numpy(split.y[rows.numpy()]))
+    assert split.X is not None
     stored = torch.uint8 if split.X.dtype == np.uint8 else torch.float32
     X = torch.tensor(split.X, dtype=stored, device=device)
     y = torch.tensor(split.y, device=device)

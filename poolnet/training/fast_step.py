@@ -12,21 +12,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from poolnet.data.dataset import LETTERS, Dataset, Split
 from poolnet.training.config import TrainConfig
 from poolnet.training.evaluation import Evaluation, Fetch, score_logits, threads
 from poolnet.training.features import WIDTH
-from poolnet.training.model import build_model
+from poolnet.training.model import TwoLayerNet, build_model
 from poolnet.training.train_loop import (
     Autograd,
     FitResult,
     GoOn,
+    Learner,
     OnEpoch,
     OnState,
-    Part,
     State,
+    epoch_means,
     resolve_device,
     run_epochs,
 )
@@ -43,14 +43,11 @@ def fit(
     on_state: OnState = lambda state: None,
     go_on: GoOn = lambda state: None,
 ) -> FitResult:
-    """Train a pooled model on its feature arrays.
-
-    It does the same as `train_loop.fit`, from the feature array (N, 50) of each split. For `max` and `avg` only.
-    """
+    """Do as `train_loop.fit`, on pooled features (N, 50)."""
     device = resolve_device(config.device)
     model = build_model(config.pool, config.seed).to(device)
     if device.type == "cpu":
-        learner = FastSoftmaxRegression(model, config.lr, features, splits.train.y)
+        learner: Learner = FastSoftmaxRegression(model, config.lr, features, splits.train.y)
     else:  # where the features stay, and nothing waits within an epoch
         fetch = {split.name: fetcher_of_features(features[split.name], split.y, device) for split in splits}
         learner = Autograd(model.classifier, config.lr, fetch)
@@ -60,11 +57,7 @@ def fit(
 
 
 def fetcher_of_features(features: np.ndarray, y: np.ndarray, device: torch.device) -> Fetch:
-    """Return a function that fetches features and labels.
-
-    It is like `evaluation.fetcher`, for the classifier: it returns the 49 features (n, 49) of the images, and their
-    labels.
-    """
+    """Do as `evaluation.fetcher`, for the features (n, 49) of the images."""
     x, labels = torch.tensor(features[:, :-1], device=device), torch.tensor(y, device=device)
     return lambda rows: (x[rows], labels[rows])
 
@@ -87,13 +80,13 @@ def lowest_train_loss(result: FitResult, train: Split, features: np.ndarray) -> 
     The loss on these features is convex. L-BFGS starts from the trained weights. The features are scaled to unit
     variance meanwhile, which changes the path and not the minimum. Sums are in double precision.
     """
-    from scipy.optimize import minimize  # half a second, for those who ask for it; and a BLAS of its own, to be limited
+    from scipy.optimize import minimize  # half a second, for those who want it; and a BLAS of its own, to be limited
 
     scale = np.ones(WIDTH)
     scale[:-1] = 1 / np.maximum(features[:, :-1].std(0, dtype=np.float64), 1e-6)
     start = _weights(result.model).numpy() / scale[:, None]
     with threads():
-        found = minimize(
+        lowest = minimize(
             _loss_and_gradient,
             start.ravel(),
             (features, train.y, scale),
@@ -102,23 +95,20 @@ def lowest_train_loss(result: FitResult, train: Split, features: np.ndarray) -> 
             options={"maxiter": 5000, "maxfun": 10_000, "maxcor": 30, "ftol": 1e-12, "gtol": 1e-7},
         )
         at_start, _ = _loss_and_gradient(start.ravel(), features, train.y, scale)
-    return LowestLoss(float(found.fun), float(at_start - found.fun), bool(found.success))
+    return LowestLoss(float(lowest.fun), float(at_start - lowest.fun), bool(lowest.success))
 
 
 def _loss_and_gradient(
     weights: np.ndarray, features: np.ndarray, y: np.ndarray, scale: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """Compute the mean cross-entropy and its gradient.
+    """Compute mean cross-entropy over all images, and its gradient (500,)."""
+    from scipy.special import log_softmax  # as slow to import
 
-    Both are over all images. The gradient is (500,) float64, summed block by block.
-    """
     W = weights.reshape(WIDTH, -1) * scale[:, None]
     loss, gradient = 0.0, np.zeros_like(W)
     for start in range(0, len(y), BLOCK):
         x, labels = features[start : start + BLOCK].astype(np.float64), y[start : start + BLOCK]
-        log_p = x @ W
-        log_p -= log_p.max(1, keepdims=True)
-        log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+        log_p = log_softmax(x @ W, axis=1)
         loss -= log_p[np.arange(len(labels)), labels].sum()
         p = np.exp(log_p)
         p[np.arange(len(labels)), labels] -= 1
@@ -126,11 +116,8 @@ def _loss_and_gradient(
     return loss / len(y), (gradient * scale[:, None] / len(y)).ravel()
 
 
-def _weights(model: nn.Module) -> torch.Tensor:
-    """Return weight and bias of the classifier as one array.
-
-    It is (50, 10), with the bias last.
-    """
+def _weights(model: TwoLayerNet) -> torch.Tensor:
+    """Return the classifier as one array (50, 10), with the bias last."""
     fc = model.classifier
     return torch.cat([fc.weight.detach().T, fc.bias.detach()[None]]).cpu()
 
@@ -147,22 +134,19 @@ class FastSoftmaxRegression:
         W <- W - rate_t M / (sqrt(V) + eps_t),   rate_t = lr (1 - b1) / ((1 - b1^t) q_t),   eps_t = eps / q_t
     """
 
-    def __init__(self, model: nn.Module, lr: float, features: dict[str, np.ndarray], y: np.ndarray):
+    def __init__(self, model: TwoLayerNet, lr: float, features: dict[str, np.ndarray], y: np.ndarray):
         self.model, self.lr, self.features, self.y = model, lr, features, y.astype(np.uint8)
         self.W = _weights(model).numpy()
         self.M, self.V, self.t = np.zeros_like(self.W), np.zeros_like(self.W), 0
 
-    def train_epoch(self, order: torch.Tensor, batch_size: int) -> Iterator[Part]:
-        """Take one step for each batch, in this order.
-
-        For each block of batches it yields the size, the mean loss and the number of right answers. They are measured
-        before the step of each batch.
-        """
-        for x, y in self._gathered(order.numpy(), batch_size):
-            with np.errstate(all="ignore"):  # a loss that is not finite is reported for the whole epoch
-                loss, right = self._steps(x, y)
-            yield y.size, loss, right
+    def train_epoch(self, order: torch.Tensor, batch_size: int) -> tuple[float, float]:
+        """Take a step for each batch; return loss and accuracy."""
+        with np.errstate(all="ignore"):  # a loss that is not finite is reported for the whole epoch
+            blocks = [(y.size, *self._steps(x, y)) for x, y in self._gathered(order.numpy(), batch_size)]
         self._to_model()
+        sizes, losses, rights = zip(*blocks, strict=True)
+        assert sum(sizes) == len(order)
+        return epoch_means(sizes, losses, rights)
 
     def _gathered(self, order: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Gather the features and labels of several batches.

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from poolnet.data.dataset import Dataset, Split, as_images, open_splits
+from poolnet.data.dataset import SPLITS, Dataset, Split, as_images, open_splits
 from poolnet.files import home, replacing
 from poolnet.training.model import SimplePoolNet
 
@@ -28,16 +28,13 @@ CACHE_LIMIT = 4 << 30  # bytes; the reference experiment takes 95 MB a pooling
 def open_pooled(
     path: Path, pool: str, cache: bool = True, echo: Callable[[str], None] = lambda line: None
 ) -> tuple[Dataset, dict[str, np.ndarray]]:
-    """Open a data set and return its pooled features.
-
-    The data set is opened as by `open_splits`. The features are a dictionary from split name to feature array.
-    """
+    """Open a data set, and return its features by split name."""
     if cache:
         splits = open_splits(path, keep=KEPT)
-        known = {split.name: _load(split, pool) for split in splits}
-        if all(array is not None for array in known.values()):
-            return splits, known
-    net, arrays = SimplePoolNet(pool), {}
+        cached = {split.name: array for split in splits if (array := _load(split, pool)) is not None}
+        if len(cached) == len(SPLITS):
+            return splits, cached
+    net, arrays = SimplePoolNet(pool), dict[str, np.ndarray]()
 
     def watch(name: str, size: int, start: int, window: np.ndarray) -> None:
         if name not in arrays:
@@ -51,24 +48,18 @@ def open_pooled(
 
 
 def of_dataset(data: Dataset, pool: str) -> dict[str, np.ndarray]:
-    """Compute the features of images in memory.
-
-    The result is a dictionary from split name to feature array.
-    """
-    net = SimplePoolNet(pool)
-    starts = {split.name: range(0, len(split), WINDOW) for split in data}
-    return {
-        split.name: np.concatenate([pooled(net, split.X[start : start + WINDOW]) for start in starts[split.name]])
-        for split in data
-    }
+    """Compute the features of images in memory, by split name."""
+    net, arrays = SimplePoolNet(pool), {}
+    for split in data:
+        assert split.X is not None
+        windows = [split.X[start : start + WINDOW] for start in range(0, len(split), WINDOW)]
+        arrays[split.name] = np.concatenate([pooled(net, window) for window in windows])
+    return arrays
 
 
 @torch.inference_mode()
 def pooled(net: SimplePoolNet, window: np.ndarray) -> np.ndarray:
-    """Compute the features of some stored images.
-
-    The result is (n, 50). The network's own `features` computes them.
-    """
+    """Compute the features (n, 50) of some stored images."""
     array = np.ones((len(window), WIDTH), np.float32)
     array[:, :-1] = net.features(torch.from_numpy(as_images(window))).numpy()
     return array
@@ -81,10 +72,7 @@ def _folder() -> Path:
 
 
 def _load(split: Split, pool: str) -> np.ndarray | None:
-    """Return the cached feature array of a split, if valid.
-
-    Every bit must be right. A damaged file is removed.
-    """
+    """Return the cached array of a split; remove damaged ones."""
     header = _header(len(split))
     for path in _folder().glob(f"{pool}-{split.sha256}-*.npy"):
         with contextlib.suppress(OSError):
@@ -101,51 +89,39 @@ def _load(split: Split, pool: str) -> np.ndarray | None:
 def _save_all(splits: Dataset, arrays: dict[str, np.ndarray], pool: str, echo: Callable[[str], None]) -> None:
     try:
         for split in splits:
-            _save(arrays[split.name], split, pool)
-        echo(f"Features: cached in {_folder()}, {_size() / 1e6:,.1f} MB of at most {CACHE_LIMIT / 1e6:,.0f} MB")
+            array = arrays[split.name]
+            target = _folder() / f"{pool}-{split.sha256}-{_checksum(array)}.npy"
+            with replacing(target) as part, part.open("wb") as file:
+                file.write(_header(len(array)))
+                file.write(array.data)
+            size = _evict(keep=target)
+        echo(f"Features: cached in {_folder()}, {size / 1e6:,.1f} MB of at most {CACHE_LIMIT / 1e6:,.0f} MB")
     except OSError as error:  # they are in memory all the same
         echo(f"Features: not cached, {_folder()} cannot be written ({error})")
-
-
-def _save(array: np.ndarray, split: Split, pool: str) -> None:
-    target = _folder() / f"{pool}-{split.sha256}-{_checksum(array)}.npy"
-    with replacing(target) as part, part.open("wb") as file:
-        file.write(_header(len(array)))
-        file.write(array)
-    _evict(keep=target)
 
 
 def _header(size: int) -> bytes:
     """Return the `.npy` header for an array of `size` images."""
     header = io.BytesIO()
-    about = {"descr": "<f4", "fortran_order": False, "shape": (size, WIDTH)}
-    np.lib.format.write_array_header_1_0(header, about)
+    fields = {"descr": "<f4", "fortran_order": False, "shape": (size, WIDTH)}
+    np.lib.format.write_array_header_1_0(header, fields)
     return header.getvalue()
 
 
 def _checksum(array: np.ndarray) -> str:
-    return f"{zlib.crc32(np.ascontiguousarray(array)):08x}"
+    return f"{zlib.crc32(array.data):08x}"
 
 
-def _evict(keep: Path) -> None:
-    """Remove the least recently used arrays until the rest fits."""
-    files = _files()
-    for path in sorted(files, key=lambda path: files[path].st_mtime):
-        if _size() <= CACHE_LIMIT:
-            return
-        if path != keep:
-            with contextlib.suppress(PermissionError):  # Windows keeps what another process has mapped
-                path.unlink(missing_ok=True)
-
-
-def _size() -> int:
-    """Return the bytes of all cached arrays."""
-    return sum(stat.st_size for stat in _files().values())
-
-
-def _files() -> dict[Path, os.stat_result]:
+def _evict(keep: Path) -> int:
+    """Remove the least recently used arrays; return the rest's bytes."""
     files = {}
     for path in _folder().glob("*.npy"):
         with contextlib.suppress(FileNotFoundError):  # another process may evict
             files[path] = path.stat()
-    return files
+    size = sum(stat.st_size for stat in files.values())
+    for path in sorted(files, key=lambda path: files[path].st_mtime):
+        if size > CACHE_LIMIT and path != keep:
+            with contextlib.suppress(PermissionError):  # Windows keeps what another process has mapped
+                path.unlink(missing_ok=True)
+                size -= files[path].st_size
+    return size

@@ -1,7 +1,4 @@
-"""Train one network in memory.
-
-It uses the fast step unless the pooling is `conv`.
-"""
+"""Train one network in memory."""
 
 from poolnet.data.dataset import Dataset
 from poolnet.training import fast_step, features, train_loop
@@ -10,10 +7,9 @@ from poolnet.training.train_loop import FitResult, OnEpoch
 
 
 def fit(config: TrainConfig, data: Dataset, on_epoch: OnEpoch = lambda record: None) -> FitResult:
-    """Train a network on a data set in memory.
+    """Train a network, by the fast step unless it is `conv`.
 
-    If the pooling has no weights, each image is pooled once. Nothing is written or published. `on_epoch` gets the
-    `EpochRecord` of each epoch.
+    Nothing is written or published. `on_epoch` gets the `EpochRecord` of each epoch.
     """
     if config.pool == "conv":
         return train_loop.fit(config, data, on_epoch)

@@ -13,11 +13,10 @@ PIXELS = "pixels: found some that are no numbers or beyond 10, expected 0 to 1" 
 POOLINGS = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
 
 
-class _TwoLayerNet(nn.Module):
-    """A network of two halving layers and a classifier.
+class TwoLayerNet(nn.Module):
+    """Two layers that halve the side, then a linear classifier.
 
-    Each of the two layers halves the side and is followed by ReLU. One linear layer follows: 28x28 -> 14x14 -> 7x7 ->
-    10 logits.
+    ReLU follows each of the two: 28x28 -> 14x14 -> 7x7 -> 10 logits.
     """
 
     def __init__(self, layer1: nn.Module, layer2: nn.Module, channels: int, num_classes: int):
@@ -32,10 +31,7 @@ class _TwoLayerNet(nn.Module):
         return self.fc
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the input of the classifier.
-
-        (N, 1, 28, 28) -> (N, channels * 49).
-        """
+        """Compute the classifier's input: (N, 1, 28, 28) -> (N, channels * 49)."""
         x = self.act(self.layer1(x))
         x = self.act(self.layer2(x))
         return torch.flatten(x, 1)
@@ -44,11 +40,8 @@ class _TwoLayerNet(nn.Module):
         return self.classifier(self.features(x))
 
 
-class SimplePoolNet(_TwoLayerNet):
-    """A network with two 2x2 poolings without weights.
-
-    Only the linear layer learns.
-    """
+class SimplePoolNet(TwoLayerNet):
+    """Two 2x2 poolings without weights: only the classifier learns."""
 
     def __init__(self, pool_type: str, num_classes: int = 10):
         if pool_type not in POOLINGS:
@@ -57,11 +50,8 @@ class SimplePoolNet(_TwoLayerNet):
         super().__init__(pool(kernel_size=2, stride=2), pool(kernel_size=2, stride=2), 1, num_classes)
 
 
-class SimpleConvNet(_TwoLayerNet):
-    """The baseline network with two strided 3x3 convolutions.
-
-    They are what pooling replaced.
-    """
+class SimpleConvNet(TwoLayerNet):
+    """The baseline: the two strided 3x3 convolutions that pooling replaced."""
 
     def __init__(self, channels: tuple[int, int] = (16, 32), num_classes: int = 10):
         first, second = channels
@@ -71,10 +61,7 @@ class SimpleConvNet(_TwoLayerNet):
 
 
 class Checked(nn.Module):
-    """A network that refuses impossible pixels, as it is served.
-
-    Pixels that no image has are an error. Otherwise the logits would mean nothing.
-    """
+    """A network, as it is served, that refuses impossible pixels."""
 
     def __init__(self, net: nn.Module):
         super().__init__()

@@ -6,7 +6,7 @@ training was interrupted.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from poolnet.data.dataset import Dataset, Split
 from poolnet.errors import InputError, RunError
 from poolnet.training.config import PLATEAU_MARGIN, TrainConfig
 from poolnet.training.evaluation import Evaluation, Fetch, evaluate, fetcher, threads
-from poolnet.training.model import build_model
+from poolnet.training.model import TwoLayerNet, build_model
 
 CONV_THREADS = 2  # on any machine, since the digits of a convolution's gradient depend on the number
 
@@ -48,41 +48,33 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class FitResult:
-    model: nn.Module
+    model: TwoLayerNet
     history: tuple[EpochRecord, ...]
     val: Evaluation  # with the final weights
     test: Evaluation
 
 
-OnEpoch = Callable[[EpochRecord], object]
 State = dict[str, np.ndarray]  # everything that the rest of a training depends on
-OnState = Callable[[State], object]
-# some batches of an epoch: how many images, their mean loss, how many were right
-Part = tuple[int, torch.Tensor | float, torch.Tensor | int]
 
 
 @dataclass(frozen=True)
 class Start:
-    """The state from which a training continues.
-
-    It has the epochs already done.
-    """
+    """The epochs already done, and the state after them."""
 
     history: tuple[EpochRecord, ...]
     state: State
 
 
+OnEpoch = Callable[[EpochRecord], object]
+OnState = Callable[[State], object]
 GoOn = Callable[[State], Start | None]  # told the state of a new training, gives one of that form to go on from
 
 
 class Learner(Protocol):
     """The interface of what `run_epochs` trains."""
 
-    def train_epoch(self, order: torch.Tensor, batch_size: int) -> Iterator[Part]:
-        """Step through the images in this order.
-
-        Yields the figures of each part.
-        """
+    def train_epoch(self, order: torch.Tensor, batch_size: int) -> tuple[float, float]:
+        """Train on the images in this order; return loss, accuracy."""
 
     def evaluate(self, split: Split) -> Evaluation: ...
 
@@ -122,54 +114,50 @@ def run_epochs(
     n = len(splits.train)
     generator = torch.Generator().manual_seed(config.seed)
     history: list[EpochRecord] = []
-    if start := go_on(_state(0, generator, learner)):
-        history = list(start.history)
+
+    def state(epochs: int) -> State:
+        return {**learner.state(), "epochs": np.array(epochs), "order": generator.get_state().numpy()}
+
+    if start := go_on(state(0)):
+        history += start.history
         learner.load(start.state)
         generator.set_state(torch.from_numpy(start.state["order"]))
     for epoch in range(len(history) + 1, config.epochs + 1):
         began = time.perf_counter()
         order = torch.randperm(n, generator=generator)
-        train_loss, train_acc = _totals(list(learner.train_epoch(order, config.batch_size)))
-        spent = time.perf_counter() - began
+        train_loss, train_acc = learner.train_epoch(order, config.batch_size)
+        seconds = time.perf_counter() - began
         val = learner.evaluate(splits.val)
         if not np.isfinite([train_loss, val.loss]).all():
             losses = f"train loss={train_loss:g}, val loss={val.loss:g}"
             raise RunError(f"epoch {epoch}: {losses}, expected finite ones; lr={config.lr:g} may be too high")
-        history.append(EpochRecord(epoch, train_loss, train_acc, val.loss, val.acc, spent, n / spent))
+        history.append(EpochRecord(epoch, train_loss, train_acc, val.loss, val.acc, seconds, n / seconds))
         on_epoch(history[-1])
-        on_state(_state(epoch, generator, learner))
+        on_state(state(epoch))
     return tuple(history)
-
-
-def _totals(parts: list[Part]) -> tuple[float, float]:
-    """Compute mean loss and accuracy from an epoch's parts."""
-    images, losses, rights = zip(*parts, strict=True)
-    if isinstance(losses[0], torch.Tensor):  # which may be on a device, where no batch had to wait for them
-        losses, rights = torch.stack(losses).tolist(), torch.stack(rights).tolist()
-    shares = np.array(images) / sum(images)
-    return float(shares @ np.array(losses)), sum(rights) / sum(images)
-
-
-def _state(epochs: int, generator: torch.Generator, learner: Learner) -> State:
-    """Return the training state after `epochs` epochs."""
-    return {**learner.state(), "epochs": np.array(epochs), "order": generator.get_state().numpy()}
 
 
 def train_one_epoch(
     model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], optimizer: torch.optim.Optimizer
-) -> Iterator[Part]:
-    """Take one optimiser step for each batch.
-
-    Yields each batch's size, mean loss and number of right answers before its step.
-    """
+) -> tuple[float, float]:
+    """Take a step for each batch; return loss and accuracy."""
     model.train()
+    sizes, losses, rights = [], [], []
     for x, y in batches:
         optimizer.zero_grad()
         logits = model(x)
         loss = F.cross_entropy(logits, y)
         loss.backward()
         optimizer.step()
-        yield len(y), loss.detach(), (logits.argmax(1) == y).sum()  # these stay on the device: no waiting for each
+        sizes.append(len(y))
+        losses.append(loss.detach())  # this and the next stay on the device, so that no batch waits for them
+        rights.append((logits.argmax(1) == y).sum())
+    return epoch_means(sizes, torch.stack(losses).tolist(), torch.stack(rights).tolist())
+
+
+def epoch_means(sizes: Sequence[int], losses: Sequence[float], rights: Sequence[int]) -> tuple[float, float]:
+    """Return mean loss and accuracy, from those of each batch."""
+    return float(np.array(sizes) / sum(sizes) @ np.array(losses)), sum(rights) / sum(sizes)
 
 
 class Autograd:
@@ -186,7 +174,7 @@ class Autograd:
             zeros = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[weight] = {"step": torch.tensor(0.0), **zeros}
 
-    def train_epoch(self, order: torch.Tensor, batch_size: int) -> Iterator[Part]:
+    def train_epoch(self, order: torch.Tensor, batch_size: int) -> tuple[float, float]:
         batches = map(self.fetch["train"], order.to(self.device).split(batch_size))
         return train_one_epoch(self.module, batches, self.optimizer)
 
@@ -194,10 +182,7 @@ class Autograd:
         return evaluate(self.module.eval(), split, self.fetch[split.name])
 
     def state(self) -> State:
-        """Return the weights and Adam's state for each.
-
-        Adam's state is the running means and the step count.
-        """
+        """Return the weights, and Adam's running means and step counts."""
         state = {f"model.{name}": tensor for name, tensor in self.module.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             state |= {f"adam.{index}.{name}": tensor for name, tensor in moments.items()}

@@ -33,6 +33,12 @@ def test_a_letter_that_is_never_said_has_no_precision():
     assert np.isnan(found.per_class[2].recall.low)
 
 
+def test_a_confusion_matrix_counts_true_letters_in_rows():
+    counts = scores.confusion_matrix([0, 0, 9], [3, 3, 9])
+    assert (counts.shape, counts.dtype.kind, counts.sum()) == ((10, 10), "i", 3)
+    assert (counts[0, 3], counts[9, 9]) == (2, 1)
+
+
 def test_scores_are_scikit_learns(sklearn):
     rng = np.random.default_rng(1)
     logits, y = rng.normal(size=(500, 10)), rng.integers(0, 10, 500)
