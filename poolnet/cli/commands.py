@@ -242,25 +242,26 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, timeout:
 
     with Publisher(timeout) as publisher:
         from poolnet.studies import sweep as sweeps
+        from poolnet.studies import sweep_results
 
         lines = (lambda line: None) if as_json or sys.stderr.isatty() else echo  # there a bar shows how far it is
-        under_way = sweeps.opened(plan, lines, echo_warning)
+        under_way = sweeps.open_sweep(plan, lines, echo_warning)
         sweeps.carry_out(under_way, int(workers or sweeps.default_workers(plan)), publisher, lines, echo_warning)
     results = list(under_way.results.values())
     if as_json:
-        summary = {"sweep": under_way.name, "data_sha256": under_way.data_sha256, "look": under_way.look}
+        summary = {"sweep": under_way.name, "data_sha256": under_way.data_sha256, "look": under_way.link}
         echo(to_json({**summary, "runs": results}))
     else:
         done, now = sum(result.done for result in results), sum(result.done and result.trained for result in results)
         echo(f"{under_way.name}: {done} of {len(results)} runs finished, {now} of them now")
-        echo(sweeps.table(under_way))
+        echo(sweep_results.table(under_way))
         echo(f"Compare: {pasted('poolnet', 'compare', '--study', *options)}")
-        if under_way.look:
-            echo(f"Look at it: {under_way.look}")
+        if under_way.link:
+            echo(f"Look at it: {under_way.link}")
     if under_way.missing:
         context.exit(failed(f"missing runs: {len(under_way.missing)}, see above; again with: {again}", 1))
-    if under_way.trouble:
-        context.exit(failed(f"{under_way.trouble}; all is safe in {home()}, and published by: poolnet sync", 3))
+    if under_way.publish_error:
+        context.exit(failed(f"{under_way.publish_error}; all is safe in {home()}, and published by: poolnet sync", 3))
 
 
 @cli.command()

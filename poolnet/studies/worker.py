@@ -1,17 +1,35 @@
-"""A worker process that trains runs of a sweep.
+"""Worker processes that train runs of a sweep.
 
-It trains one run after the other. So imports and features cost time only once.
+A worker trains one run after the other. So imports and features cost time only once.
 """
 
 import contextlib
+import dataclasses
 import multiprocessing
 import signal
 import threading
+from collections import deque
+from collections.abc import Generator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from poolnet import process
 from poolnet.training.config import TrainConfig
+
+Task = tuple[TrainConfig, str]  # the settings of a run, and the name of its record if it was begun before
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """What a worker says about its run.
+
+    `kind` is `begun`, `epoch`, `ended`, or `died` if the worker process died.
+    """
+
+    kind: str
+    run: str = ""  # the name of its record, once it has begun
+    epoch: int = 0
+    error: str = ""  # empty if nothing went wrong
 
 
 class Worker:
@@ -20,36 +38,32 @@ class Worker:
     It also holds the worker's current task: the settings and, once the run has begun, the name of its record.
     """
 
+    config: TrainConfig
+    run: str
+    epoch: int
+
     def __init__(self, path: Path, sweep: str):
         context = multiprocessing.get_context("spawn")  # the same on every system
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, path, sweep), daemon=True)
         self.process.start()
         theirs.close()  # so that its death is the end of the connection
-        self.config, self.run, self.epoch = None, "", 0
 
-    def take(self, config: TrainConfig, begun: str) -> None:
-        """Give the worker a run to train.
-
-        The run is new, or it is the run named `begun`, which the worker continues.
-        """
-        self.config, self.run, self.epoch = config, "", 0
+    def take(self, task: Task) -> None:
+        """Give the worker a run to train."""
+        self.config, self.run, self.epoch = task[0], "", 0
         with contextlib.suppress(OSError):  # it is dead, and will be heard of
-            self.connection.send((config, begun))
+            self.connection.send(task)
 
-    def hear(self) -> tuple[str, str | int]:
-        """Return the next message of the worker.
-
-        For the messages see `_work`. If the worker has died, the message is ("died", reason).
-        """
+    def hear(self) -> Message:
+        """Return the next message of the worker."""
         try:
-            kind, value = self.connection.recv()
+            message = self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
-            return "died", f"its process died, exit code {self.process.exitcode}"
-        if kind == "begun":
-            self.run = value
-        return kind, value
+            return Message("died", error=f"its process died, exit code {self.process.exitcode}")
+        self.run = message.run or self.run
+        return message
 
     def stop(self) -> None:
         """Make sure that the worker process ends.
@@ -62,25 +76,53 @@ class Worker:
         self.connection.close()
 
 
+def train_all(tasks: deque[Task], count: int, path: Path, sweep: str) -> Generator[tuple[Worker, Message], None, None]:
+    """Train runs with `count` worker processes and yield their messages.
+
+    The order of the tasks is kept. If tasks are left, a worker that dies is replaced. Its run is not tried again.
+    """
+    workers: list[Worker] = []
+    idle: deque[Worker] = deque()
+    busy: list[Worker] = []
+    try:
+        while tasks or busy:
+            while tasks and len(busy) < count:
+                if not idle:
+                    workers.append(Worker(path, sweep))
+                    idle.append(workers[-1])
+                busy.append(idle.popleft())
+                busy[-1].take(tasks.popleft())
+            ready = wait([worker.connection for worker in busy])
+            for worker in [worker for worker in busy if worker.connection in ready]:
+                message = worker.hear()
+                yield worker, message
+                if message.kind in ("ended", "died"):
+                    busy.remove(worker)
+                if message.kind == "ended":
+                    idle.append(worker)
+    finally:
+        for worker in workers:
+            worker.process.terminate()  # asked all at once, to finish the batch in hand
+        for worker in workers:
+            worker.stop()
+
+
 def _work(connection: Connection, path: Path, sweep: str) -> None:
     """Train the runs that arrive over the connection.
 
-    The process receives (settings, name of the run record to continue, or ""). For each, it answers ("begun", name),
-    ("epoch", number), and at last ("ended", error). The error is "" if nothing went wrong.
+    For each task that arrives, this process sends messages: `begun`, `epoch` for each epoch, and at last `ended`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to answer
     process.install()
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    opened = {}
+    opened: dict[str, tuple] = {}
     with contextlib.suppress(EOFError, OSError, process.Stop):  # the sweep is over
         while True:
-            config, name = connection.recv()
-            connection.send(("ended", _train(connection, opened, path, config, name, sweep)))
+            error = _train(connection, opened, path, connection.recv(), sweep)
+            connection.send(Message("ended", error=error))
 
 
-def _train(
-    connection: Connection, opened: dict[str, tuple], path: Path, config: TrainConfig, name: str, sweep: str
-) -> str:
+def _train(connection: Connection, opened: dict[str, tuple], path: Path, task: Task, sweep: str) -> str:
     """Train one run and return the error, if any.
 
     The text is empty if nothing went wrong. `opened` keeps data and features by pooling.
@@ -91,14 +133,19 @@ def _train(
 
     def echo(line: object) -> None:
         if isinstance(line, EpochRecord):
-            connection.send(("epoch", line.epoch))
+            connection.send(Message("epoch", epoch=line.epoch))
 
     try:
+        config, name = task
         if config.pool not in opened:
             opened[config.pool] = train_run.open_data(config, True, echo, path)
         splits, pooled = opened[config.pool]
-        run = run_record.find(name) if name else train_run.create(config, False, splits, addresses.environment(), sweep)
-        connection.send(("begun", run.name))
+        run = (
+            run_record.RunRecord(run_record.folder() / name)
+            if name
+            else train_run.create(config, False, splits, addresses.environment(), sweep)
+        )
+        connection.send(Message("begun", run.name))
         with run.training():
             train_run.carry_out(run, splits, pooled, echo=echo, echo_warning=lambda line: None)
     except Exception as error:  # whatever it was: the sweep reports it, and goes on with the others
@@ -111,5 +158,7 @@ def _stop_with_parent() -> None:
 
     So a sweep that is killed stops its workers too. Their training so far is in the run record.
     """
-    wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent  # of a worker, it is the sweep
+    wait([parent.sentinel])
     signal.raise_signal(signal.SIGTERM)

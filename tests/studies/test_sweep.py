@@ -21,8 +21,9 @@ from poolnet import files
 from poolnet.data.dataset import open_splits
 from poolnet.runs import run_record
 from poolnet.runs.run_record import RunRecord
-from poolnet.studies import sweep as sweeps
 from poolnet.studies.study import read
+from poolnet.studies.sweep import open_sweep
+from poolnet.studies.worker import train_all
 from poolnet.tracking import sweep_run
 from poolnet.training.config import TrainConfig
 
@@ -141,16 +142,17 @@ def test_ctrl_c_ends_a_sweep_and_its_workers_and_says_how_to_go_on(study):
 
 def test_runs_begin_seed_by_seed_and_one_whose_process_dies_is_left_for_the_next_sweep(study, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
-    sweep = sweeps.opened(read(study()), print, print)
+    sweep = open_sweep(read(study()), print, print)
+    tasks = deque((config, "") for config in sweep.study.configs())
     begun, died = [], []
-    with contextlib.closing(sweeps._heard(sweep, deque((config, "") for config in sweep.study.configs()), 1)) as heard:
-        for worker, kind, value in heard:
-            if kind == "begun":
+    with contextlib.closing(train_all(tasks, 1, sweep.path, sweep.name)) as messages:
+        for worker, message in messages:
+            if message.kind == "begun":
                 begun.append(worker.config)
                 if len(begun) == 2:
                     worker.process.kill()
-            elif kind == "died":
-                died.append((worker.config, value))
+            elif message.kind == "died":
+                died.append((worker.config, message.error))
     assert begun == sweep.study.configs()
     ((config, why),) = died
     assert config == begun[1]

@@ -1,0 +1,142 @@
+"""The results of a sweep, and the tables that show them."""
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from poolnet.studies.study import Study
+from poolnet.text import aligned, coded, marked, pasted, piped, spread
+from poolnet.tracking import sweep_run, training_runs
+from poolnet.tracking.training_runs import SCORES
+from poolnet.training import train_loop
+from poolnet.training.config import TrainConfig
+
+Echo = Callable[[str], None]
+
+
+@dataclasses.dataclass
+class Result:
+    """One combination of options and seed, with its run.
+
+    `status` is FINISHED, or `missing`, or how the run ended. It is RUNNING while another process trains the run. The
+    fields are those of `poolnet sweep --json`.
+    """
+
+    config: TrainConfig
+    status: str = "missing"
+    run: str = ""  # its name
+    run_id: str = ""  # in MLflow, once it is published
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)
+    trained: bool = False  # now, and not before
+    error: str = ""
+
+    @property
+    def done(self) -> bool:
+        return self.status == "FINISHED"
+
+
+@dataclasses.dataclass
+class Sweep:
+    """A study on one data set, with its progress.
+
+    `results` are by `training_runs.key`, in the order of the study. At first all of them are `missing`.
+    """
+
+    study: Study
+    path: Path  # of the data
+    data_sha256: str
+    uri: str  # of the tracking server
+    results: dict[tuple, Result] = dataclasses.field(init=False)
+    link: str = ""  # to the parent run, once there is one
+    publish_error: str | None = None  # why the server does not have everything
+
+    def __post_init__(self) -> None:
+        self.results = {self.key(config): Result(config) for config in self.study.configs()}
+
+    @property
+    def name(self) -> str:
+        return sweep_run.name_of(self.study.name, self.data_sha256)
+
+    @property
+    def missing(self) -> list[Result]:
+        return [result for result in self.results.values() if not result.done]
+
+    def result(self, config: TrainConfig) -> Result:
+        return self.results[self.key(config)]
+
+    def key(self, config: TrainConfig) -> tuple:
+        return training_runs.key(config, str(train_loop.resolve_device(config.device)), self.data_sha256)
+
+
+def _arm_scores(sweep: Sweep) -> dict[str, dict[str, list[float]]]:
+    """Return each arm's scores, by arm and score name.
+
+    There is one value for each seed that is finished so far.
+    """
+    arms = {}
+    for arm in sweep.study.arms:
+        done = [result.scores for result in map(sweep.result, sweep.study.arm(arm)) if result.done]
+        arms[arm] = {name: [scores[name] for scores in done] for name in SCORES}
+    return arms
+
+
+def metrics(sweep: Sweep) -> dict[str, float]:
+    """Return the metrics of the parent run."""
+    values: dict[str, float] = {
+        "runs_finished": len(sweep.results) - len(sweep.missing),
+        "runs_missing": len(sweep.missing),
+    }
+    for letter, scores in zip("ab", _arm_scores(sweep).values(), strict=True):
+        for name, seeds in scores.items():
+            if seeds:
+                values[f"{letter}_{name}_mean"] = statistics.mean(seeds)
+            if len(seeds) > 1:
+                values[f"{letter}_{name}_sd"] = statistics.stdev(seeds)
+    return values
+
+
+def _arm_rows(sweep: Sweep) -> list[list[str]]:
+    """Return table rows with the scores of each arm.
+
+    Scores are means and standard deviations over seeds.
+    """
+    rows = [["arm", "n", "val acc", "test acc", "test loss"]]
+    for arm, scores in _arm_scores(sweep).items():
+        spreads = (spread(scores[name]) for name in ("val_acc", "test_acc", "test_loss"))
+        rows.append([arm, str(len(scores["val_acc"])), *spreads])
+    return rows
+
+
+def table(sweep: Sweep) -> str:
+    """Return the table of arms for a terminal."""
+    return "\n".join(aligned(_arm_rows(sweep)))
+
+
+def note(sweep: Sweep, experiment_id: str) -> str:
+    """Return the description of the parent run in Markdown."""
+    study, arms = sweep.study, _arm_rows(sweep)
+    for letter, row in zip("ab", arms[1:], strict=True):
+        row[0] = f"{letter}: {row[0]}"
+    options = [name for name, values in study.grid.items() if len(values) > 1]
+    runs = [["run", *options, "seed", "status"]]
+    for result in sweep.results.values():
+        name = result.run or "none yet"
+        if result.run_id:
+            name = f"[{name}](#/experiments/{experiment_id}/runs/{result.run_id})"
+        values = [str(getattr(result.config, option)) for option in (*options, "seed")]
+        runs.append([name, *map(marked, (*values, result.error or result.status))])
+    lines = [
+        f"**{marked(study.question)}**",
+        "",
+        f"{len(sweep.results) - len(sweep.missing)} of {len(sweep.results)} runs are finished, on "
+        f"{coded(sweep.path.stem)}, SHA-256 `{sweep.data_sha256}`.",
+        "",
+        *piped(arms),
+        "",
+        "Mean and standard deviation over seeds. What they say: "
+        + coded(pasted("poolnet", "compare", "--study", study.path.as_posix(), "--data", study.data)),
+        "",
+        *piped(runs, cell=str),
+    ]
+    return "\n".join(lines)
