@@ -49,6 +49,8 @@ class Split:
 
         See `as_images`.
         """
+        if self.X is None:
+            raise ValueError(f"{self.name}: its images were not kept")
         return as_images(self.X[rows])
 
 
@@ -206,10 +208,8 @@ def _read_labels(member: npz.Member) -> np.ndarray:
     """Read and check the labels: (N,) int64."""
     where, shape, kind = f"{member.path}: {member.key}", member.shape, member.dtype.kind
     if len(shape) != 1:
-        cures = {(2, len(LETTERS)): "; store y.argmax(1)", (2, 1): "; store y.ravel()"}
-        raise InputError(
-            f"{where}: found shape {shape}, expected (N,){cures.get((len(shape), shape[-1:] and shape[-1]), '')}"
-        )
+        one_a_row = len(shape) == 2 and {len(LETTERS): "; store y.argmax(1)", 1: "; store y.ravel()"}.get(shape[1])
+        raise InputError(f"{where}: found shape {shape}, expected (N,){one_a_row or ''}")
     if kind not in "iu":
         cure = {"f": "; store y.astype(int)", "b": ""}.get(kind, f"; store [{LETTERS!r}.index(letter) for letter in y]")
         raise InputError(f"{where}: found {member.dtype} labels, expected integers 0..9{cure}")
@@ -232,13 +232,13 @@ def _read_split(name: str, member: npz.Member, y: np.ndarray, keep: bool, watche
     start = 0
     for block in member.blocks():
         block = block.reshape(-1, SIDE, SIDE)
-        sha.update(np.ascontiguousarray(block, little))
+        sha.update(np.ascontiguousarray(block, little).data)
         for watch in watchers:
             watch(name, size, start, block)
-        if keep:
+        if X is not None:
             X[start : start + len(block)] = block
         start += len(block)
-    sha.update(np.ascontiguousarray(y, "<i8"))
+    sha.update(np.ascontiguousarray(y, "<i8").data)
     return Split(name, X, y, sha.hexdigest(), str(member.dtype))
 
 

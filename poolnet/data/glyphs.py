@@ -280,7 +280,7 @@ def _stripes(n: int, rng: np.random.Generator) -> np.ndarray:
 
     They range from one or two broad gaps to a hatching.
     """
-    angle, phase, share = rng.uniform([[0], [0], [0.7]], [[np.pi], [1], [0.85]], (3, n))[:, :, None, None]
+    angle, phase, share = rng.uniform([[0.0], [0.0], [0.7]], [[np.pi], [1.0], [0.85]], (3, n))[:, :, None, None]
     stripes = np.exp(rng.uniform(np.log(1.2), np.log(6), (n, 1, 1)))
     axis = (np.arange(SIDE) + 0.5) / SIDE
     position = axis * np.cos(angle) + axis[:, None] * np.sin(angle)

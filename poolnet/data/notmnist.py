@@ -132,7 +132,7 @@ def read(path: Path) -> Letters:
     path = expanded(path)
     if not path.is_dir():
         regular(path, "a notMNIST tarball, or a folder")
-    left = Counter()
+    left: Counter[str] = Counter()
     files = _folder_files(path, left) if path.is_dir() else _tar_files(path, left)
     labels, images, keys, unreadable = [], [], [], 0
     chunks = iter(lambda: tuple(islice(files, CHUNK)), ())
@@ -258,9 +258,9 @@ def _linked_files(path: Path, links: dict[PurePosixPath, list[PurePosixPath]], l
                         names.append(link / known.relative_to(place))
         used |= here
         if here and entry.isfile():
-            known = {(_label(name), name.name)}
+            counted = {(_label(name), name.name)}
             new = {(_label(each), each.name): each for each in names}
-            yield from _letters([new[key] for key in new.keys() - known], content, left)
+            yield from _letters([new[key] for key in new.keys() - counted], content, left)
     left[NOWHERE] += sum(not _is_hidden(link) for group in links.values() for link in group if link not in used)
 
 
@@ -282,9 +282,9 @@ def _entries(path: Path) -> Iterator[tuple[PurePosixPath, tarfile.TarInfo, Calla
     The content is a function that reads it. The tarball is read to its end, where its checksum stands.
     """
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(path.open("rb"))
-        if stream.peek(2)[:2] == b"\x1f\x8b":  # tarfile's own stream would not compare gzip's checksum
-            stream = stack.enter_context(gzip.open(stream))
+        file = stack.enter_context(path.open("rb"))
+        is_gzip = file.peek(2)[:2] == b"\x1f\x8b"  # tarfile's own stream would not compare gzip's checksum
+        stream = stack.enter_context(gzip.open(file)) if is_gzip else file
         with tarfile.open(fileobj=stream, mode="r|*") as tar:
             for entry in tar:
                 yield _normal(entry.name), entry, partial(_content, tar, entry)
@@ -293,7 +293,8 @@ def _entries(path: Path) -> Iterator[tuple[PurePosixPath, tarfile.TarInfo, Calla
 
 
 def _content(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:
-    return tar.extractfile(entry).read() if entry.size <= MAX_PNG else b""
+    file = tar.extractfile(entry) if entry.size <= MAX_PNG else None
+    return file.read() if file else b""
 
 
 def _normal(name: str | PurePosixPath) -> PurePosixPath:
@@ -317,7 +318,7 @@ def _on_all_cores(work, items: Iterable) -> Iterator:
     """
     workers = min(cores(), 61)  # more than that Windows does not wait for
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
-        pending = deque()
+        pending: deque[concurrent.futures.Future] = deque()
         for item in items:
             pending.append(pool.submit(work, item))
             if len(pending) > 2 * workers:
@@ -353,9 +354,10 @@ def _pixels(content: bytes) -> bytes | None:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             if image.mode not in MODES:
                 return None
-            if image.has_transparency_data:
-                image = Image.fromarray(opaque(np.asarray(image.convert("RGBA"), np.float32)))
-            return image.convert("L").tobytes()
+            if not image.has_transparency_data:
+                return image.convert("L").tobytes()
+            on_ground = opaque(np.asarray(image.convert("RGBA"), np.float32))
+            return Image.fromarray(on_ground).convert("L").tobytes()
     except BROKEN:
         return None
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -102,9 +102,9 @@ def member(archive: zipfile.ZipFile, path: Path, key: str) -> Member:
         raise InputError(
             f"{path}: {key}: found an object array, which is never unpickled; expected numbers of one type"
         )
-    found, size = archive.getinfo(f"{key}.npy").file_size, start + dtype.itemsize * math.prod(shape)
-    if found != size:
-        raise InputError(f"{path}: {key}: truncated, found {found:,} bytes, expected {size:,}")
+    stored, size = archive.getinfo(f"{key}.npy").file_size, start + dtype.itemsize * math.prod(shape)
+    if stored != size:
+        raise InputError(f"{path}: {key}: truncated, found {stored:,} bytes, expected {size:,}")
     return Member(archive, path, key, shape, dtype, fortran, start)
 
 
@@ -115,13 +115,13 @@ def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """
     try:
         with replacing(path) as part, part.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=True, **arrays)
     except OSError as error:  # numpy's own names no file and has no number
         cure = "; is the disk full?" if error.errno in (None, errno.EFBIG, *FULL) else ""
         raise RunError(f"{path}: cannot be written ({error.strerror or error}){cure}") from error
 
 
-def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """Read a header: shape, order, type and data offset.
 
     `True` in the second place means Fortran order.

@@ -10,7 +10,7 @@ It is the folder `POOLNET_HOME/runs/NAME/`. The record is written before anythin
     model.safetensors    the final weights, and two images as an example
     predictions/ figures/
     end.json             how the run ended; absent while it is trained, or when its process died
-    published.json       what tracking servers already hold (see publication.py)
+    published.json       what tracking servers already hold (see tracking/published.py)
 
 A process may be killed at any moment. After that, the JSON files, checkpoints, weights and predictions are whole: each
 is the old file or the new one. The last line of metrics.jsonl may be cut off. Such a line is recognised and dropped.

@@ -124,7 +124,13 @@ def compare(study_or_runs: str | Path | Sequence[str], margin: float | None = No
     The two runs are given by name or id. All results come from the tracking server. `margin` is in points of accuracy.
     `seed` is the seed of the bootstraps. Raises `InputError` and `RunError`.
     """
-    study = read(Path(study_or_runs)) if isinstance(study_or_runs, (str, Path)) else None
+    study, runs = None, tuple[str, ...]()
+    if isinstance(study_or_runs, (str, Path)):
+        study = read(Path(study_or_runs))
+    else:
+        runs = tuple(study_or_runs)
+        if len(runs) != 2:
+            raise InputError(f"compare: found {len(runs)} runs, expected a study file or two runs")
     if margin is None:
         margin = study.margin if study else MARGIN
     if not 0 < margin < 100:
@@ -133,10 +139,8 @@ def compare(study_or_runs: str | Path | Sequence[str], margin: float | None = No
         client = servers.own_client()
         if study:
             selected = selection.of_study(client, [servers.experiment_named(client, "")], study)
-        elif len(study_or_runs) == 2:
-            selected = selection.of_runs(client, study_or_runs)
         else:
-            raise InputError(f"compare: found {len(study_or_runs)} runs, expected a study file or two runs")
+            selected = selection.of_runs(client, runs)
         return of_selected(client, selected, study.question if study else "", margin, seed)
 
 

@@ -81,18 +81,18 @@ def _named_effects(c: Comparison) -> dict[str, tuple[str, Effect]]:
 
     The label says what the effect is about. The first two effects are those of the verdict.
     """
-    found = {
+    effects = {
         "acc": (f"accuracy, points: other {c.varied}", c.acc),
         "nll": (f"loss, nats: other {c.varied}", c.nll),
     }
-    if c.acc_over_seeds:
-        found |= {
+    if c.acc_over_seeds and c.nll_over_seeds:
+        effects |= {
             "acc_over_seeds": ("accuracy, points: other seeds", c.acc_over_seeds),
             "nll_over_seeds": ("loss, nats: other seeds", c.nll_over_seeds),
             "acc_over_examples": ("accuracy, points: other examples", c.acc_over_examples),
             "nll_over_examples": ("loss, nats: other examples", c.nll_over_examples),
         }
-    return found
+    return effects
 
 
 def _effects(c: Comparison) -> list[list[str]]:

@@ -24,6 +24,7 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 from reprlib import repr as shown  # cut where it is long or deep
+from typing import Any
 
 from poolnet.errors import InputError
 from poolnet.training.config import TrainConfig
@@ -31,7 +32,9 @@ from poolnet.training.config import TrainConfig
 SIZE, RUNS = 1_000_000, 10_000  # bytes of a file, and its runs: more is a mistake
 MARGIN = 0.5  # points: a difference that nobody would change a model for
 KEYS = ("question", "data", "seeds", "margin", "grid", "arms")
-OPTIONS = {field.name: field.type for field in dataclasses.fields(TrainConfig) if field.name not in ("data", "seed")}
+OPTIONS: dict[str, Any] = {
+    field.name: field.type for field in dataclasses.fields(TrainConfig) if field.name not in ("data", "seed")
+}
 
 Point = dict[str, object]  # a value for each option that the study sets
 
@@ -186,7 +189,7 @@ def _values(key: str, found: object, kind: type) -> tuple:
     return values
 
 
-def _typed(key: str, value: object, kind: type) -> object:
+def _typed(key: str, value: Any, kind: type) -> Any:
     if type(value) is int and abs(value) >= 2**63:
         raise InputError(f"{key}: found a number of {value.bit_length()} bits, expected less than 2**63")
     if kind is float and type(value) is int:
@@ -194,7 +197,7 @@ def _typed(key: str, value: object, kind: type) -> object:
     if type(value) is not kind:
         names = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
         raise InputError(f"{key}: found {shown(value)}, expected {names[kind]}")
-    if kind is str and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in "".join(value.split())):
+    if kind is str and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in "".join(str(value).split())):
         # no text in UTF-8, or it would move the cursor
         raise InputError(f"{key}: found {value!a}, expected text that a screen can show")
     return value
