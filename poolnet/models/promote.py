@@ -24,7 +24,6 @@ from poolnet.tracking import names, registry, result_runs, training_runs
 from poolnet.tracking.registry import NAME
 from poolnet.training.config import POOLS
 
-ALPHA = 0.05
 REMEMBERED = 100  # champions before the present one, as far as a tag of MLflow holds them
 
 
@@ -44,11 +43,11 @@ class Paired:
 
     @property
     def better(self) -> bool:
-        return self.mcnemar.p < ALPHA and self.mcnemar.only_b > self.mcnemar.only_a
+        return self.mcnemar.p < paired.ALPHA and self.mcnemar.only_b > self.mcnemar.only_a
 
     @property
     def not_worse(self) -> bool:
-        return self.p_inferior is not None and self.p_inferior < ALPHA
+        return self.p_inferior is not None and self.p_inferior < paired.ALPHA
 
     def __str__(self) -> str:
         points, nats, test = self.points, self.nats, self.mcnemar

@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike
 from scipy.special import log_softmax, softmax
 from threadpoolctl import threadpool_limits
 
-LEVEL = 0.95
+LEVEL = 0.95  # of intervals
+ALPHA = 0.05  # of tests: a p-value below it decides
 CELLS = 1_000_000  # numbers drawn at a time, 8 MB: bounds the memory of a bootstrap
 
 
@@ -314,7 +315,7 @@ def equivalence(effect: Effect, margin: float) -> float:
     return float(scipy.stats.t.sf((margin - abs(effect.estimate)) / effect.se, effect.df))  # the larger p of the two
 
 
-def smallest_effect(se: float, df: float, power: float = 0.8, alpha: float = 0.05) -> float:
+def smallest_effect(se: float, df: float, power: float = 0.8, alpha: float = ALPHA) -> float:
     """Return the smallest true difference that a test detects.
 
     A two-sided t test with this standard error finds this difference with this power (Cohen 1988).

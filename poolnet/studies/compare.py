@@ -79,7 +79,7 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """Return `better`, `equivalent` or `inconclusive`."""
-        if self.equivalence_p < 0.05:
+        if self.equivalence_p < paired.ALPHA:
             return "equivalent"
         return "better" if self.acc.low > 0 or self.acc.high < 0 else "inconclusive"
 
@@ -161,7 +161,7 @@ def of_selected(client: MlflowClient, selected: Selected, question: str, margin:
     over_examples = [paired.over_examples(d.mean(0), rng) for d in (right, nll)]
     acc, loss = (paired.two_way(right, rng), paired.two_way(nll, rng)) if pairs else over_examples
     over_seeds = [paired.over_seeds(d.mean(1)) if pairs else None for d in (right, nll)]
-    found = Comparison(
+    comparison = Comparison(
         question=question or f"Is {b.name} better than {a.name}?",
         a=a,
         b=b,
@@ -180,7 +180,7 @@ def of_selected(client: MlflowClient, selected: Selected, question: str, margin:
         smallest_effect=paired.smallest_effect(acc.se, acc.df),
         caveats=(),
     )
-    return dataclasses.replace(found, caveats=(*notes, *_caveats(found)))
+    return dataclasses.replace(comparison, caveats=(*notes, *_caveats(comparison)))
 
 
 def _arm(client: MlflowClient, name: str, runs: Sequence[TrainingRun]) -> tuple[Arm, np.ndarray]:
@@ -207,16 +207,16 @@ def _history(client: MlflowClient, run: TrainingRun, metric: str) -> list[float]
     return [values[step] for step in sorted(values)]
 
 
-def _caveats(found: Comparison) -> list[str]:
-    seeds, runs = len(found.seeds), (*found.a.runs, *found.b.runs)
+def _caveats(comparison: Comparison) -> list[str]:
+    seeds, runs = len(comparison.seeds), (*comparison.a.runs, *comparison.b.runs)
     notes = ["Other data sets, label noise and choices made while looking at test are beyond these intervals."]
     if seeds == 1:
         notes.append("One training an arm: what another seed would change is not known, only other test examples.")
     elif seeds < 6:
         notes.append(f"With {seeds} seeds no sign-flip test can reach 0.05; six are the least, ten are better.")
-    if min(found.acc.low, found.nll.low) > 0 or max(found.acc.high, found.nll.high) < 0:
+    if min(comparison.acc.low, comparison.nll.low) > 0 or max(comparison.acc.high, comparison.nll.high) < 0:
         notes.append("Accuracy and loss disagree: the arm that is more often right also pays more for its mistakes.")
-    if found.acc.estimate * found.acc.low > 0 and found.verdict == "equivalent":
+    if comparison.acc.estimate * comparison.acc.low > 0 and comparison.verdict == "equivalent":
         notes.append("There is a difference, but it is smaller than the margin.")
     commits = {run.commit for run in runs}
     if len(commits) > 1:

@@ -13,6 +13,7 @@ from scipy.special import softmax
 
 from poolnet.data.dataset import LETTERS
 from poolnet.runs.figures import drawable, grid
+from poolnet.stats.paired import ALPHA
 from poolnet.studies.compare import Arm, Comparison
 
 A, B, BOTH = "#0072b2", "#d55e00", "#333333"  # told apart by the colour-blind too (Okabe & Ito)
@@ -74,9 +75,9 @@ def _spread_out(n: int) -> np.ndarray:
 
 def _paired(axes: Axes, c: Comparison, values: list[np.ndarray], label: str) -> None:
     axes.plot([0, 1], values, color="#999999", linewidth=0.8, zorder=1)
-    for place, found, colour in zip((0, 1), values, (A, B), strict=True):
-        axes.scatter(np.full(len(found), place), found, color=colour, s=22, zorder=2)
-        axes.plot([place - 0.16, place + 0.16], [found.mean()] * 2, color=colour, linewidth=2.5)
+    for place, scores, colour in zip((0, 1), values, (A, B), strict=True):
+        axes.scatter(np.full(len(scores), place), scores, color=colour, s=22, zorder=2)
+        axes.plot([place - 0.16, place + 0.16], [scores.mean()] * 2, color=colour, linewidth=2.5)
     axes.set(xlim=(-0.5, 1.5), ylabel=label)
     axes.set_xticks([0, 1], [textwrap.fill(_name(arm), 12) for arm in (c.a, c.b)])
     axes.grid(axis="y", alpha=0.3)
@@ -87,14 +88,14 @@ def per_class(c: Comparison) -> Figure:
     figure = Figure(figsize=(10, 3.8))
     axes = figure.add_axes((0.07, 0.13, 0.92, 0.79))
     axes.axhline(0, color=BOTH, linewidth=0.8)
-    for place, found in enumerate(c.per_class):
-        effect, sure = found.effect, found.p_holm < 0.05
+    for place, of_class in enumerate(c.per_class):
+        effect, sure = of_class.effect, of_class.p_holm < ALPHA
         if np.isnan(effect.estimate):
             continue
         reach = [[effect.estimate - effect.low], [effect.high - effect.estimate]]
         colour = (B if effect.estimate > 0 else A) if sure else "#999999"
         axes.errorbar([place], [effect.estimate], reach, fmt="o", color=colour, capsize=5)
-    names = [f"{LETTERS[found.label]}\nn={found.n:,}" for found in c.per_class]
+    names = [f"{LETTERS[of_class.label]}\nn={of_class.n:,}" for of_class in c.per_class]
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("difference (points)")
     axes.set_title(f"{_difference(c)}; in colour where Holm's p < 0.05", fontsize=10)
@@ -195,7 +196,7 @@ def disagreements(c: Comparison, k: int = 24) -> np.ndarray:
     return np.argsort(-np.abs(b - a), kind="stable")[:k]
 
 
-def said(arm: Arm, row: int) -> tuple[str, float]:
+def predicted_letter(arm: Arm, row: int) -> tuple[str, float]:
     """Return an arm's prediction for one test example.
 
     It is a letter and its probability, averaged over seeds.
@@ -212,7 +213,7 @@ def disagreement_images(c: Comparison, images: np.ndarray, columns: int = 8) -> 
     """Draw images with the true letter and both predictions."""
     titles = []
     for row in disagreements(c, len(images)):
-        (one, p), (other, q) = said(c.a, row), said(c.b, row)
+        (one, p), (other, q) = predicted_letter(c.a, row), predicted_letter(c.b, row)
         titles.append(f"{LETTERS[c.y[row]]}\n{one} {p:.2f} | {other} {q:.2f}")
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(columns * 1.25, rows * 1.55 + 0.5))

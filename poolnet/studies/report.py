@@ -135,14 +135,14 @@ def _range(values: list) -> str:
 
 def _classes(c: Comparison) -> list[list[str]]:
     rows = [["letter", "n", "points", "95 % interval", "p", "p, Holm"]]
-    for found in c.per_class:
-        effect = found.effect
+    for of_class in c.per_class:
+        effect = of_class.effect
         if math.isnan(effect.estimate):
-            rows.append([LETTERS[found.label], str(found.n), "-", "-", "-", "-"])
+            rows.append([LETTERS[of_class.label], str(of_class.n), "-", "-", "-", "-"])
         else:
             interval = f"{effect.low:+.2f} to {effect.high:+.2f}"
-            p = [_p(effect.p), _p(found.p_holm)]
-            rows.append([LETTERS[found.label], f"{found.n:,}", f"{effect.estimate:+.2f}", interval, *p])
+            p = [_p(effect.p), _p(of_class.p_holm)]
+            rows.append([LETTERS[of_class.label], f"{of_class.n:,}", f"{effect.estimate:+.2f}", interval, *p])
     return rows
 
 
@@ -227,7 +227,9 @@ def html(c: Comparison, pngs: dict[str, bytes], links: dict[str, str]) -> str:
 def _disagreements(c: Comparison) -> list[list[str]]:
     rows = [["row", "true", c.a.name, c.b.name]]
     for row in comparison_figures.disagreements(c):
-        says = [f"{letter} {p:.2f}" for letter, p in (comparison_figures.said(arm, row) for arm in (c.a, c.b))]
+        says = [
+            f"{letter} {p:.2f}" for letter, p in (comparison_figures.predicted_letter(arm, row) for arm in (c.a, c.b))
+        ]
         rows.append([str(row), LETTERS[c.y[row]], *says])
     return rows
 
@@ -260,8 +262,8 @@ def contents(c: Comparison) -> dict:
         "sign_flip_p": c.sign_flip_p,
         "mcnemar": c.mcnemar,
         "per_class": [
-            {"letter": LETTERS[found.label], "n": found.n, **vars(found.effect), "p_holm": found.p_holm}
-            for found in c.per_class
+            {"letter": LETTERS[of_class.label], "n": of_class.n, **vars(of_class.effect), "p_holm": of_class.p_holm}
+            for of_class in c.per_class
         ],
         "n_seeds": len(c.seeds),
         "n_examples": len(c.y),
@@ -311,7 +313,7 @@ def _metrics(c: Comparison) -> dict[str, float]:
     if c.sign_flip_p is not None:
         values["p_sign_flip"] = c.sign_flip_p
     for letter, arm in (("a", c.a), ("b", c.b)):
-        values |= {f"{letter}_{name}_mean": statistics.mean(found) for name, found in _scores(arm).items()}
+        values |= {f"{letter}_{name}_mean": statistics.mean(scores) for name, scores in _scores(arm).items()}
     return values
 
 

@@ -141,8 +141,8 @@ def of_experiment(
         if name not in arms:
             raise InputError(f"--arms: found no run whose {by} is {name}, expected two of {', '.join(sorted(arms))}")
     if not names and len(arms) != 2:
-        found = ", ".join(sorted(arms)) or "none"
-        raise InputError(f"--by {by}: found {len(arms)} values, {found}, expected two; choose with --arms ONE OTHER")
+        values = ", ".join(sorted(arms)) or "none"
+        raise InputError(f"--by {by}: found {len(arms)} values, {values}, expected two; choose with --arms ONE OTHER")
     # in the order named, or the one with the first run first
     order = names or sorted(arms, key=lambda name: min(run.started for run in arms[name]))
     return {name: arms[name] for name in order}, {by}

@@ -153,8 +153,8 @@ def _check_arms(study: Study) -> None:
         raise InputError(f"arms.{other}: the same as arms.{one}; give it another value of an option in grid")
 
 
-def _refuse_unknown(prefix: str, found: dict, known: tuple | dict) -> None:
-    for key in found:
+def _refuse_unknown(prefix: str, table: dict, known: tuple | dict) -> None:
+    for key in table:
         if key not in known:
             _typed("a key", key, str)
             close = difflib.get_close_matches(key[:100], known, 1)
@@ -175,12 +175,12 @@ def _arm(name: str, arm: object, grid: dict) -> Point:
     return {option: _typed(f"arms.{name}.{option}", value, OPTIONS[option]) for option, value in arm.items()}
 
 
-def _values(key: str, found: object, kind: type) -> tuple:
+def _values(key: str, raw: object, kind: type) -> tuple:
     """Return the checked values of a key as a tuple.
 
-    `found` is one value, or a list of different values.
+    `raw` is one value, or a list of different values.
     """
-    values = tuple(_typed(key, value, kind) for value in (found if isinstance(found, list) else [found]))
+    values = tuple(_typed(key, value, kind) for value in (raw if isinstance(raw, list) else [raw]))
     if not values:
         raise InputError(f"{key}: found an empty list, expected at least one value")
     (value, times), *_ = Counter(values).most_common(1)

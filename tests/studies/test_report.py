@@ -129,7 +129,7 @@ def test_the_example_that_the_arms_see_most_differently_comes_first(c):
     b.logits[:, 5, c.y[5]] = 1
     changed = dataclasses.replace(c, a=a, b=b)
     assert comparison_figures.disagreements(changed)[:3].tolist() == [17, 5, 0]
-    letter, p = comparison_figures.said(b, 17)
+    letter, p = comparison_figures.predicted_letter(b, 17)
     assert (letter, p) == ("ABCDEFGHIJ"[c.y[17]], pytest.approx(1, abs=1e-6))
     images = np.zeros((3, 28, 28), np.uint8)
     assert comparison_figures.disagreement_images(changed, images).axes
