@@ -1,21 +1,17 @@
-"""Define the errors that poolnet reports in one line.
-
-The line names the thing that is wrong and how to fix it.
-"""
+"""Define the errors that poolnet reports in one line."""
 
 
 class InputError(ValueError):
-    """Bad usage or bad input.
+    """Bad usage or bad input: the command ends with 2.
 
-    Its message is one line. The line names the thing that is wrong and how to fix it. It ends the command with exit
-    code 2.
+    The message names the thing that is wrong and how to fix it.
     """
 
 
 class RunError(RuntimeError):
     """A failure of the work, not of the user's input.
 
-    Its message is one line that says why. It ends the command with exit code 1, and the run is saved as FAILED.
+    It ends the command with exit code 1, and the run is saved as FAILED.
     """
 
 

@@ -26,17 +26,13 @@ LOCK_SECONDS = 5  # that a command waits for another one, before it says who tha
 
 
 class Locked(RunError):
-    """A lock that another process holds for too long.
-
-    That is longer than this process waits.
-    """
+    """A lock that another process holds for too long."""
 
 
 def home() -> Path:
-    """Return the folder of poolnet's local state.
+    """Return the folder of local state; create it if missing.
 
-    It is `POOLNET_HOME`, or `.poolnet` in the working folder. It is created if it is missing. Raises `InputError` if
-    that fails or if the folder is not writable.
+    It is `POOLNET_HOME`, or `.poolnet` in the working folder. Raises `InputError` if it is not writable.
     """
     path = expanded(Path(os.environ.get("POOLNET_HOME") or ".poolnet")).absolute()
     try:
@@ -49,10 +45,7 @@ def home() -> Path:
 
 
 def expanded(path: Path) -> Path:
-    """Replace a leading `~` by the user's home folder.
-
-    The path stays as it is if its first part exists here, or if the user is unknown.
-    """
+    """Expand a leading `~`, unless such a name exists here."""
     try:
         return path if Path(*path.parts[:1]).exists() else path.expanduser()
     except RuntimeError:  # of a user who is not known
@@ -61,10 +54,7 @@ def expanded(path: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: float = LOCK_SECONDS, poll: float = 0.05) -> Iterator[None]:
-    """Hold the lock file at `path`.
-
-    Raises `Locked`, which names the holder, after `wait` seconds.
-    """
+    """Hold a lock, or raise `Locked` after `wait` seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = path.with_name(f"{path.name}.holder")
     try:
@@ -90,26 +80,26 @@ def _read_holder(path: Path) -> str:
 
 
 def regular(path: Path, wanted: str) -> None:
-    """Refuse a path that is not a regular file.
+    """Raise `InputError` unless `path` is a regular file.
 
-    The check comes before the file is opened, since opening a pipe, for example, can hang. Raises `InputError`.
+    The check comes before the file is opened, since opening a pipe, for example, can hang.
     """
     try:
-        found = _kind(path)
+        kind = _kind(path)
     except FileNotFoundError:
         what = "a link that leads nowhere" if path.is_symlink() else "no such file"
         raise InputError(f"{path}: {what}, expected {wanted}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}), expected {wanted}") from None
-    if found:
-        raise InputError(f"{path}: found {found}, expected {wanted}")
+    if kind:
+        raise InputError(f"{path}: found {kind}, expected {wanted}")
 
 
 def walk(folder: Path) -> Iterator[Path]:
     """Yield the files below a folder, sorted by name.
 
-    Hidden names are left out. Links are followed. A folder is visited once under each name, so a link that leads back
-    does not make the walk endless. A link that leads nowhere is yielded as it is.
+    Hidden names are left out. Links are followed. A folder is visited once under each name, so a link that leads back does not make the walk
+    endless. A link that leads nowhere is yielded as it is.
     """
     ahead, seen = [folder], set()
     while ahead:
@@ -122,19 +112,19 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def writable(path: Path) -> Path:
-    """Resolve `path` to a file that can be written.
+    """Follow links from `path` to a file that can be written.
 
-    Links are followed. The file may be new or a regular file. Anything else is refused, since it would be replaced.
-    Raises `InputError`, or `RunError` if the disk or the user's quota is full.
+    Anything but a regular file is refused, since it would be replaced. Raises `InputError`, or `RunError` if the disk
+    or the user's quota is full.
     """
     try:
-        found = _kind(path)
+        kind = _kind(path)
     except FileNotFoundError:
-        found = ""
+        kind = ""
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', error)})") from None
-    if found:
-        raise InputError(f"{path}: found {found}, expected a file, or a name that is free")
+    if kind:
+        raise InputError(f"{path}: found {kind}, expected a file, or a name that is free")
     path = path.resolve()
     folder = next(parent for parent in path.parents if parent.exists())
     try:
@@ -144,16 +134,13 @@ def writable(path: Path) -> Path:
         if path.exists() and not os.access(path, os.W_OK):
             raise InputError(f"{path}: found a file that may not be written; remove it, or choose another name")
     except OSError as error:
-        kind = RunError if error.errno in FULL else InputError
-        raise kind(f"{path}: cannot be written, since {folder} takes no file ({error.strerror})") from None
+        raised = RunError if error.errno in FULL else InputError
+        raise raised(f"{path}: cannot be written, since {folder} takes no file ({error.strerror})") from None
     return path
 
 
 def _kind(path: Path) -> str:
-    """Name the kind of a file in words.
-
-    The text is empty for a regular file.
-    """
+    """Name the kind of a file that is not regular."""
     mode = path.stat().st_mode
     if stat.S_ISREG(mode):
         return ""
@@ -182,10 +169,7 @@ def replace(part: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Replace `path` by a temporary file if all succeeds.
-
-    Yields a temporary name beside `path`, which the block writes. The file replaces `path` if the block succeeds.
-    """
+    """Yield a temporary name; then that file replaces `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with contextlib.suppress(FileNotFoundError):  # whose process has just finished
@@ -204,22 +188,16 @@ def _part(path: Path) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object from a file.
-
-    The object is empty if the file is missing or damaged.
-    """
+    """Read a JSON object, empty if missing or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return unsealed(found) if isinstance(found, dict) else {}
+    return unsealed(value) if isinstance(value, dict) else {}
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write a JSON object with its checksum.
-
-    The file is on the disk when this function returns.
-    """
+    """Write a JSON object and its checksum to the disk."""
     with replacing(path) as part, part.open("w", encoding="utf-8") as file:
         json.dump(sealed(value), file, indent=1)
         file.flush()

@@ -15,13 +15,11 @@ import click
 
 
 def pasted(*words: object, windows: bool = os.name == "nt") -> str:
-    """Quote a command so that it can be pasted.
+    """Quote a command, to be pasted into a shell.
 
-    It is for a POSIX shell, or on Windows for PowerShell and cmd.
-
-    Double quotes mean the same to PowerShell and to cmd, unless the text contains a sign that PowerShell would replace,
-    or that would end the text there. Such a word is quoted for PowerShell only. In `%NAME%`, cmd replaces the name of a
-    variable that is set.
+    On Windows that is PowerShell or cmd. Double quotes mean the same to both, unless the text contains a sign that
+    PowerShell would replace, or that would end the text there. Such a word is quoted for PowerShell only. In `%NAME%`,
+    cmd replaces the name of a variable that is set.
     """
     texts = map(str, words)
     return " ".join(map(_quoted_on_windows, texts)) if windows else shlex.join(texts)
@@ -38,10 +36,7 @@ def _quoted_on_windows(word: str) -> str:
 
 
 def progress(*args, **options):
-    """Show a progress bar on stderr (see `click.progressbar`).
-
-    It is hidden if stderr is not a terminal.
-    """
+    """Show a progress bar if stderr is a terminal."""
     return click.progressbar(*args, file=sys.stderr, hidden=not sys.stderr.isatty(), **options)
 
 
@@ -50,10 +45,7 @@ def echo_warning(message: str) -> None:
 
 
 def failed(error: object, code: int) -> int:
-    """Report an error in one line on stderr.
-
-    Returns the exit code.
-    """
+    """Print one line about an error; return the code."""
     _complain("error", error)
     return code
 
@@ -63,26 +55,17 @@ def _complain(kind: str, text: object) -> None:
 
 
 def echo(text: object = "", **options) -> None:
-    """Print text with escapes (see `click.echo`).
-
-    In each line, characters that a terminal would obey are escaped.
-    """
+    """Print lines, each `printable`, as `click.echo` does."""
     click.echo("\n".join(map(printable, str(text).split("\n"))), **options)
 
 
 def printable(text: object) -> str:
-    """Escape characters that a terminal obeys or cannot show.
-
-    Line breaks are escaped too, so the result is one line.
-    """
+    """Escape what a terminal obeys, line breaks too."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
 
 
 def to_json(value: object, indent: int | None = None) -> str:
-    """Convert plain values, dataclasses and paths to JSON.
-
-    Numbers that are not finite become null.
-    """
+    """Convert plain values, dataclasses and paths; NaN becomes null."""
     return json.dumps(_plain(value), allow_nan=False, indent=indent)
 
 
@@ -105,10 +88,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def marked(text: str) -> str:
-    """Escape text so that Markdown shows it as is.
-
-    Markdown and HTML signs in the text are escaped.
-    """
+    """Escape text so that Markdown shows it as it is."""
     text = re.sub(r"&(?=#?\w+;)", "&amp;", printable(text))
     return re.sub(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", re.sub(r"<(?=[\w/!?])", "&lt;", text))
 
@@ -121,19 +101,18 @@ def coded(text: str) -> str:
 
 
 def piped(rows: Sequence[Sequence[str]], cell: Callable[[str], str] = marked) -> list[str]:
-    """Return the lines of a Markdown table.
-
-    `cell` converts a cell to Markdown. Use `str` if the cells already are Markdown.
-    """
+    """Return a Markdown table; `cell` converts each cell to Markdown."""
     lines = [f"| {' | '.join(map(cell, row))} |" for row in rows]
     return [lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]]
 
 
 def spread(values: Sequence[float]) -> str:
-    """Format the mean and standard deviation of values.
-
-    One value has no standard deviation, so only the mean is shown. No values give "none".
-    """
+    """Format mean and, of several values, standard deviation."""
     if not values:
         return "none"
     return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def p_value(p: float) -> str:
+    """Format a p-value; "-" stands for NaN."""
+    return "-" if math.isnan(p) else "<0.0001" if p < 0.0001 else f"{p:.4f}"

@@ -8,6 +8,7 @@ pixels are read, so it belongs to what the model sees: nothing is read from the 
 import contextlib
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,43 +30,32 @@ PATIENCE = 600  # seconds for another process that renders the embedded letters,
 
 @dataclass(frozen=True)
 class Split:
-    """One split: its images, its labels and their digest.
-
-    `X` is (N, 28, 28), uint8 or float, or None if the images were not kept. `y` is (N,) int64. `sha256` covers all of
-    both.
-    """
+    """One split: its images, its labels and their digest."""
 
     name: str
-    X: np.ndarray | None
-    y: np.ndarray
-    sha256: str
+    X: np.ndarray | None  # (N, 28, 28), uint8 or float; None if the images were not kept
+    y: np.ndarray  # (N,) int64
+    sha256: str  # of all images and labels
     dtype: str = ""  # of the pixels as stored
 
     def __len__(self) -> int:
         return len(self.y)
 
     def images(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Return images in the form a model takes.
-
-        See `as_images`.
-        """
-        if self.X is None:
-            raise ValueError(f"{self.name}: its images were not kept")
+        """Return images in the form a model takes (see `as_images`)."""
+        assert self.X is not None
         return as_images(self.X[rows])
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set: its file and its three splits.
-
-    It also says how many test images occur in train.
-    """
+    """A data set: its file and its three splits."""
 
     path: Path
     train: Split
     val: Split
     test: Split
-    overlap: int
+    overlap: int  # test images that occur in train
 
     @property
     def name(self) -> str:
@@ -94,10 +84,7 @@ class Dataset:
 
 
 def prepared(name: str) -> Path:
-    """Return the default path of the data set `name`.
-
-    `poolnet prepare` can be told to write it elsewhere.
-    """
+    """Return where `poolnet prepare` writes a data set by default."""
     return home() / "data" / f"{name}.npz"
 
 
@@ -159,32 +146,19 @@ def _rendered_glyphs(echo: Callable[[str], None]) -> Path:
     from poolnet.data import glyphs
 
     path = prepared(f"glyphs-v{glyphs.VERSION}")
-    with _patiently(path.with_suffix(".lock"), echo):  # two processes at once share one rendering
-        if not _whole(path):
-            echo(f"Rendering the embedded letters into {path} ...")
-            npz.save(path, glyphs.render())
-    return path
-
-
-def _whole(path: Path) -> bool:
-    """Whether a data set is there and undamaged."""
-    try:
-        open_splits(path, keep=())
-    except InputError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _patiently(lock: Path, echo: Callable[[str], None]) -> Iterator[None]:
-    """Hold a lock that another process may hold long."""
-    with contextlib.ExitStack() as stack:
+    lock = path.with_suffix(".lock")
+    with contextlib.ExitStack() as stack:  # two processes at once share one rendering
         try:
             stack.enter_context(locked(lock))
         except Locked as error:
             echo(f"Waiting for the embedded letters: {error}")
             stack.enter_context(locked(lock, PATIENCE))
-        yield
+        try:
+            open_splits(path, keep=())
+        except InputError:  # missing or damaged
+            echo(f"Rendering the embedded letters into {path} ...")
+            npz.save(path, glyphs.render())
+    return path
 
 
 # --- validation ----------------------------------------------------------------------------------------------------
@@ -208,8 +182,8 @@ def _read_labels(member: npz.Member) -> np.ndarray:
     """Read and check the labels: (N,) int64."""
     where, shape, kind = f"{member.path}: {member.key}", member.shape, member.dtype.kind
     if len(shape) != 1:
-        one_a_row = len(shape) == 2 and {len(LETTERS): "; store y.argmax(1)", 1: "; store y.ravel()"}.get(shape[1])
-        raise InputError(f"{where}: found shape {shape}, expected (N,){one_a_row or ''}")
+        cures: dict[tuple[int, ...], str] = {(len(LETTERS),): "; store y.argmax(1)", (1,): "; store y.ravel()"}
+        raise InputError(f"{where}: found shape {shape}, expected (N,){cures.get(shape[1:], '')}")
     if kind not in "iu":
         cure = {"f": "; store y.astype(int)", "b": ""}.get(kind, f"; store [{LETTERS!r}.index(letter) for letter in y]")
         raise InputError(f"{where}: found {member.dtype} labels, expected integers 0..9{cure}")
@@ -222,13 +196,13 @@ def _read_labels(member: npz.Member) -> np.ndarray:
 
 
 def _read_split(name: str, member: npz.Member, y: np.ndarray, keep: bool, watchers: list[Watch]) -> Split:
-    """Read one split in one pass over its pixels.
-
-    The digest is computed in this pass. Each watcher sees every block of pixels.
-    """
+    """Read one split in one pass, that digests it too."""
     size, little = len(y), member.dtype.newbyteorder("<")
     sha = hashlib.sha256(f"{little.str} {size}x{SIDE}x{SIDE}\n".encode())
-    X = _room(member, size) if keep else None
+    try:
+        X = np.empty((size, SIDE, SIDE), member.dtype.newbyteorder("=")) if keep else None
+    except MemoryError:
+        raise RunError(f"{member.path}: {member.key}: {size:,} images do not fit into memory") from None
     start = 0
     for block in member.blocks():
         block = block.reshape(-1, SIDE, SIDE)
@@ -242,30 +216,20 @@ def _read_split(name: str, member: npz.Member, y: np.ndarray, keep: bool, watche
     return Split(name, X, y, sha.hexdigest(), str(member.dtype))
 
 
-def _room(member: npz.Member, size: int) -> np.ndarray:
-    try:
-        return np.empty((size, SIDE, SIDE), member.dtype.newbyteorder("="))
-    except MemoryError:
-        raise RunError(f"{member.path}: {member.key}: {size:,} images do not fit into memory") from None
-
-
 class _Overlap:
     """A counter of test images that occur in train."""
 
     def __init__(self, one_type: bool):
         self.one_type = one_type
-        self.in_test: dict[int, int] = {}  # by 64-bit hash: among 400,000 x 14,000 a false match has a chance of 3e-10
+        self.in_test: Counter[int] = Counter()  # 64-bit hashes: 400,000 x 14,000 have a false match in 3e-10 of cases
         self.shared: set[int] = set()
 
     def see(self, name: str, size: int, start: int, block: np.ndarray) -> None:
-        if name == "val":
-            return
-        for image in block if self.one_type else as_images(block):
-            key = hash(image.tobytes())
-            if name == "test":
-                self.in_test[key] = self.in_test.get(key, 0) + 1
-            elif key in self.in_test:
-                self.shared.add(key)
+        images = block if self.one_type else as_images(block)
+        if name == "test":
+            self.in_test.update(hash(image.tobytes()) for image in images)
+        elif name == "train":
+            self.shared |= self.in_test.keys() & (hash(image.tobytes()) for image in images)
 
     def count(self) -> int:
         return sum(self.in_test[key] for key in self.shared)
@@ -295,10 +259,7 @@ class _Scale:
         self.samples[name].append(as_images(block[-start % step :: step]))
 
     def check(self) -> None:
-        """Refuse a wrong scale, or scales that differ.
-
-        It is called after all blocks. Raises `InputError`.
-        """
+        """After all blocks, refuse a wrong scale, or different ones."""
         white = {name: 255 if member.dtype == np.uint8 else 1 for name, member in self.members.items()}
         if all(max(self.ends[name]) - min(self.ends[name]) < NARROW * white[name] for name in self.members):
             cure = "multiply them by 255" if white["train"] > 1 else "they may have been divided by 255 twice"
@@ -332,10 +293,7 @@ def _differ(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def as_images(x: np.ndarray) -> np.ndarray:
-    """Return stored pixels in the form a model takes.
-
-    The result is float32 (n, 1, 28, 28). uint8 pixels are divided by 255.
-    """
+    """Convert pixels for a model: float32 (n, 1, 28, 28)."""
     images = x.reshape(-1, 1, SIDE, SIDE).astype(np.float32)
     if x.dtype == np.uint8:
         images /= 255

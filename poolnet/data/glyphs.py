@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from poolnet.data.dataset import LETTERS, SIDE
+
 VERSION = 1  # raised when the rendering changes, so that cached files of the old rendering are not reused
 
 # A face is a font file, and the code point of its A where that is not ASCII. The splits hold out designs:
@@ -58,17 +60,13 @@ LETTERLIKE = {
     **{0x1D53A: 0x2102, 0x1D53F: 0x210D},  # double-struck
 }
 
-SIDE = 28  # pixels, of an image
 INK, CANVAS = 64, 88  # pixels, of a master: the longer side of the regular letter, and the whole
 DIRECTIONS = 32  # in which the extent of a master is measured
 BATCH = 250  # images; part of the rendering, as random numbers are drawn batch by batch
 
 
 class Masters(NamedTuple):
-    """The undistorted glyphs of one split.
-
-    They are indexed by face, finish and letter.
-    """
+    """The undistorted glyphs of one split."""
 
     bitmaps: np.ndarray  # uint8 (faces, finishes, 10, CANVAS, CANVAS)
     hulls: np.ndarray  # float32 (faces, finishes, 10, 2, DIRECTIONS): outermost points (x, y), canvas = -1..1
@@ -80,7 +78,7 @@ def render(
     val: int = 6_000,
     test: int = 6_000,
     seed: int = 0,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = lambda number: None,
 ) -> dict[str, np.ndarray]:
     """Render the six arrays of the built-in data set.
 
@@ -94,18 +92,21 @@ def render(
         least = 0 if name == "seed" else 1
         if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
             raise ValueError(f"{name} must be an integer of at least {least}, not {number!r}")
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for split, stream in zip(sizes, np.random.SeedSequence(seed).spawn(len(sizes)), strict=True):
         rng = np.random.default_rng(stream)
-        arrays[f"X_{split}"], arrays[f"y_{split}"] = _render_split(split, sizes[split], rng, progress)
+        y = rng.permutation(np.arange(sizes[split], dtype=np.int64) % len(LETTERS))
+        X = np.empty((len(y), SIDE, SIDE), np.uint8)
+        for start in range(0, len(y), BATCH):
+            labels = y[start : start + BATCH]
+            X[start : start + BATCH] = _render_batch(masters(split), labels, rng)
+            progress(len(labels))
+        arrays |= {f"X_{split}": X, f"y_{split}": y}
     return arrays
 
 
 def font_and_letters(face: str) -> tuple[Path, str]:
-    """Return the font file and the letters of a face.
-
-    `face` is an entry of FACES. The ten characters are its A to J.
-    """
+    """Return font file and letters of an entry of FACES."""
     font, _, first = face.partition(":")
     start = int(first, 16) if first else ord("A")
     letters = "".join(chr(LETTERLIKE.get(point, point)) for point in range(start, start + 10))
@@ -114,27 +115,18 @@ def font_and_letters(face: str) -> tuple[Path, str]:
 
 @cache
 def masters(split: str) -> Masters:
-    """Draw all faces of a split in every finish.
-
-    Each split is drawn once in a process.
-    """
-    faces = [(face, kind) for kind, members in FACES[split].items() for face in members]
-    bitmaps = np.stack([_draw_face(face) for face, _ in faces])
-    shares = np.array([KINDS[kind] / len(FACES[split][kind]) for _, kind in faces])
-    return Masters(bitmaps, _hulls(bitmaps), shares / shares.sum())
-
-
-def _draw_face(face: str) -> np.ndarray:
-    """Draw one face: uint8 (finishes, 10, CANVAS, CANVAS)."""
-    path, letters = font_and_letters(face)
-    return np.stack([_finishes(letter, path) for letter in letters], axis=1)
+    """Draw a split's faces in every finish, once a process."""
+    drawings, shares = [], []
+    for kind, faces in FACES[split].items():
+        for path, letters in map(font_and_letters, faces):
+            drawings.append(np.stack([_finishes(letter, path) for letter in letters], axis=1))
+            shares.append(KINDS[kind] / len(faces))
+    bitmaps = np.stack(drawings)
+    return Masters(bitmaps, _hulls(bitmaps), np.array(shares) / np.sum(shares))
 
 
 def _finishes(letter: str, path: Path) -> np.ndarray:
-    """Draw one letter in each of FINISHES.
-
-    The result is uint8 (finishes, CANVAS, CANVAS), in the order of FINISHES.
-    """
+    """Draw one letter in all FINISHES: uint8 (finishes, CANVAS, CANVAS)."""
     left, top, right, bottom = ImageFont.truetype(path, INK).getbbox(letter)
     font = ImageFont.truetype(path, INK * INK / max(right - left, bottom - top))
     regular = _draw(letter, font, stroke=0)
@@ -163,10 +155,7 @@ def _widest_stroke(letter: str, font: ImageFont.FreeTypeFont, regular: np.ndarra
 
 
 def _draw(letter: str, font: ImageFont.FreeTypeFont, stroke: int) -> np.ndarray:
-    """Draw a letter in the middle of its canvas.
-
-    It is widened by `stroke` pixels on every side.
-    """
+    """Draw a letter in mid-canvas, widened by `stroke` pixels."""
     image = Image.new("L", (CANVAS, CANVAS))
     left, top, right, bottom = font.getbbox(letter)
     corner = ((CANVAS - left - right) / 2, (CANVAS - top - bottom) / 2)
@@ -175,10 +164,7 @@ def _draw(letter: str, font: ImageFont.FreeTypeFont, stroke: int) -> np.ndarray:
 
 
 def _hulls(bitmaps: np.ndarray) -> np.ndarray:
-    """Find the outermost point of each bitmap by direction.
-
-    The result is float32 (..., 2, DIRECTIONS).
-    """
+    """Find each bitmap's outermost points: float32 (..., 2, DIRECTIONS)."""
     angles = np.arange(DIRECTIONS) * (2 * np.pi / DIRECTIONS)
     directions = np.stack([np.cos(angles), np.sin(angles)])
     hulls = np.empty((*bitmaps.shape[:-2], 2, DIRECTIONS), np.float32)
@@ -187,22 +173,6 @@ def _hulls(bitmaps: np.ndarray) -> np.ndarray:
         points = (2 * np.stack([columns, rows]) + 1) / CANVAS - 1
         hulls[index] = points[:, np.argmax(directions.T @ points, axis=1)]
     return hulls
-
-
-def _render_split(split, size, rng, progress) -> tuple[np.ndarray, np.ndarray]:
-    """Render the images and labels of one split.
-
-    BATCH images are made at a time, to limit the memory.
-    """
-    glyphs = masters(split)
-    y = rng.permutation(np.arange(size, dtype=np.int64) % 10)
-    X = np.empty((size, SIDE, SIDE), np.uint8)
-    for start in range(0, size, BATCH):
-        labels = y[start : start + BATCH]
-        X[start : start + BATCH] = _render_batch(glyphs, labels, rng)
-        if progress is not None:
-            progress(len(labels))
-    return X, y
 
 
 def _render_batch(glyphs: Masters, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -216,9 +186,9 @@ def _render_batch(glyphs: Masters, labels: np.ndarray, rng: np.random.Generator)
 
 
 def _distortion(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw random rotations, slants and aspect ratios.
+    """Draw rotations, slants and aspect ratios: float32 (n, 2, 2).
 
-    The result is float32 (n, 2, 2) and maps the canvas to the frame, before size and place.
+    They map the canvas to the frame, before size and place.
     """
     angle = np.deg2rad(rng.normal(0, 6, n).clip(-15, 15))
     slant = rng.uniform(-0.3, 0.1, n)  # mostly to the right, as italics

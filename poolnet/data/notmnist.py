@@ -23,7 +23,7 @@ import urllib.request
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -51,25 +51,21 @@ MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # what becomes 8-bit grey without 
 
 @dataclass(frozen=True)
 class Letters:
-    """Decoded images with labels, digests and counts.
+    """Decoded images with labels, digests and counts."""
 
-    `images` is (N, 28, 28) uint8, `labels` is (N,) and `keys` is (N,), the digests of the pixels. `counts` holds what
-    was counted on the way.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    keys: np.ndarray
-    counts: dict[str, int]
+    images: np.ndarray  # (N, 28, 28) uint8
+    labels: np.ndarray  # (N,)
+    keys: np.ndarray  # (N,), digests of the pixels
+    counts: dict[str, int]  # what was counted on the way
 
     def take(self, rows: np.ndarray) -> "Letters":
         return Letters(self.images[rows], self.labels[rows], self.keys[rows], self.counts)
 
 
 def prepare(large: Path | None, small: Path | None, seed: int) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
-    """Build the six arrays of notMNIST, with counts.
+    """Build the six arrays of notMNIST; count each source's steps.
 
-    The counts are those of each step, for each source. Both sources are downloaded if neither is given.
+    Both sources are downloaded if neither is given.
     """
     if large is None and small is None:
         large, small = (download(name) for name in SIZES)
@@ -83,7 +79,7 @@ def prepare(large: Path | None, small: Path | None, seed: int) -> tuple[dict[str
     else:
         ((name, letters),) = sources.items()
         train, val, test = _divide(letters, (0.8, 0.9), rng)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for name, letters in zip(SPLITS, (train, val, test), strict=True):
         arrays[f"X_{name}"], arrays[f"y_{name}"] = letters.images, letters.labels.astype(np.int64)
     counts = {name: letters.counts for name, letters in sources.items()}
@@ -94,34 +90,26 @@ def prepare(large: Path | None, small: Path | None, seed: int) -> tuple[dict[str
 def _refuse_empty(arrays: dict[str, np.ndarray], counts: dict[str, dict], sources: str) -> None:
     empty = {name: "".join(LETTERS[n] for n in np.flatnonzero(per_letter(arrays, name) == 0)) for name in SPLITS}
     if any(empty.values()):
-        found = ", ".join(f"no {' '.join(letters)} in {name}" for name, letters in empty.items() if letters)
+        absent = ", ".join(f"no {' '.join(letters)} in {name}" for name, letters in empty.items() if letters)
         lost = [f"{n:,} {step}" for column in counts.values() for step, n in column.items() if n and step not in STAGES]
         raise InputError(
-            f"{sources}: found too few distinct letters, {found}, expected each of A to J in train, val and test"
+            f"{sources}: found too few distinct letters, {absent}, expected each of A to J in train, val and test"
             + (f" ({'; '.join(lost)})" if lost else "")
         )
 
 
 def per_letter(arrays: dict[str, np.ndarray], split: str) -> np.ndarray:
-    """Count the images of A to J in a split.
-
-    The result is (10,).
-    """
+    """Count a split's images by letter: (10,)."""
     return np.bincount(arrays[f"y_{split}"], minlength=len(LETTERS))
 
 
 def scarce(arrays: dict[str, np.ndarray]) -> Iterator[str]:
-    """Yield a warning for each letter with few images.
-
-    Each warning is one line. It tells the user to check the folder of the letter, which may be incomplete.
-    """
+    """Yield one line for each letter with few images."""
     numbers = {name: per_letter(arrays, name) for name in SPLITS}
     for n, letter in enumerate(LETTERS):
         if few := [name for name in SPLITS if numbers[name][n] < FEW * np.median(numbers[name])]:
-            found = ", ".join(
-                f"{numbers[name][n]:,} in {name} (median {np.median(numbers[name]):,.0f})" for name in few
-            )
-            yield f"letter {letter}: found {found}; see whether its folder is complete"
+            parts = (f"{numbers[name][n]:,} in {name} (median {np.median(numbers[name]):,.0f})" for name in few)
+            yield f"letter {letter}: found {', '.join(parts)}; see whether its folder is complete"
 
 
 def read(path: Path) -> Letters:
@@ -132,23 +120,19 @@ def read(path: Path) -> Letters:
     path = expanded(path)
     if not path.is_dir():
         regular(path, "a notMNIST tarball, or a folder")
-    left: Counter[str] = Counter()
-    files = _folder_files(path, left) if path.is_dir() else _tar_files(path, left)
-    labels, images, keys, unreadable = [], [], [], 0
+    skipped: Counter[str] = Counter()
+    files = _folder_files(path, skipped) if path.is_dir() else _tar_files(path, skipped)
     chunks = iter(lambda: tuple(islice(files, CHUNK)), ())
-    with progress(_on_all_cores(_decode, chunks), label=f"Decoding {printable(path.name)}") as parts:
-        for part in parts:
-            labels.append(part[0])
-            images.append(part[1])
-            keys.append(part[2])
-            unreadable += part[3]
-    if not any(map(len, labels)):
-        found = "".join(f", {n:,} {kind}" for kind, n in (+left).items())
-        raise InputError(f"{path}: found no readable letter{found}, expected 28x28 PNG files in folders A to J")
-    decoded = np.concatenate(labels)
-    counts = {"files": len(decoded) + unreadable, "unreadable or not 28x28, skipped": unreadable, **+left}
-    counts["read"] = len(decoded)
-    return Letters(np.concatenate(images), decoded, np.concatenate(keys), counts)
+    with progress(_on_all_cores(_decode, chunks), label=f"Decoding {printable(path.name)}") as bar:
+        parts: list[Letters] = list(bar)
+    if not any(len(part.labels) for part in parts):
+        others = "".join(f", {n:,} {kind}" for kind, n in (+skipped).items())
+        raise InputError(f"{path}: found no readable letter{others}, expected 28x28 PNG files in folders A to J")
+    columns = zip(*((part.images, part.labels, part.keys) for part in parts), strict=True)
+    images, labels, keys = map(np.concatenate, columns)
+    total = sum(part.counts["files"] for part in parts)
+    counts = {"files": total, "unreadable or not 28x28, skipped": total - len(labels), **+skipped, "read": len(labels)}
+    return Letters(images, labels, keys, counts)
 
 
 def clean(letters: Letters) -> Letters:
@@ -167,8 +151,7 @@ def clean(letters: Letters) -> Letters:
         "distinct images": len(keys),
         "with conflicting labels, dropped": int((low != high).sum()),
     }
-    kept = letters.take(first[low == high])
-    return Letters(kept.images, kept.labels, kept.keys, counts)
+    return replace(letters.take(first[low == high]), counts=counts)
 
 
 def table(arrays: dict[str, np.ndarray], counts: dict[str, dict]) -> str:
@@ -177,14 +160,13 @@ def table(arrays: dict[str, np.ndarray], counts: dict[str, dict]) -> str:
     Each step has a column for each source. Each letter has a column for each split. The last line has the sizes of the
     splits.
     """
-    steps = list(dict.fromkeys(step for column in counts.values() for step in column))
-    lines = [f"{'':34}" + "".join(f"{name:>10}" for name in counts)]
-    for step in steps:
-        cells = (f"{column[step]:,}" if step in column else "" for column in counts.values())
-        lines.append(f"{step:34}" + "".join(f"{cell:>10}" for cell in cells))
-    lines.append(f"{'':34}" + "".join(f"{name:>10}" for name in SPLITS))
-    for letter, numbers in zip(LETTERS, zip(*(per_letter(arrays, name) for name in SPLITS), strict=True), strict=True):
-        lines.append(f"{letter:34}" + "".join(f"{n:>10,}" for n in numbers))
+    rows: list[tuple[str, ...]] = [("", *counts)]
+    for step in dict.fromkeys(step for column in counts.values() for step in column):
+        rows.append((step, *(f"{column[step]:,}" if step in column else "" for column in counts.values())))
+    rows.append(("", *SPLITS))
+    columns = [LETTERS, *([f"{n:,}" for n in per_letter(arrays, name)] for name in SPLITS)]
+    rows += zip(*columns, strict=True)
+    lines = [f"{name:34}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in rows]
     sizes = (f"{name} {len(arrays[f'y_{name}']):,}" for name in SPLITS)
     return "\n".join([*lines, "splits: " + ", ".join(sizes)])
 
@@ -204,26 +186,20 @@ def _divide(letters: Letters, shares: tuple[float, ...], rng: np.random.Generato
 File = tuple[int, bytes]  # label and content, which is empty for a file that is too long to be a letter
 
 
-def _folder_files(path: Path, left: Counter) -> Iterator[File]:
-    """Yield each letter below a folder.
-
-    All other files there are counted in `left`.
-    """
+def _folder_files(path: Path, skipped: Counter[str]) -> Iterator[File]:
+    """Yield each letter below a folder; count what is skipped."""
     for file in walk(path):
         label = _label(PurePosixPath(*file.relative_to(path.parent).parts))
         if file.is_symlink() and not file.exists():
-            left[NOWHERE] += 1
+            skipped[NOWHERE] += 1
         elif label is None:
-            left[OTHER] += 1
+            skipped[OTHER] += 1
         else:
             yield label, file.read_bytes() if file.is_file() and file.stat().st_size <= MAX_PNG else b""
 
 
-def _tar_files(path: Path, left: Counter) -> Iterator[File]:
-    """Yield each letter in a tarball, without extracting it.
-
-    The tarball is read as a stream. All other entries are counted in `left`.
-    """
+def _tar_files(path: Path, skipped: Counter[str]) -> Iterator[File]:
+    """Yield each letter of a tarball; count what is skipped."""
     links = defaultdict(list)  # by what they lead to
     try:
         for name, entry, content in _entries(path):
@@ -231,46 +207,45 @@ def _tar_files(path: Path, left: Counter) -> Iterator[File]:
                 target = name.parent / entry.linkname if entry.issym() else entry.linkname
                 links[_normal(target)].append(name)
             elif entry.isfile():
-                yield from _letters([name], content, left)
+                yield from _letters([name], content, skipped)
         if links:
-            yield from _linked_files(path, links, left)
+            yield from _linked_files(path, links, skipped)
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # not of what is in the file
             raise RunError(f"{path}: cannot be read ({error.strerror})") from None
         raise InputError(f"{path}: not a whole tarball ({error}), expected notMNIST's .tar.gz or a folder") from None
 
 
-def _linked_files(path: Path, links: dict[PurePosixPath, list[PurePosixPath]], left: Counter) -> Iterator[File]:
+def _linked_files(path: Path, links: dict[PurePosixPath, list[PurePosixPath]], skipped: Counter[str]) -> Iterator[File]:
     """Yield the files that links of a tarball lead to.
 
     The tarball is read once more from its beginning.
     """
-    used = set()
+    used: set[PurePosixPath] = set()
     for name, entry, content in _entries(path):
         if entry.issym() or entry.islnk():
             continue
-        names, here = [name], set()
+        names, passed = [name], set[PurePosixPath]()
         for known in names:  # which grows, where links lead to links
             for place in (known, *known.parents):
                 for link in links.get(place, ()):
-                    if link not in here:  # each once, or one that leads back would have no end
-                        here.add(link)
+                    if link not in passed:  # each once, or one that leads back would have no end
+                        passed.add(link)
                         names.append(link / known.relative_to(place))
-        used |= here
-        if here and entry.isfile():
-            counted = {(_label(name), name.name)}
+        used |= passed
+        if passed and entry.isfile():
             new = {(_label(each), each.name): each for each in names}
-            yield from _letters([new[key] for key in new.keys() - counted], content, left)
-    left[NOWHERE] += sum(not _is_hidden(link) for group in links.values() for link in group if link not in used)
+            yield from _letters([new[key] for key in new.keys() - {(_label(name), name.name)}], content, skipped)
+    skipped[NOWHERE] += sum(not _is_hidden(link) for group in links.values() for link in group if link not in used)
 
 
-def _letters(names: list[PurePosixPath], content: Callable[[], bytes], left: Counter) -> Iterator[File]:
+def _letters(names: list[PurePosixPath], content: Callable[[], bytes], skipped: Counter[str]) -> Iterator[File]:
     """Yield a tarball's file once for each name.
 
-    Names that are not those of a letter are counted in `left`. Hidden names are left out.
+    Names that are not those of a letter are counted in `skipped`. Hidden names are left out.
     """
     labels = [_label(name) for name in names if not _is_hidden(name)]
-    left[OTHER] += labels.count(None)
+    skipped[OTHER] += labels.count(None)
     if any(label is not None for label in labels):
         letter = content()
         yield from ((label, letter) for label in labels if label is not None)
@@ -283,8 +258,9 @@ def _entries(path: Path) -> Iterator[tuple[PurePosixPath, tarfile.TarInfo, Calla
     """
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("rb"))
-        is_gzip = file.peek(2)[:2] == b"\x1f\x8b"  # tarfile's own stream would not compare gzip's checksum
-        stream = stack.enter_context(gzip.open(file)) if is_gzip else file
+        stream: io.BufferedReader | gzip.GzipFile = file
+        if file.peek(2)[:2] == b"\x1f\x8b":  # tarfile's own stream would not compare gzip's checksum
+            stream = stack.enter_context(gzip.open(file))
         with tarfile.open(fileobj=stream, mode="r|*") as tar:
             for entry in tar:
                 yield _normal(entry.name), entry, partial(_content, tar, entry)
@@ -293,8 +269,9 @@ def _entries(path: Path) -> Iterator[tuple[PurePosixPath, tarfile.TarInfo, Calla
 
 
 def _content(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(entry) if entry.size <= MAX_PNG else None
-    return file.read() if file else b""
+    file = tar.extractfile(entry)
+    assert file  # of a regular file
+    return file.read() if entry.size <= MAX_PNG else b""
 
 
 def _normal(name: str | PurePosixPath) -> PurePosixPath:
@@ -311,10 +288,10 @@ def _label(path: PurePosixPath) -> int | None:
     return LETTERS.index(path.parent.name)
 
 
-def _on_all_cores(work, items: Iterable) -> Iterator:
-    """Yield `work(item)` for each item, in order.
+def _on_all_cores(work: Callable, items: Iterable) -> Iterator:
+    """Yield `work(item)` for each item, in order, from worker processes.
 
-    Worker processes do the work. No more items are pending than the workers can take soon.
+    No more items are pending than the workers can take soon.
     """
     workers = min(cores(), 61)  # more than that Windows does not wait for
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
@@ -327,37 +304,26 @@ def _on_all_cores(work, items: Iterable) -> Iterator:
             yield pending.popleft().result()
 
 
-def _decode(files: tuple[tuple[int, bytes], ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Decode the letters of some files.
-
-    Returns labels, images and digests of the readable files, and the number of the others.
-    """
-    labels, images = [], []
-    for label, content in files:
-        image = _pixels(content)
-        if image is not None:
-            labels.append(label)
-            images.append(image)
-    keys = [hashlib.blake2b(image, digest_size=16).digest() for image in images]
-    stack = np.frombuffer(b"".join(images), np.uint8).reshape(-1, SIDE, SIDE)
-    return np.array(labels, np.int64), stack, np.frombuffer(b"".join(keys), "V16"), len(files) - len(images)
+def _decode(files: tuple[File, ...]) -> Letters:
+    """Decode the readable letters among some files."""
+    decoded = [(label, image) for label, content in files if (image := _pixels(content)) is not None]
+    labels = np.array([label for label, _ in decoded], np.int64)
+    images = np.frombuffer(b"".join(image for _, image in decoded), np.uint8).reshape(-1, SIDE, SIDE)
+    keys = b"".join(hashlib.blake2b(image, digest_size=16).digest() for _, image in decoded)
+    return Letters(images, labels, np.frombuffer(keys, "V16"), {"files": len(files)})
 
 
 def _pixels(content: bytes) -> bytes | None:
-    """Decode a PNG to 784 grey bytes, or None.
-
-    Size and dimensions are checked before anything is decoded.
-    """
+    """Decode a PNG to 784 grey bytes, or None."""
     if len(content) > MAX_PNG or not content.startswith(PNG_START):
         return None
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             if image.mode not in MODES:
                 return None
-            if not image.has_transparency_data:
-                return image.convert("L").tobytes()
-            on_ground = opaque(np.asarray(image.convert("RGBA"), np.float32))
-            return Image.fromarray(on_ground).convert("L").tobytes()
+            if image.has_transparency_data:
+                return Image.fromarray(opaque(np.asarray(image.convert("RGBA"), np.float32))).convert("L").tobytes()
+            return image.convert("L").tobytes()
     except BROKEN:
         return None
 
@@ -388,10 +354,7 @@ def download(name: str, mirrors: tuple[str, ...] = MIRRORS, sizes: dict[str, int
 
 
 def _fetch(url: str, target: Path, size: int) -> None:
-    """Download `url` to `target` and check its size.
-
-    The file is complete or is not created. Raises `ValueError` if the size is wrong.
-    """
+    """Download `url` to `target`; raise `ValueError` for a wrong size."""
     with urllib.request.urlopen(url, timeout=30) as response, replacing(target) as part:
         with part.open("wb") as file, progress(length=size, label=f"Downloading {target.name}") as bar:
             while file.tell() <= size and (data := response.read(1 << 16)):

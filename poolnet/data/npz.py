@@ -33,10 +33,7 @@ QUIET = partial(warnings.catch_warnings, action="ignore")  # at Python 2's numbe
 
 @dataclass(frozen=True)
 class Member:
-    """One array of an archive, not yet read.
-
-    Its header describes it.
-    """
+    """One array of an archive, as its header describes it."""
 
     archive: zipfile.ZipFile
     path: Path
@@ -47,16 +44,13 @@ class Member:
     start: int  # where its data begin
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Yield `ROWS` rows at a time, in order.
-
-        Each block is in C order.
-        """
+        """Yield blocks of `ROWS` rows, in C order."""
         if self.fortran:
             whole = self.read()
             for start in range(0, len(whole), ROWS):
                 yield np.ascontiguousarray(whole[start : start + ROWS])
             return
-        with _said(self.path), self.archive.open(f"{self.key}.npy") as stream:
+        with _named_errors(self.path), self.archive.open(f"{self.key}.npy") as stream:
             stream.read(self.start)
             for start in range(0, self.shape[0], ROWS):
                 shape = (min(ROWS, self.shape[0] - start), *self.shape[1:])
@@ -65,7 +59,7 @@ class Member:
 
     def read(self) -> np.ndarray:
         """Read the whole array."""
-        with _said(self.path), QUIET(), self.archive.open(f"{self.key}.npy") as stream:
+        with _named_errors(self.path), QUIET(), self.archive.open(f"{self.key}.npy") as stream:
             return np.lib.format.read_array(stream, allow_pickle=False)
 
 
@@ -74,7 +68,7 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open the `.npz` archive at `path`."""
     regular(path, "an .npz file, glyphs, or notmnist")
     with contextlib.ExitStack() as stack:
-        with _said(path):
+        with _named_errors(path):
             file = stack.enter_context(path.open("rb"))
             if file.read(2) != b"PK":
                 raise InputError(f"{path}: found no zip archive, expected an .npz file")
@@ -89,9 +83,9 @@ def member(archive: zipfile.ZipFile, path: Path, key: str) -> Member:
     """
     names = archive.namelist()
     if f"{key}.npy" not in names:
-        found = ", ".join(sorted(name.removesuffix(".npy") for name in names)) or "an empty archive"
-        raise InputError(f"{path}: {key}: missing, found {found}; expected arrays as np.savez writes them")
-    with _said(path), archive.open(f"{key}.npy") as stream:
+        others = ", ".join(sorted(name.removesuffix(".npy") for name in names)) or "an empty archive"
+        raise InputError(f"{path}: {key}: missing, found {others}; expected arrays as np.savez writes them")
+    with _named_errors(path), archive.open(f"{key}.npy") as stream:
         try:
             shape, fortran, dtype, start = _header(stream)
         except GARBLED as error:
@@ -102,30 +96,24 @@ def member(archive: zipfile.ZipFile, path: Path, key: str) -> Member:
         raise InputError(
             f"{path}: {key}: found an object array, which is never unpickled; expected numbers of one type"
         )
-    stored, size = archive.getinfo(f"{key}.npy").file_size, start + dtype.itemsize * math.prod(shape)
-    if stored != size:
-        raise InputError(f"{path}: {key}: truncated, found {stored:,} bytes, expected {size:,}")
+    size, expected = archive.getinfo(f"{key}.npy").file_size, start + dtype.itemsize * math.prod(shape)
+    if size != expected:
+        raise InputError(f"{path}: {key}: truncated, found {size:,} bytes, expected {expected:,}")
     return Member(archive, path, key, shape, dtype, fortran, start)
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write the arrays uncompressed.
-
-    The file is complete or is not created. Raises `RunError`.
-    """
+    """Write the arrays uncompressed, all or none; raise `RunError`."""
     try:
         with replacing(path) as part, part.open("wb") as file:
-            np.savez(file, allow_pickle=True, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # none of them is named allow_pickle
     except OSError as error:  # numpy's own names no file and has no number
         cure = "; is the disk full?" if error.errno in (None, errno.EFBIG, *FULL) else ""
         raise RunError(f"{path}: cannot be written ({error.strerror or error}){cure}") from error
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Read a header: shape, order, type and data offset.
-
-    `True` in the second place means Fortran order.
-    """
+    """Read a header: shape, Fortran order, type, data offset."""
     first = io.BytesIO(stream.read(HEADER))
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     with QUIET():
@@ -133,11 +121,8 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype, int]:
 
 
 @contextlib.contextmanager
-def _said(path: Path) -> Iterator[None]:
-    """Turn read errors into one-line poolnet errors.
-
-    Raises `InputError` or `RunError`. The line says what is wrong.
-    """
+def _named_errors(path: Path) -> Iterator[None]:
+    """Turn read errors into one line of `InputError` or `RunError`."""
     try:
         yield
     except InputError:

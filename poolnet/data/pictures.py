@@ -22,8 +22,7 @@ BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 def find(paths: Iterable[Path]) -> list[Path]:
     """Find the image files that the paths stand for.
 
-    A file is taken as it is. For a folder, the images below it are taken; they are known by their suffix. Raises
-    `InputError` for a folder without images, and for a name that does not exist.
+    For a folder, that is the images below it, which are known by their suffix. Raises `InputError` if there are none.
     """
     images: list[Path] = []
     for path in map(Path, paths):
@@ -84,10 +83,7 @@ def _decoded(image: Image.Image) -> np.ndarray:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Convert grey pixels of any range to eight bits.
-
-    The darkest pixel becomes 0 and the brightest 255.
-    """
+    """Stretch grey pixels of any range to 0..255."""
     step = max(1, max(image.size) // (2 * WORK))  # fewer pixels, before they become floats
     grey = np.nan_to_num(np.asarray(image)[::step, ::step].astype(np.float32))
     low, high = float(grey.min()), float(grey.max())

@@ -166,7 +166,7 @@ def two_way(d: ArrayLike, rng: np.random.Generator, resamples: int = 2000) -> Ef
 
 
 def _draw(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw n - 1 of n with replacement, k times: shares (k, n)."""
+    """Draw n - 1 of n, k times: shares (k, n)."""
     drawn = rng.integers(n, size=(k, n - 1))
     drawn += n * np.arange(k)[:, None]
     return np.bincount(drawn.ravel(), minlength=k * n).reshape(k, n) / (n - 1)

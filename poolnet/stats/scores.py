@@ -17,7 +17,7 @@ from poolnet.stats.paired import Calibration, Effect
 
 @dataclass(frozen=True)
 class Share:
-    """A proportion and its 95 % interval; NaN if of nothing."""
+    """A proportion and its 95 % interval, or NaN."""
 
     estimate: float
     low: float

@@ -19,7 +19,7 @@ POOLS = ("max", "avg", "conv")  # conv: the two strided convolutions that poolin
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of one training run; the one home of their defaults."""
+    """The settings of a training run, with their only defaults."""
 
     data: str = dataclasses.field(default="glyphs", metadata={"help": "glyphs, notmnist, or the path of an .npz file."})
     pool: str = dataclasses.field(default="max", metadata={"help": "max, avg, or conv (the baseline)."})
@@ -49,7 +49,7 @@ class TrainConfig:
 
 
 def _typed(name: str, kind: type, value: Any) -> object:
-    """Convert a value, also NumPy's, to the type of its field."""
+    """Convert a value to the type of its field."""
     expected = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}[kind]
     try:
         if isinstance(value, bool) != (kind is bool):

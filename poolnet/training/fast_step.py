@@ -57,7 +57,7 @@ def fit(
 
 
 def fetcher_of_features(features: np.ndarray, y: np.ndarray, device: torch.device) -> Fetch:
-    """Do as `evaluation.fetcher`, for the features (n, 49) of the images."""
+    """Do as `evaluation.fetcher`, for features (n, 49)."""
     x, labels = torch.tensor(features[:, :-1], device=device), torch.tensor(y, device=device)
     return lambda rows: (x[rows], labels[rows])
 
@@ -117,7 +117,7 @@ def _loss_and_gradient(
 
 
 def _weights(model: TwoLayerNet) -> torch.Tensor:
-    """Return the classifier as one array (50, 10), with the bias last."""
+    """Return the classifier as (50, 10), with the bias last."""
     fc = model.classifier
     return torch.cat([fc.weight.detach().T, fc.bias.detach()[None]]).cpu()
 

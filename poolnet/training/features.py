@@ -28,7 +28,7 @@ CACHE_LIMIT = 4 << 30  # bytes; the reference experiment takes 95 MB a pooling
 def open_pooled(
     path: Path, pool: str, cache: bool = True, echo: Callable[[str], None] = lambda line: None
 ) -> tuple[Dataset, dict[str, np.ndarray]]:
-    """Open a data set, and return its features by split name."""
+    """Open a data set, with its features by split name."""
     if cache:
         splits = open_splits(path, keep=KEPT)
         cached = {split.name: array for split in splits if (array := _load(split, pool)) is not None}

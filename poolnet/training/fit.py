@@ -7,7 +7,7 @@ from poolnet.training.train_loop import FitResult, OnEpoch
 
 
 def fit(config: TrainConfig, data: Dataset, on_epoch: OnEpoch = lambda record: None) -> FitResult:
-    """Train a network, by the fast step unless it is `conv`.
+    """Train by the fast step, unless the pooling is `conv`.
 
     Nothing is written or published. `on_epoch` gets the `EpochRecord` of each epoch.
     """
