@@ -98,8 +98,8 @@ def regular(path: Path, wanted: str) -> None:
 def walk(folder: Path) -> Iterator[Path]:
     """Yield the files below a folder, sorted by name.
 
-    Hidden names are left out. Links are followed. A folder is visited once under each name, so a link that leads back does not make the walk
-    endless. A link that leads nowhere is yielded as it is.
+    Hidden names are left out. Links are followed. A folder is visited once under each name, so a link that leads back
+    does not make the walk endless. A link that leads nowhere is yielded as it is.
     """
     ahead, seen = [folder], set()
     while ahead:

@@ -65,7 +65,7 @@ def printable(text: object) -> str:
 
 
 def to_json(value: object, indent: int | None = None) -> str:
-    """Convert plain values, dataclasses and paths; NaN becomes null."""
+    """Convert plain values, dataclasses and paths to JSON."""
     return json.dumps(_plain(value), allow_nan=False, indent=indent)
 
 

@@ -304,11 +304,11 @@ def test_the_digest_sees_the_last_pixel_the_labels_and_the_type(tmp_path, arrays
     pixel[-1, -1, -1] ^= 1
     label[-1] = (label[-1] + 1) % 10
     variants = [(X, y), (pixel, y), (X, label), (X.astype(np.float32) / 255, y), (X[:-1], y[:-1])]
-    found = [
+    digests = [
         open_splits(save(tmp_path / "d.npz", arrays | {"X_train": X, "y_train": y})).train.sha256 for X, y in variants
     ]
-    assert len(set(found)) == 5
-    assert found == [digest(X, y) for X, y in variants]
+    assert len(set(digests)) == 5
+    assert digests == [digest(X, y) for X, y in variants]
 
 
 def same_size_and_time(path, arrays):
@@ -497,10 +497,10 @@ def test_out_replaces_regular_files_only(tmp_path, letters, capsys, monkeypatch)
         places |= {tmp_path / "pipe": "found a pipe", "/dev/full": "found a device", tmp_path / "link": "a device"}
     monkeypatch.setattr(glyphs, "render", None)  # nothing is rendered before it is known where to
     for place, message in places.items():
-        code, said = run(*small(place), capsys=capsys)
-        assert (code, message in said, said.count("\n")) == (2, True, 1), said
-        code, said = run("prepare", "notmnist", "--small", letters, "--out", place, capsys=capsys)
-        assert (code, message in said, said.count("\n")) == (2, True, 1), said
+        code, error = run(*small(place), capsys=capsys)
+        assert (code, message in error, error.count("\n")) == (2, True, 1), error
+        code, error = run("prepare", "notmnist", "--small", letters, "--out", place, capsys=capsys)
+        assert (code, message in error, error.count("\n")) == (2, True, 1), error
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
@@ -518,9 +518,9 @@ def test_a_full_disk_is_one_line_where_nothing_can_be_written(tmp_path, monkeypa
     monkeypatch.setattr(glyphs, "render", full)
     monkeypatch.setenv("POOLNET_HOME", str(Path("letters.txt", "home")))
     Path("letters.txt").touch()  # where a folder would have to be
-    code, said = run(*small(tmp_path / "new.npz"), capsys=capsys)
-    assert (code, said.count("\n")) == (1, 1)
-    assert "No space left on device; files go to POOLNET_HOME" in said
+    code, error = run(*small(tmp_path / "new.npz"), capsys=capsys)
+    assert (code, error.count("\n")) == (1, 1)
+    assert "No space left on device; files go to POOLNET_HOME" in error
 
 
 def test_an_empty_name_of_data_is_refused(capsys):
@@ -548,12 +548,12 @@ ODD_NAMES = ["a b", "a#b?c=d%20", "it's", 'a"b', "Büro", "文字", "$HOME", "a;
 def test_any_name_works_and_none_reaches_the_terminal_raw(tmp_path, capsys, name):
     path = tmp_path / f"{name}.npz"
     assert commands._run([str(arg) for arg in small(path)]) == 0
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert open_splits(path).name == name
     path.write_bytes(b"damaged")
     code, error = run("prepare", "notmnist", "--small", path, capsys=capsys)
     assert code == 2
-    for text in (said.out, error):
+    for text in (printed.out, error):
         assert text.count("\n") == 1
         assert text.rstrip("\n").isprintable()
 
@@ -561,42 +561,42 @@ def test_any_name_works_and_none_reaches_the_terminal_raw(tmp_path, capsys, name
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
 def test_a_name_that_no_server_stores_is_refused_before_training(letters, capsys):
     named = letters.rename(os.fsdecode(b"not-utf8-\xff.npz"))
-    code, said = run("train", "--data", named, capsys=capsys)
-    assert (code, said.count("\n")) == (2, 1)
-    assert "not-utf8-\\udcff.npz: found a name that is not UTF-8" in said
+    code, error = run("train", "--data", named, capsys=capsys)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "not-utf8-\\udcff.npz: found a name that is not UTF-8" in error
 
 
 def test_rendered_letters_that_are_damaged_are_rendered_again(monkeypatch):
     rendered = glyphs.render(20, 10, 10)
     monkeypatch.setattr(glyphs, "render", lambda: rendered)
-    said = []
-    path = locate("glyphs", said.append)
-    assert (len(said), locate("glyphs", said.append), len(said)) == (1, path, 1)
+    lines = []
+    path = locate("glyphs", lines.append)
+    assert (len(lines), locate("glyphs", lines.append), len(lines)) == (1, path, 1)
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     for damage in (bytes(flipped), whole[:-1], whole[:1000], b"", b"text"):
         path.write_bytes(damage)
-        assert locate("glyphs", said.append) == path
+        assert locate("glyphs", lines.append) == path
         assert open_splits(path).sha256 == open_splits(save(path, rendered)).sha256
-    assert len(said) == 6
+    assert len(lines) == 6
 
 
 def test_who_renders_is_named_while_another_waits(monkeypatch):
     rendered = glyphs.render(20, 10, 10)
     monkeypatch.setattr(glyphs, "render", lambda: rendered)
     monkeypatch.setattr(dataset, "locked", lambda path, wait=0.1: files.locked(path, wait))
-    lock, said = home() / "data" / f"glyphs-v{glyphs.VERSION}.lock", []
-    with contextlib.ExitStack() as held:
-        held.enter_context(files.locked(lock))
-        thread = threading.Thread(target=locate, args=("glyphs", said.append))
+    lock, lines = home() / "data" / f"glyphs-v{glyphs.VERSION}.lock", []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(files.locked(lock))
+        thread = threading.Thread(target=locate, args=("glyphs", lines.append))
         thread.start()
-        while not said:
+        while not lines:
             assert thread.is_alive()
     thread.join(30)
-    assert said[0].startswith("Waiting for the embedded letters: ")
-    assert f"process {os.getpid()}" in said[0]
-    assert said[1].startswith("Rendering")
+    assert lines[0].startswith("Waiting for the embedded letters: ")
+    assert f"process {os.getpid()}" in lines[0]
+    assert lines[1].startswith("Rendering")
 
 
 @pytest.mark.parametrize(

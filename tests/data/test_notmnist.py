@@ -257,13 +257,13 @@ def test_transparent_letters_are_laid_on_a_ground(tmp_path, mode):
     assert {image.tobytes() for name in ("train", "val", "test") for image in arrays[f"X_{name}"]} == expected
 
 
-def without(letters, files, left=0):
+def without(letters, files, rest=0):
     """The files without those of some letters, but for so many of each."""
     kept = Counter()
     for name, content in files:
         letter = name.split("/")[1]
         kept[letter] += 1
-        if letter not in letters or kept[letter] <= left:
+        if letter not in letters or kept[letter] <= rest:
             yield name, content
 
 
@@ -278,7 +278,7 @@ def test_a_letter_that_is_missing_is_refused_and_one_that_is_rare_is_named(tmp_p
     ):
         notmnist.prepare(None, folder(tmp_path / "g", unreadable), seed=0)
     arrays, _ = notmnist.prepare(
-        folder(tmp_path / "large", without("DE", some_files(3000), left=25)),
+        folder(tmp_path / "large", without("DE", some_files(3000), rest=25)),
         folder(tmp_path / "small", some_files(600, seed=1)),
         seed=0,
     )
@@ -328,11 +328,11 @@ NAME = "notMNIST_small.tar.gz"
 @contextlib.contextmanager
 def mirror(content=CONTENT, cut_after=None):
     """A real server on loopback that may break off after so many bytes."""
-    asked = []
+    requests = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append(self.path)
+            requests.append(self.path)
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -345,7 +345,7 @@ def mirror(content=CONTENT, cut_after=None):
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/", asked
+        yield f"http://127.0.0.1:{server.server_port}/", requests
     finally:
         server.shutdown()
         thread.join()
@@ -361,16 +361,16 @@ def downloads():
 
 
 def test_a_download_is_kept_and_not_repeated():
-    with mirror() as (url, asked):
+    with mirror() as (url, requests):
         assert fetch(url).read_bytes() == CONTENT
         assert fetch(url).read_bytes() == CONTENT
-    assert asked == [f"/{NAME}"]
+    assert requests == [f"/{NAME}"]
 
 
 def test_a_download_that_was_cut_is_tried_at_the_second_mirror():
-    with mirror(cut_after=70_000) as (cut, _), mirror() as (good, asked):
+    with mirror(cut_after=70_000) as (cut, _), mirror() as (good, requests):
         assert fetch(cut, good).read_bytes() == CONTENT
-    assert asked == [f"/{NAME}"]
+    assert requests == [f"/{NAME}"]
     assert downloads() == [NAME]
 
 
@@ -406,15 +406,15 @@ def test_a_pipe_or_device_as_source_is_refused_at_once(tmp_path):
 
 @pytest.mark.parametrize(("available", "workers"), [(1, 1), (2, 2), (64, 61), (200, 61)])
 def test_as_many_workers_as_cores_that_may_be_used(monkeypatch, available, workers):
-    asked = []
+    numbers = []
     monkeypatch.setattr(notmnist, "cores", lambda: available)
     monkeypatch.setattr(
         notmnist.concurrent.futures,
         "ProcessPoolExecutor",
-        lambda number: asked.append(number) or notmnist.concurrent.futures.ThreadPoolExecutor(1),
+        lambda number: numbers.append(number) or notmnist.concurrent.futures.ThreadPoolExecutor(1),
     )
     assert list(notmnist._on_all_cores(str, [1, 2, 3])) == ["1", "2", "3"]
-    assert asked == [workers]
+    assert numbers == [workers]
 
 
 def test_offline_is_one_clear_line():

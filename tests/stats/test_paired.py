@@ -134,8 +134,8 @@ def two_way_reference(d):
     """Standard error of the two-way bootstrap of infinitely many resamples: by seed, by example, by cell."""
     S, N = d.shape
     by_seed, by_example = d.mean(1, keepdims=True), d.mean(0, keepdims=True)
-    left = ((d - by_seed - by_example + d.mean()) ** 2).sum() / ((S - 1) * (N - 1))
-    return np.sqrt(by_seed.var(ddof=1) / S + by_example.var(ddof=1) / N + left / (S * N))
+    rest = ((d - by_seed - by_example + d.mean()) ** 2).sum() / ((S - 1) * (N - 1))
+    return np.sqrt(by_seed.var(ddof=1) / S + by_example.var(ddof=1) / N + rest / (S * N))
 
 
 @pytest.mark.parametrize(("S", "N"), [(2, 2), (3, 40), (10, 500), (50, 7)])
@@ -197,49 +197,49 @@ def test_holm_keeps_the_order_and_never_lowers(p, random):
 def test_each_class_is_compared_by_itself():
     y = np.repeat([0, 1, 3, 4], [100, 200, 50, 1])
     d = differences(4, len(y), by_seed=0.05, by_example=0.2) * 0.1 + np.where(y == 1, 0.5, 0)
-    found = per_class(d, y, rng(), classes=5)
-    assert [(effect.label, effect.n) for effect in found] == [(0, 100), (1, 200), (2, 0), (3, 50), (4, 1)]
+    effects = per_class(d, y, rng(), classes=5)
+    assert [(effect.label, effect.n) for effect in effects] == [(0, 100), (1, 200), (2, 0), (3, 50), (4, 1)]
     for label in (0, 1, 3):
         alone = two_way(d[:, y == label], rng())
-        assert found[label].effect.estimate == alone.estimate
-        assert found[label].effect.se == pytest.approx(alone.se, rel=0.1)
-    assert np.isnan(numbers(found[2].effect)).all()
-    assert np.isnan([found[2].p_holm, found[4].p_holm]).all()
-    measured = [found[label] for label in (0, 1, 3)]
+        assert effects[label].effect.estimate == alone.estimate
+        assert effects[label].effect.se == pytest.approx(alone.se, rel=0.1)
+    assert np.isnan(numbers(effects[2].effect)).all()
+    assert np.isnan([effects[2].p_holm, effects[4].p_holm]).all()
+    measured = [effects[label] for label in (0, 1, 3)]
     np.testing.assert_array_equal([x.p_holm for x in measured], holm([x.effect.p for x in measured]))
-    assert found[1].p_holm < 1e-3 < found[0].p_holm
+    assert effects[1].p_holm < 1e-3 < effects[0].p_holm
 
 
 def test_classes_of_one_seed_vary_by_examples():
     y = np.arange(300) % 3
     d = differences(1, 300)
-    found = per_class(d, y, rng(), classes=3, resamples=9999)
+    effects = per_class(d, y, rng(), classes=3, resamples=9999)
     alone = over_examples(d[0, y == 0], rng())
-    assert found[0].effect == alone
+    assert effects[0].effect == alone
 
 
 def test_calibration_by_hand():
     # top probabilities 0.5, 0.5, 0.75 and 1 - 1e-9, in 4 bins closed on the right: 2 in (0.25, 0.5], 1 in (0.5, 0.75]
     p = np.array([[0.5, 0.5], [0.5, 0.5], [0.25, 0.75], [1e-9, 1 - 1e-9]])
-    found = calibration(np.log(p), [0, 1, 1, 0], bins=4)
-    np.testing.assert_array_equal(found.counts, [0, 2, 1, 1])
-    np.testing.assert_allclose(found.confidence, [np.nan, 0.5, 0.75, 1], atol=1e-6)
-    np.testing.assert_allclose(found.accuracy, [np.nan, 0.5, 1, 0])
-    assert found.ece == pytest.approx((2 * 0 + 1 * 0.25 + 1 * 1) / 4, abs=1e-6)
+    result = calibration(np.log(p), [0, 1, 1, 0], bins=4)
+    np.testing.assert_array_equal(result.counts, [0, 2, 1, 1])
+    np.testing.assert_allclose(result.confidence, [np.nan, 0.5, 0.75, 1], atol=1e-6)
+    np.testing.assert_allclose(result.accuracy, [np.nan, 0.5, 1, 0])
+    assert result.ece == pytest.approx((2 * 0 + 1 * 0.25 + 1 * 1) / 4, abs=1e-6)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 30), st.floats(0.01, 30))
 def test_calibration_is_that_of_scikit_learns_curve(sklearn, seed, bins, scale):
     logits, y = rng(seed).normal(0, scale, (200, 10)), rng(seed + 1).integers(10, size=200)
-    found = calibration(logits, y, bins)
+    result = calibration(logits, y, bins)
     p = np.exp(logits - logits.max(1, keepdims=True))
     top, right = (p / p.sum(1, keepdims=True)).max(1), logits.argmax(1) == y
     accuracy, confidence = sklearn.calibration.calibration_curve(right, top, n_bins=bins, pos_label=True)
-    filled = found.counts > 0
-    np.testing.assert_allclose(found.accuracy[filled], accuracy)
-    np.testing.assert_allclose(found.confidence[filled], confidence)
-    assert found.ece == pytest.approx((found.counts[filled] * abs(accuracy - confidence)).sum() / 200, abs=1e-12)
-    assert 0 <= found.ece <= 1
+    filled = result.counts > 0
+    np.testing.assert_allclose(result.accuracy[filled], accuracy)
+    np.testing.assert_allclose(result.confidence[filled], confidence)
+    assert result.ece == pytest.approx((result.counts[filled] * abs(accuracy - confidence)).sum() / 200, abs=1e-12)
+    assert 0 <= result.ece <= 1
 
 
 def test_large_logits_overflow_nothing():
@@ -350,10 +350,10 @@ def test_units_do_not_matter(interval):
 
 @each_interval
 def test_a_planted_difference_is_found(interval):
-    found = interval(differences(S=6, N=1000, mean=0.5, by_seed=0.1))
-    assert found.p < 0.01
-    assert found.low < 0.5 < found.high
-    assert found.low > 0
+    effect = interval(differences(S=6, N=1000, mean=0.5, by_seed=0.1))
+    assert effect.p < 0.01
+    assert effect.low < 0.5 < effect.high
+    assert effect.low > 0
 
 
 @each_interval
@@ -387,8 +387,8 @@ def test_memory_does_not_grow_with_the_number_of_resamples(monkeypatch):
 def truth_is_covered(interval, simulate, simulations=400):
     """Share of simulated experiments, of true difference 0, whose interval holds it."""
     draw = rng(11)
-    found = [interval(simulate(draw), draw) for _ in range(simulations)]
-    return np.mean([effect.low <= 0 <= effect.high for effect in found])
+    effects = [interval(simulate(draw), draw) for _ in range(simulations)]
+    return np.mean([effect.low <= 0 <= effect.high for effect in effects])
 
 
 def letters_right(draw, S, N, by_seed, by_example):

@@ -8,29 +8,29 @@ from poolnet.stats import paired, scores
 from poolnet.stats.paired import McNemar
 
 
-def logits_of(said, K=3, height=2.0):
-    return height * np.eye(K)[said]
+def logits_of(predicted, K=3, height=2.0):
+    return height * np.eye(K)[predicted]
 
 
 def test_scores_by_hand():
-    y, said = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2]
-    found = scores.of(logits_of(said), y)
-    assert found.confusion.tolist() == [[2, 1, 0], [0, 1, 1], [0, 0, 1]]
-    assert found.acc.estimate == 4 / 6
-    first = found.per_class[0]
+    y, predicted = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2]
+    result = scores.of(logits_of(predicted), y)
+    assert result.confusion.tolist() == [[2, 1, 0], [0, 1, 1], [0, 0, 1]]
+    assert result.acc.estimate == 4 / 6
+    first = result.per_class[0]
     assert (first.n, first.precision.estimate, first.recall.estimate) == (3, 1, 2 / 3)
     assert first.f1.estimate == pytest.approx(0.8)  # 2 * 1 * 2/3 / (1 + 2/3)
     # each answer has probability e^2 / (e^2 + 2) for what it says, and 1 / (e^2 + 2) for the rest
     top = np.exp(2) / (np.exp(2) + 2)
-    assert found.loss.estimate == pytest.approx(-(4 * np.log(top) + 2 * np.log((1 - top) / 2)) / 6)
-    assert found.calibration.ece == pytest.approx(top - 4 / 6)
+    assert result.loss.estimate == pytest.approx(-(4 * np.log(top) + 2 * np.log((1 - top) / 2)) / 6)
+    assert result.calibration.ece == pytest.approx(top - 4 / 6)
 
 
 def test_a_letter_that_is_never_said_has_no_precision():
-    found = scores.of(logits_of([0, 0, 0, 0]), [0, 0, 1, 1])
-    assert np.isnan(found.per_class[1].precision.estimate)
-    assert found.per_class[1].recall.estimate == 0
-    assert np.isnan(found.per_class[2].recall.low)
+    result = scores.of(logits_of([0, 0, 0, 0]), [0, 0, 1, 1])
+    assert np.isnan(result.per_class[1].precision.estimate)
+    assert result.per_class[1].recall.estimate == 0
+    assert np.isnan(result.per_class[2].recall.low)
 
 
 def test_a_confusion_matrix_counts_true_letters_in_rows():
@@ -42,11 +42,11 @@ def test_a_confusion_matrix_counts_true_letters_in_rows():
 def test_scores_are_scikit_learns(sklearn):
     rng = np.random.default_rng(1)
     logits, y = rng.normal(size=(500, 10)), rng.integers(0, 10, 500)
-    found = scores.of(logits, y)
-    assert np.array_equal(found.confusion, sklearn.metrics.confusion_matrix(y, logits.argmax(1)))
+    result = scores.of(logits, y)
+    assert np.array_equal(result.confusion, sklearn.metrics.confusion_matrix(y, logits.argmax(1)))
     expected = sklearn.metrics.precision_recall_fscore_support(y, logits.argmax(1))
     for name, values in zip(("precision", "recall", "f1", "n"), expected, strict=True):
-        mine = [getattr(each, name) for each in found.per_class]
+        mine = [getattr(each, name) for each in result.per_class]
         assert [getattr(each, "estimate", each) for each in mine] == pytest.approx(values)
 
 
@@ -58,11 +58,11 @@ def test_shares_have_wilsons_interval(k, n):
 
 
 def test_the_interval_of_f1_is_that_of_the_share_it_grows_with():
-    (found, *_) = scores.per_class(np.array([[30, 10], [5, 55]]))
+    (first, *_) = scores.per_class(np.array([[30, 10], [5, 55]]))
     jaccard = scores.wilson(30, 45)  # hits among what is or is said to be of the class
-    assert found.f1.estimate == pytest.approx(2 * 30 / (2 * 30 + 10 + 5))
-    assert found.f1.low == pytest.approx(2 * jaccard.low / (1 + jaccard.low))
-    assert found.f1.low < found.f1.estimate < found.f1.high
+    assert first.f1.estimate == pytest.approx(2 * 30 / (2 * 30 + 10 + 5))
+    assert first.f1.low == pytest.approx(2 * jaccard.low / (1 + jaccard.low))
+    assert first.f1.low < first.f1.estimate < first.f1.high
 
 
 def test_a_calibrated_model_stays_below_the_ece_of_chance_as_often_as_it_should():

@@ -146,10 +146,10 @@ def test_the_optimum_is_where_scikit_learn_finds_it_and_training_goes_there(skle
 def test_the_gap_is_what_training_is_above_the_optimum(letters):
     splits, arrays = open_pooled(letters, "avg")
     result = fast_step.fit(TrainConfig(pool="avg", epochs=3, lr=0.01), splits, arrays)
-    found = lowest_train_loss(result, splits.train, arrays["train"])
+    lowest = lowest_train_loss(result, splits.train, arrays["train"])
     logits = torch.from_numpy(arrays["train"]) @ fast_step._weights(result.model)
     loss = F.cross_entropy(logits, torch.from_numpy(splits.train.y)).item()
-    assert loss - found.train_loss == pytest.approx(found.gap, abs=1e-5)
+    assert loss - lowest.train_loss == pytest.approx(lowest.gap, abs=1e-5)
 
 
 OPTIMUM = """

@@ -53,9 +53,9 @@ def test_windows_of_a_large_split_fall_in_their_places(tmp_path, writer):
 def test_the_second_time_nothing_is_computed(letters, monkeypatch):
     _, first = open_pooled(letters, "max")
     monkeypatch.setattr(features, "pooled", None)
-    said = []
-    _, second = open_pooled(letters, "max", echo=said.append)
-    assert said == []
+    lines = []
+    _, second = open_pooled(letters, "max", echo=lines.append)
+    assert lines == []
     for name in first:
         np.testing.assert_array_equal(first[name], second[name])
 
@@ -106,12 +106,12 @@ def test_a_damaged_cache_is_made_anew(letters, damage):
         else:
             new = {"cut": content[:-70], "big-endian": content.replace(b"<f4", b">f4"), "text": b"hello"}[damage]
             path.write_bytes(new)
-    said = []
-    _, rebuilt = open_pooled(letters, "avg", echo=said.append)
+    lines = []
+    _, rebuilt = open_pooled(letters, "avg", echo=lines.append)
     for name in good:
         np.testing.assert_array_equal(good[name], rebuilt[name])
     assert cached() == names
-    assert [line.partition(",")[0].partition(" in ")[0] for line in said] == [
+    assert [line.partition(",")[0].partition(" in ")[0] for line in lines] == [
         "Features: not cached" if damage == "folder" else "Features: cached"
     ]
 
@@ -159,10 +159,10 @@ def test_the_cache_is_bounded_and_the_least_used_goes_first(tmp_path, monkeypatc
     for seed in range(4):
         paths.append(tmp_path / f"{seed}.npz")
         np.savez(paths[-1], **make_arrays(seed=seed))
-    said = []
-    open_pooled(paths[0], "max", echo=said.append)
+    lines = []
+    open_pooled(paths[0], "max", echo=lines.append)
     one = sum(path.stat().st_size for path in cached())
-    assert said == [f"Features: cached in {home() / 'features'}, {one / 1e6:,.1f} MB of at most 4,295 MB"]
+    assert lines == [f"Features: cached in {home() / 'features'}, {one / 1e6:,.1f} MB of at most 4,295 MB"]
     monkeypatch.setattr(features, "CACHE_LIMIT", int(2.5 * one))
     for path in (paths[1], paths[0], paths[2]):  # the first is used again, so that the second goes
         time.sleep(0.02)
@@ -196,7 +196,7 @@ print(arrays["train"].shape)
 def test_a_disk_that_takes_no_more_costs_the_cache_only(letters):
     command = [sys.executable, "-c", LIMITED, str(letters)]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
-    said, shape = finished.stdout.splitlines()
-    assert said.startswith(f"Features: not cached, {home() / 'features'} cannot be written (")
+    line, shape = finished.stdout.splitlines()
+    assert line.startswith(f"Features: not cached, {home() / 'features'} cannot be written (")
     assert shape == "(300, 50)"
     assert list((home() / "features").iterdir()) == []

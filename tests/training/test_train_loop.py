@@ -181,17 +181,17 @@ def test_threads_are_given_back():
 @pytest.mark.parametrize("pool", ["max", "conv"])
 def test_no_digit_depends_on_the_number_of_threads(letters, pool):
     splits, config = open_splits(letters), TrainConfig(pool=pool, epochs=2, batch_size=128)
-    found = []
+    results = []
     before = torch.get_num_threads()
     for count in (1, 2, 5):
         torch.set_num_threads(count)
-        found.append(fit(config, splits))
+        results.append(fit(config, splits))
     torch.set_num_threads(before)
-    for other in found[1:]:
-        assert figures(other.history) == figures(found[0].history)
-        np.testing.assert_array_equal(other.test.logits, found[0].test.logits)
+    for other in results[1:]:
+        assert figures(other.history) == figures(results[0].history)
+        np.testing.assert_array_equal(other.test.logits, results[0].test.logits)
     if pool == "conv":  # whose digits do depend on the number that is computed with
-        assert figures(fit(config, splits, conv_threads=1).history) != figures(found[0].history)
+        assert figures(fit(config, splits, conv_threads=1).history) != figures(results[0].history)
 
 
 @pytest.mark.parametrize(
