@@ -19,7 +19,7 @@ from poolnet.errors import InputError
 from poolnet.models import champions
 from poolnet.stats import paired
 from poolnet.stats.paired import Effect, McNemar
-from poolnet.text import marked
+from poolnet.text import marked, p_value
 from poolnet.tracking import names, registry, result_runs, training_runs
 from poolnet.tracking.registry import NAME
 from poolnet.training.config import POOLS
@@ -53,7 +53,7 @@ class Paired:
         points, nats, test = self.points, self.nats, self.mcnemar
         return (
             f"{points.estimate:+.2f} points, 95 % interval {points.low:+.2f} to {points.high:+.2f} ({test.only_b} "
-            f"right by it alone, {test.only_a} by the champion alone, exact McNemar p {_p(test.p)}), and "
+            f"right by it alone, {test.only_a} by the champion alone, exact McNemar p {p_value(test.p)}), and "
             f"{nats.estimate:+.4f} nats, {nats.low:+.4f} to {nats.high:+.4f}"
         )
 
@@ -96,14 +96,10 @@ class Decision:
         if self.val:
             text += f" On the same {self.val.n:,} validation letters: {self.val}"
             p = self.val.p_inferior
-            text += "." if p is None else f"; p of being worse by the margin {_p(p)}."
+            text += "." if p is None else f"; p of being worse by the margin {p_value(p)}."
         if self.test:
             text += f" On test, which decides nothing: {self.test.points.estimate:+.2f} points."
         return text
-
-
-def _p(p: float) -> str:
-    return f"{p:.4f}" if p >= 0.0001 else "<0.0001"
 
 
 def promote(client: MlflowClient, uri: str, alias: str, margin: float | None, force: bool, back: bool) -> Decision:

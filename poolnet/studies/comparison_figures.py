@@ -14,6 +14,7 @@ from scipy.special import softmax
 from poolnet.data.dataset import LETTERS
 from poolnet.runs.figures import drawable, grid
 from poolnet.stats.paired import ALPHA
+from poolnet.stats.scores import confusion_matrix
 from poolnet.studies.compare import Arm, Comparison
 
 A, B, BOTH = "#0072b2", "#d55e00", "#333333"  # told apart by the colour-blind too (Okabe & Ito)
@@ -150,10 +151,7 @@ def confusion_difference(c: Comparison) -> Figure:
 
 
 def _confusion(arm: Arm, y: np.ndarray) -> np.ndarray:
-    counts = np.zeros((len(LETTERS), len(LETTERS)))
-    for logits in arm.logits:
-        np.add.at(counts, (y, logits.argmax(1)), 1 / len(arm.logits))
-    return counts
+    return np.mean([confusion_matrix(y, logits.argmax(1)) for logits in arm.logits], axis=0)
 
 
 def calibration(c: Comparison) -> Figure:

@@ -21,7 +21,7 @@ from poolnet.errors import InputError
 from poolnet.stats.paired import Effect
 from poolnet.studies import comparison_figures
 from poolnet.studies.compare import Arm, Comparison
-from poolnet.text import aligned, marked, piped, spread, to_json
+from poolnet.text import aligned, marked, p_value, piped, spread, to_json
 from poolnet.tracking import names, result_runs, servers
 from poolnet.tracking.training_runs import SAME_RUN
 
@@ -100,27 +100,23 @@ def _effects(c: Comparison) -> list[list[str]]:
     for name, (label, effect) in _named_effects(c).items():
         digits = 2 if name.startswith("acc") else 4
         interval = f"{effect.low:+.{digits}f} to {effect.high:+.{digits}f}"
-        rows.append([label, f"{effect.estimate:+.{digits}f}", interval, _p(effect.p)])
+        rows.append([label, f"{effect.estimate:+.{digits}f}", interval, p_value(effect.p)])
     return rows
-
-
-def _p(p: float) -> str:
-    return "-" if math.isnan(p) else "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 def _tests(c: Comparison) -> list[str]:
     lines = [
-        f"Equivalence within ±{c.margin:g} points, two one-sided tests: p {_p(c.equivalence_p)}",
+        f"Equivalence within ±{c.margin:g} points, two one-sided tests: p {p_value(c.equivalence_p)}",
         f"Smallest difference that such a design finds four times in five: {c.smallest_effect:.2f} points",
     ]
     if c.sign_flip_p is not None:
-        lines.append(f"Exact sign-flip test over {len(c.seeds)} seeds, accuracy: p {_p(c.sign_flip_p)}")
+        lines.append(f"Exact sign-flip test over {len(c.seeds)} seeds, accuracy: p {p_value(c.sign_flip_p)}")
     ps, only_a, only_b = (
         sorted(values) for values in zip(*((m.p, m.only_a, m.only_b) for m in c.mcnemar), strict=True)
     )
     lines.append(
         f"Exact McNemar test{', seed by seed' if len(ps) > 1 else ''}: examples that only {c.b.name} has right "
-        f"{_range(only_b)}, that only {c.a.name} has right {_range(only_a)}; p {_range([_p(p) for p in ps])}"
+        f"{_range(only_b)}, that only {c.a.name} has right {_range(only_a)}; p {_range([p_value(p) for p in ps])}"
     )
     return lines
 
@@ -141,7 +137,7 @@ def _classes(c: Comparison) -> list[list[str]]:
             rows.append([LETTERS[of_class.label], str(of_class.n), "-", "-", "-", "-"])
         else:
             interval = f"{effect.low:+.2f} to {effect.high:+.2f}"
-            p = [_p(effect.p), _p(of_class.p_holm)]
+            p = [p_value(effect.p), p_value(of_class.p_holm)]
             rows.append([LETTERS[of_class.label], f"{of_class.n:,}", f"{effect.estimate:+.2f}", interval, *p])
     return rows
 
