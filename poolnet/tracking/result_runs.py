@@ -12,8 +12,11 @@ from mlflow.entities import DatasetInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
+from poolnet.errors import NoAnswer
 from poolnet.runs import provenance, run_record
-from poolnet.tracking import names
+from poolnet.tracking import names, servers
+
+END_SECONDS = 2.5  # that a server has to take the end of a run that was cut off
 
 
 @contextlib.contextmanager
@@ -37,7 +40,7 @@ def run(
     try:
         yield run_id
     except BaseException as error:  # or it would be RUNNING for good
-        with contextlib.suppress(MlflowException):
+        with contextlib.suppress(MlflowException, NoAnswer), servers.within(END_SECONDS):
             client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     client.set_terminated(run_id)

@@ -178,7 +178,7 @@ def _set_alarm() -> None:
     """
     global _timer
     remaining = _deadline - time.monotonic()
-    waited = min(_limit, max(0.0, round(remaining, 1)))  # rounded for the message
+    waited = min(_limit, max(0.1, round(remaining, 1)))  # rounded for the message, which never says 0 s
 
     def ring(signum: int, frame: object) -> None:
         if _calls:

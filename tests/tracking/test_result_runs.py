@@ -1,6 +1,11 @@
 """Runs in a real store that are not trainings: how they begin, go on and end."""
 
+import contextlib
 import signal
+import socket
+import threading
+import time
+from urllib.parse import urlsplit
 
 import mlflow
 import pytest
@@ -25,6 +30,50 @@ def test_a_run_that_is_cut_off_ends_as_a_training_does(client, error, status):
     with pytest.raises(type(error)), result_runs.run(client, "0", "compare", "max vs avg") as run_id:
         raise error
     assert client.get_run(run_id).info.status == status
+
+
+@contextlib.contextmanager
+def forwarded(address):
+    """An address that leads to this server, and an event: while it is not set, nothing gets through."""
+    target, through = urlsplit(address), threading.Event()
+    through.set()
+
+    def pump(source, sink):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                through.wait()
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def accept(listening):
+        with contextlib.suppress(OSError):
+            while True:
+                ends = listening.accept()[0], socket.create_connection((target.hostname, target.port))
+                for pair in (ends, ends[::-1]):
+                    threading.Thread(target=pump, args=pair, daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=accept, args=[listening], daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", through
+        through.set()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("the cause")], ids=repr)
+def test_what_ended_a_run_is_not_hidden_by_a_server_that_hangs_since_then(server, monkeypatch, error):
+    monkeypatch.setattr(servers, "_silent", {})
+    monkeypatch.setattr(result_runs, "END_SECONDS", 1)
+    with forwarded(server) as (address, through):
+
+        def cut_off():
+            with result_runs.run(servers.client_of(address), "0", "compare", "max vs avg"):
+                through.clear()
+                raise error
+
+        began = time.monotonic()
+        with pytest.raises(type(error)) as raised:
+            cut_off()
+        assert raised.value is error
+        assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("made_by", ["mlflow run", "an earlier command"])
