@@ -13,6 +13,8 @@ from pathlib import Path
 
 import click
 
+Echo = Callable[[object], object]  # prints a line, as `echo` and `echo_warning` do
+
 
 def pasted(*words: object, windows: bool = os.name == "nt") -> str:
     """Quote a command, to be pasted into a shell.
@@ -40,7 +42,7 @@ def progress(*args, **options):
     return click.progressbar(*args, file=sys.stderr, hidden=not sys.stderr.isatty(), **options)
 
 
-def echo_warning(message: str) -> None:
+def echo_warning(message: object) -> None:
     _complain("warning", message)
 
 

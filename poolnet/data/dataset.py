@@ -18,6 +18,7 @@ import numpy as np
 from poolnet.data import npz
 from poolnet.errors import InputError, RunError
 from poolnet.files import Locked, expanded, home, locked
+from poolnet.text import Echo
 
 LETTERS = "ABCDEFGHIJ"
 SIDE = 28  # pixels
@@ -88,7 +89,7 @@ def prepared(name: str) -> Path:
     return home() / "data" / f"{name}.npz"
 
 
-def locate(data: str, echo: Callable[[str], None] = lambda line: None) -> Path:
+def locate(data: str, echo: Echo = lambda line: None) -> Path:
     """Return the file that `--data` stands for.
 
     `data` is `glyphs`, `notmnist` or a path. The glyphs are rendered when they are first asked for.
@@ -142,7 +143,7 @@ def open_splits(
     return Dataset(path, **splits, overlap=overlap.count())
 
 
-def _rendered_glyphs(echo: Callable[[str], None]) -> Path:
+def _rendered_glyphs(echo: Echo) -> Path:
     from poolnet.data import glyphs
 
     path = prepared(f"glyphs-v{glyphs.VERSION}")
@@ -225,11 +226,13 @@ class _Overlap:
         self.shared: set[int] = set()
 
     def see(self, name: str, size: int, start: int, block: np.ndarray) -> None:
-        images = block if self.one_type else as_images(block)
+        if name == "val":
+            return
+        hashes = (hash(image.tobytes()) for image in (block if self.one_type else as_images(block)))
         if name == "test":
-            self.in_test.update(hash(image.tobytes()) for image in images)
-        elif name == "train":
-            self.shared |= self.in_test.keys() & (hash(image.tobytes()) for image in images)
+            self.in_test.update(hashes)
+        else:
+            self.shared |= self.in_test.keys() & hashes
 
     def count(self) -> int:
         return sum(self.in_test[key] for key in self.shared)
@@ -293,7 +296,10 @@ def _differ(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def as_images(x: np.ndarray) -> np.ndarray:
-    """Convert pixels for a model: float32 (n, 1, 28, 28)."""
+    """Convert pixels for a model: float32 (n, 1, 28, 28).
+
+    uint8 pixels are divided by 255. Others stay as they are.
+    """
     images = x.reshape(-1, 1, SIDE, SIDE).astype(np.float32)
     if x.dtype == np.uint8:
         images /= 255

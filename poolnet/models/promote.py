@@ -212,11 +212,12 @@ def _paired(
 
 def _run(client: MlflowClient, version: ModelVersion) -> Run:
     try:
-        return client.get_run(str(version.run_id))  # of a version without a run: "None", which is not there
+        if version.run_id:
+            return client.get_run(version.run_id)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        raise InputError(f"{NAME} version {version.version}: its run {version.run_id} is not on the server") from None
+    raise InputError(f"{NAME} version {version.version}: its run {version.run_id} is not on the server")
 
 
 def rollback(client: MlflowClient, alias: str) -> Decision:

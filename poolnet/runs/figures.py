@@ -30,7 +30,7 @@ TRAIN, VAL, TEST = "#0072b2", "#d55e00", "#333333"  # told apart by the colour-b
 def of_run(config: TrainConfig, splits: Dataset, result: FitResult, optimum: LowestLoss | None) -> dict[str, Figure]:
     """Draw the figures of a finished run, by file name."""
     title = drawable(f"{config.pool} on {splits.name}, seed {config.seed}")
-    weight = result.model.get_parameter("classifier.weight").detach().cpu().numpy()
+    weight = result.model.classifier.weight.detach().cpu().numpy()
     worst = f"{title}: highest test losses, true letter and what is said"
     return {
         "learning_curves": learning_curves(result.history, result.test, optimum, title),

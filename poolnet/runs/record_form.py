@@ -38,27 +38,38 @@ FORM: dict[str, Any] = {
 def read(folder: Path) -> dict[str, Any]:
     """Read and check the record of a run.
 
-    Settings that an earlier version did not have get their defaults. Raises `InputError` if the record is damaged or of
-    a newer version.
+    Raises `InputError` if it is damaged or of a newer version.
     """
     try:
-        stored = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-        if not isinstance(stored, dict) or not unsealed(stored):
-            raise ValueError("damaged")
-        record = {"optimum": False, "sweep": "", "reproduces": "", **unsealed(stored)}
-        if isinstance(record.get("config"), dict):
-            record["config"] = {**dataclasses.asdict(TrainConfig()), **record["config"]}
-        newer = type(record.get("format")) is int and record["format"] > FORMAT
-        if not newer:  # the form of a newer record is not known
-            _check(record, FORM)
-            if sorted(split["name"] for split in record["data"]["splits"]) != ["test", "train", "val"]:
-                raise ValueError("data.splits: expected train, val and test")
-    except (OSError, ValueError, RecursionError) as error:
+        return parse((folder / "record.json").read_bytes(), str(folder))
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{folder}: found no readable record.json ({error}); the run's artifacts in MLflow have a copy"
         ) from None
-    if newer:
-        raise InputError(f"{folder}: found record format {record['format']}, expected at most {FORMAT}; update poolnet")
+
+
+def parse(content: bytes, where: str) -> dict[str, Any]:
+    """Parse a record.json and check its form.
+
+    Settings that an earlier version did not have get their defaults. Raises `ValueError` if the content is damaged, and
+    `InputError`, which names the place `where`, if it is of a newer version.
+    """
+    try:
+        stored = json.loads(content.decode())
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(stored, dict) or not unsealed(stored):
+        raise ValueError("damaged")
+    record = {"optimum": False, "sweep": "", "reproduces": "", **unsealed(stored)}
+    if isinstance(record.get("config"), dict):
+        record["config"] = {**dataclasses.asdict(TrainConfig()), **record["config"]}
+    if type(record.get("format")) is int and record["format"] > FORMAT:  # the form of a newer record is not known
+        raise InputError(f"{where}: found record format {record['format']}, expected at most {FORMAT}; update poolnet")
+    _check(record, FORM)
+    if sorted(split["name"] for split in record["data"]["splits"]) != ["test", "train", "val"]:
+        raise ValueError("data.splits: expected train, val and test")
     return record
 
 

@@ -17,11 +17,11 @@ from poolnet.data.dataset import Dataset
 from poolnet.errors import InputError, RunError
 from poolnet.runs import provenance, run_record
 from poolnet.runs.run_record import RunRecord
+from poolnet.text import Echo
 from poolnet.training import fast_step, features, train_loop
 from poolnet.training.config import TrainConfig
 from poolnet.training.train_loop import EpochRecord, FitResult, Start, State
 
-Echo = Callable[[object], object]
 Begun = Callable[[RunRecord], object]  # is called as soon as the run can be published
 Check = Callable[[], object]  # is called after each epoch; may raise `InputError`, which ends the run
 Pooled = dict[str, np.ndarray] | None  # the features of each split; None for a network that learns its own
@@ -92,11 +92,10 @@ def open_data(config: TrainConfig, cache: bool, echo: Echo, path: Path | None = 
 
     The data set is that of the settings, or the one at `path`. There are no features (None) for pool `conv`.
     """
-    # Both functions ignore what `echo` returns, though their types say None.
-    path = path or dataset.locate(config.data, echo)  # type: ignore[arg-type]
+    path = path or dataset.locate(config.data, echo)
     if config.pool == "conv":
         return dataset.open_splits(path), None
-    return features.open_pooled(path, config.pool, cache, echo)  # type: ignore[arg-type]
+    return features.open_pooled(path, config.pool, cache, echo)
 
 
 def create(

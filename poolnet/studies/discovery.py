@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from poolnet.errors import InputError
 from poolnet.runs import run_record
 from poolnet.runs.run_record import RunRecord
-from poolnet.studies.sweep_results import Echo, Result, Sweep
+from poolnet.studies.sweep_results import Result, Sweep
+from poolnet.text import Echo
 from poolnet.tracking import addresses, servers, training_runs
 from poolnet.tracking.publisher import Publisher
 from poolnet.tracking.training_runs import SCORES

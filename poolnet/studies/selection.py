@@ -105,7 +105,7 @@ def _digest_by_name(client: MlflowClient, experiment_ids: list[str], study: Stud
     return digests[0] if digests else ""
 
 
-def _say_nothing(warning: str) -> None:
+def _say_nothing(warning: object) -> None:
     """Ignore a warning about runs that are left out.
 
     Another search gives this warning.

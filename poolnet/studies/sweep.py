@@ -21,14 +21,14 @@ from poolnet.runs.run_record import RunRecord
 from poolnet.studies import sweep_results
 from poolnet.studies.discovery import take_record, take_records, take_server_runs
 from poolnet.studies.study import Study
-from poolnet.studies.sweep_results import Echo, Sweep
+from poolnet.studies.sweep_results import Sweep
 from poolnet.studies.worker import train_all
-from poolnet.text import progress
+from poolnet.text import Echo, progress
 from poolnet.tracking import addresses, servers, sweep_run
 from poolnet.tracking.publisher import Publisher
 from poolnet.tracking.training_runs import SCORES
 
-ASK_SECONDS = 2  # that the server has to say what it holds, before training begins without
+ASK_SECONDS = 2.0  # that the server has to say what it holds, before training begins without
 
 
 def open_sweep(study: Study, echo: Echo, echo_warning: Echo) -> Sweep:
@@ -59,7 +59,7 @@ def carry_out(sweep: Sweep, workers: int, publisher: Publisher, echo: Echo, echo
             stack.enter_context(locked(sweep_run.folder() / f"{sweep.name}.lock", wait=1))
         except Locked as error:
             raise InputError(f"{sweep.study.path}: another process is sweeping it, {error}") from None
-        status, server_seconds = "KILLED", float(ASK_SECONDS)
+        status, server_seconds = "KILLED", ASK_SECONDS
         try:
             problem = "cannot be asked which runs it has; going by the records on disk alone"
             with _server_errors_as_warnings(sweep, problem, server_seconds, echo_warning):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 from poolnet.studies.study import Study
@@ -11,8 +10,6 @@ from poolnet.tracking import sweep_run, training_runs
 from poolnet.tracking.training_runs import SCORES
 from poolnet.training import train_loop
 from poolnet.training.config import TrainConfig
-
-Echo = Callable[[str], None]
 
 
 @dataclasses.dataclass

@@ -71,7 +71,7 @@ class Row:
     run: str
     state: str = "unreadable"  # or training, FINISHED, KILLED, FAILED, removed
     server: str = ""
-    found: str = ""  # what the server lacks, or why that is not known
+    found: str = ""  # in the JSON: what the server lacks, or why that is not known
     did: str = "nothing"
     ok: bool = True
 

@@ -2,14 +2,13 @@
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from poolnet.errors import InputError
 from poolnet.files import home
 from poolnet.runs.run_record import RunRecord
-from poolnet.text import echo_warning
+from poolnet.text import Echo, echo_warning
 from poolnet.tracking import addresses
 from poolnet.tracking.published import ServerCopy
 from poolnet.tracking.publisher import Publisher
@@ -32,8 +31,8 @@ def train(
     resume: str = "",
     given: Mapping[str, object] = {},
     timeout: float = 20,
-    echo: Callable[[object], object] = print,
-    echo_warning: Callable[[Any], object] = echo_warning,
+    echo: Echo = print,
+    echo_warning: Echo = echo_warning,
 ) -> Trained:
     """Train a network, record it and publish it.
 
@@ -52,7 +51,7 @@ def train(
         if resume:
             carrier = os.environ.get("MLFLOW_RUN_ID", "")  # a run that `mlflow run` made only for this
             begun = functools.partial(publisher.add, carrier=carrier)
-            run = train_run.resume(resume, dict(given), cache, begun, publisher.check, echo, echo_warning)
+            run = train_run.resume(resume, given, cache, begun, publisher.check, echo, echo_warning)
         else:
             publisher.refuse_stale()
             server = addresses.environment()
@@ -61,7 +60,7 @@ def train(
         return Trained(run, publisher.server_copy, trouble)
 
 
-def look_ahead(echo_warning: Callable[[str], object]) -> None:
+def look_ahead(echo_warning: Echo) -> None:
     """Check the tracking address before anything is trained.
 
     An address that can never work is refused with `InputError`. If the server is down, there is a warning.

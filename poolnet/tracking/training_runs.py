@@ -5,7 +5,7 @@ import dataclasses
 import shlex
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet.errors import InputError
-from poolnet.text import echo_warning
+from poolnet.text import Echo, echo_warning
 from poolnet.tracking import names
 from poolnet.training.config import TrainConfig
 
@@ -64,7 +64,7 @@ def finished(
     client: MlflowClient,
     experiment_ids: list[str],
     data_sha256: str,
-    echo_warning: Callable[[str], object] = echo_warning,
+    echo_warning: Echo = echo_warning,
 ) -> dict[tuple, TrainingRun]:
     """Return the newest finished run of each key.
 
@@ -80,7 +80,7 @@ def search(
     client: MlflowClient,
     experiment_ids: list[str],
     query: str = "",
-    echo_warning: Callable[[str], object] = echo_warning,
+    echo_warning: Echo = echo_warning,
 ) -> Iterator[TrainingRun]:
     """Yield the poolnet runs of experiments that match a query.
 
@@ -101,7 +101,7 @@ def search(
     warn_of_unknown(unknown, echo_warning)
 
 
-def warn_of_unknown(unknown: Mapping[str, Exception], echo_warning: Callable[[str], object]) -> None:
+def warn_of_unknown(unknown: Mapping[str, Exception], echo_warning: Echo) -> None:
     """Warn once about runs that were left out.
 
     The warning has the name of the first run, the number of the others, and why the first was left out. `unknown` maps

@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterable
 from mlflow.exceptions import MlflowException
 
 from poolnet import files
+from poolnet.text import Echo
 from poolnet.tracking import addresses, names, servers, sync
 from poolnet.tracking.publication import Publication, is_complete, upload_new
 from poolnet.tracking.publisher import ASK
 from poolnet.tracking.server_runs import Refused
 
 POLL_SECONDS = 1  # between two looks at the records
-
-Echo = Callable[[str], object]
 
 
 @dataclasses.dataclass

@@ -1,7 +1,7 @@
 """Pool each image once into features, and cache them.
 
 The poolings have no weights to learn, so 784 pixels become 49 numbers once. A feature array is (N, 50) float32: the 49
-features of each image, and the constant 1 that carries the bias. It is computed window by window, in the pass that
+features of each image, and the constant 1 that carries the bias. It is computed block by block, in the pass that
 digests the images. Its cache file is named after what it is made of: `POOLNET_HOME/features/POOL-DIGEST-CHECKSUM.npy`.
 """
 
@@ -9,7 +9,6 @@ import contextlib
 import io
 import os
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +16,17 @@ import torch
 
 from poolnet.data.dataset import SPLITS, Dataset, Split, as_images, open_splits
 from poolnet.files import home, replacing
+from poolnet.text import Echo
 from poolnet.training.model import SimplePoolNet
 
 WIDTH = 50
 KEPT = ("test",)  # whose images a figure shows; all else needs the features only
-WINDOW = 4096  # images pooled together; bounds memory
+BLOCK = 4096  # images pooled together; bounds memory
 CACHE_LIMIT = 4 << 30  # bytes; the reference experiment takes 95 MB a pooling
 
 
 def open_pooled(
-    path: Path, pool: str, cache: bool = True, echo: Callable[[str], None] = lambda line: None
+    path: Path, pool: str, cache: bool = True, echo: Echo = lambda line: None
 ) -> tuple[Dataset, dict[str, np.ndarray]]:
     """Open a data set, with its features by split name."""
     if cache:
@@ -36,10 +36,10 @@ def open_pooled(
             return splits, cached
     net, arrays = SimplePoolNet(pool), dict[str, np.ndarray]()
 
-    def watch(name: str, size: int, start: int, window: np.ndarray) -> None:
+    def watch(name: str, size: int, start: int, block: np.ndarray) -> None:
         if name not in arrays:
             arrays[name] = np.empty((size, WIDTH), np.float32)
-        arrays[name][start : start + len(window)] = pooled(net, window)
+        arrays[name][start : start + len(block)] = pooled(net, block)
 
     splits = open_splits(path, KEPT, watch)  # in one pass, so that the features are of what has this digest
     if cache:
@@ -52,16 +52,16 @@ def of_dataset(data: Dataset, pool: str) -> dict[str, np.ndarray]:
     net, arrays = SimplePoolNet(pool), {}
     for split in data:
         assert split.X is not None
-        windows = [split.X[start : start + WINDOW] for start in range(0, len(split), WINDOW)]
-        arrays[split.name] = np.concatenate([pooled(net, window) for window in windows])
+        blocks = [split.X[start : start + BLOCK] for start in range(0, len(split), BLOCK)]
+        arrays[split.name] = np.concatenate([pooled(net, block) for block in blocks])
     return arrays
 
 
 @torch.inference_mode()
-def pooled(net: SimplePoolNet, window: np.ndarray) -> np.ndarray:
+def pooled(net: SimplePoolNet, block: np.ndarray) -> np.ndarray:
     """Compute the features (n, 50) of some stored images."""
-    array = np.ones((len(window), WIDTH), np.float32)
-    array[:, :-1] = net.features(torch.from_numpy(as_images(window))).numpy()
+    array = np.ones((len(block), WIDTH), np.float32)
+    array[:, :-1] = net.features(torch.from_numpy(as_images(block))).numpy()
     return array
 
 
@@ -86,7 +86,7 @@ def _load(split: Split, pool: str) -> np.ndarray | None:
     return None
 
 
-def _save_all(splits: Dataset, arrays: dict[str, np.ndarray], pool: str, echo: Callable[[str], None]) -> None:
+def _save_all(splits: Dataset, arrays: dict[str, np.ndarray], pool: str, echo: Echo) -> None:
     try:
         for split in splits:
             array = arrays[split.name]
