@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -169,6 +170,16 @@ def test_what_cannot_be_reproduced_is_one_line(capsys, letters):
     code, _, err = run(capsys, "reproduce", finished)
     assert_refused(code, err, "found it KILLED", "poolnet train --resume avg-seed42-")
     client.set_terminated(finished, "FINISHED")
-    client.log_text(finished, "{}", "record.json")
-    code, _, err = run(capsys, "reproduce", finished)
-    assert_refused(code, err, "found no readable record.json")
+    record = Path(client.download_artifacts(finished, "record.json")).read_text(encoding="utf-8")
+    damaged = {
+        "{}": "damaged",
+        record[:700]: "line",
+        record.replace('"pool": "avg"', '"pool": "max"'): "damaged",
+        "[" * 100_000: "nested too deep",
+        '{"format": 1}': "started: missing",
+        '{"format": 99}': "update poolnet",
+    }
+    for content, reason in damaged.items():
+        client.log_text(finished, content, "record.json")
+        code, _, err = run(capsys, "reproduce", finished)
+        assert_refused(code, err, "found no readable record.json", reason)
