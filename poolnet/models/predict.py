@@ -45,6 +45,7 @@ SPECK = 10  # pixels of a mass: no piece of a letter
 MANY = 20  # masses of up to four pixels: noise; or large ones: no letter
 EIGHT = np.ones((3, 3), bool)  # neighbours: pixels that touch by a corner are connected
 STRETCH = 0.65  # exponent by which the shorter side is brought up to the longer, see `_framed`
+Masses = tuple[np.ndarray, np.ndarray]  # see `_masses`
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's grey
 
 
@@ -216,7 +217,7 @@ def _ink(picture: np.ndarray, invert: bool | None, path: Path) -> tuple[np.ndarr
     """
     ground = _median(_edge(picture))
     distance = _far(picture, ground)
-    contrast = _contrast(distance)
+    contrast, masses = _contrast(distance)
     if contrast < FAINTEST:
         raise InputError(f"{path}: found a blank image, a contrast of {contrast:.0f} of 255, expected a letter")
     ink = np.minimum(distance / contrast, 1)
@@ -225,28 +226,29 @@ def _ink(picture: np.ndarray, invert: bool | None, path: Path) -> tuple[np.ndarr
         raise InputError(f"{path}: found no ground around the letter, expected a letter on one colour")
     if dark != invert if invert is not None else _corners(ink).mean() > 0.5:
         ink, dark = 1 - ink, not dark
-    return _letter(ink, path), dark
+    return _letter(ink, masses, path), dark
 
 
-def _contrast(distance: np.ndarray) -> float:
+def _contrast(distance: np.ndarray) -> tuple[float, Masses]:
     """Measure how far the letter's colour is from the ground's.
 
-    The colour is that of the largest mass. If that mass is a speck, the colour of a fainter mass is taken.
+    The colour is that of the largest mass. If that mass is a speck, the colour of a fainter mass is taken. Returns the
+    masses too, since labelling them again takes long.
     """
     for share in (2, 4, 8):
         labels, sizes = _masses(distance >= distance.max() / share)
         main = labels == sizes.argmax()
         if _longer_side(main) >= SMALLEST * max(main.shape) or distance.max() / share < 2 * FAINTEST:
             break
-    return float(_median(distance[main]))
+    return float(_median(distance[main])), (labels, sizes)
 
 
-def _letter(ink: np.ndarray, path: Path) -> np.ndarray:
+def _letter(ink: np.ndarray, masses: Masses, path: Path) -> np.ndarray:
     """Keep only the ink of the letter.
 
     The letter is the largest mass and the pieces near it. Specks, frames and borders do not belong to it.
     """
-    labels, sizes = _masses(ink > EDGE)
+    labels, sizes = masses if np.array_equal(masses[0] > 0, ink > EDGE) else _masses(ink > EDGE)
     if np.count_nonzero(sizes <= 4) > MANY:
         ink = ndimage.median_filter(ink, 3)
         labels, sizes = _masses(ink > EDGE)
@@ -271,7 +273,8 @@ def _pieces(labels: np.ndarray, sizes: np.ndarray) -> list[int]:
     The list is empty if other masses could be the letter as well.
     """
     boxes: list[tuple[slice, ...]] = [(), *ndimage.find_objects(labels)]
-    large = [n for n in range(1, len(sizes)) if sizes[n] >= LARGE * sizes.max() or _is_long(boxes[n], labels.shape)]
+    speck = LARGE * sizes.max()
+    large = [n for n, size in enumerate(sizes.tolist()) if n and (size >= speck or _is_long(boxes[n], labels.shape))]
     if not 0 < len(large) <= MANY:
         return []
     frames = {n for n in large if len(large) > 1 and _is_frame(n, large, labels, boxes)}
@@ -344,7 +347,7 @@ def _luma(colour: np.ndarray) -> float:
     return colour @ LUMA if len(colour) > 1 else colour[0]
 
 
-def _masses(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _masses(mask: np.ndarray) -> Masses:
     """Label the connected masses of a mask.
 
     Returns the number of the mass at each pixel, 0 where there is none, and the size of each mass in pixels, indexed by
