@@ -272,23 +272,25 @@ def _pieces(labels: np.ndarray, sizes: np.ndarray) -> list[int]:
 
     The list is empty if other masses could be the letter as well.
     """
+    counts: list[int] = sizes.tolist()
     boxes: list[tuple[slice, ...]] = [(), *ndimage.find_objects(labels)]
-    speck = LARGE * sizes.max()
-    large = [n for n, size in enumerate(sizes.tolist()) if n and (size >= speck or _is_long(boxes[n], labels.shape))]
+    speck = LARGE * max(counts)
+    large = [n for n in range(1, len(counts)) if counts[n] >= speck or _is_long(boxes[n], labels.shape)]
     if not 0 < len(large) <= MANY:
         return []
     frames = {n for n in large if len(large) > 1 and _is_frame(n, large, labels, boxes)}
-    main = max(set(large) - frames or large, key=lambda n: sizes[n])
-    of_size = np.flatnonzero(sizes > max(SPECK, PART * sizes[main])).tolist()
-    pieces = [main, *(n for n in of_size if n not in {main, *frames} and _is_near(boxes[n], boxes[main]))]
-    others = sizes.copy()
-    others[[*pieces, *frames]] = 0
-    rivals = others.max() > RIVAL * sizes[main] or others.sum() > sizes[main]
-    return [] if rivals or sizes[main] < TINY * labels.size else pieces
+    main = max(set(large) - frames or large, key=lambda n: counts[n])
+    smallest = max(SPECK, PART * counts[main])
+    others = {n: count for n, count in enumerate(counts) if n != main and n not in frames}
+    pieces = [n for n, count in others.items() if count > smallest and _is_near(boxes[n], boxes[main])]
+    rest = [count for n, count in others.items() if n not in pieces]
+    rivals = max(rest) > RIVAL * counts[main] or sum(rest) > counts[main]
+    return [] if rivals or counts[main] < TINY * labels.size else [main, *pieces]
 
 
 def _is_long(box: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
-    return any(side.stop - side.start >= length / 4 for side, length in zip(box, shape, strict=True))
+    rows, columns = box
+    return rows.stop - rows.start >= shape[0] / 4 or columns.stop - columns.start >= shape[1] / 4
 
 
 def _is_frame(number: int, large: list[int], labels: np.ndarray, boxes: list[tuple[slice, ...]]) -> bool:
