@@ -240,7 +240,7 @@ def glyphs_npz(tmp_path_factory):
     from poolnet.data import glyphs, npz
 
     path = tmp_path_factory.mktemp("glyphs") / "glyphs.npz"
-    npz.save(path, glyphs.render(train=5_000, val=1_000, test=1_000))
+    npz.save(path, glyphs.render(train=2_000, val=500, test=500))
     return path
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -51,9 +50,9 @@ def port(champion):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         number = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", *LOCAL, "--port", str(number)]
+    command = [*forked.PYTHON, "mlflow", "models", "serve", *LOCAL, "--port", str(number)]
     with (champion.folder / "log").open("w") as log:  # a session of its own, to end what `mlflow` starts along with it
-        process = subprocess.Popen(command, env=champion.env, stdout=log, stderr=log, start_new_session=True)
+        process = forked.start(command, env=champion.env, stdout=log, stderr=log, start_new_session=True)
     try:
         for _ in range(600):
             with contextlib.suppress(OSError):

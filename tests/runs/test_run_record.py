@@ -380,7 +380,7 @@ def test_from_every_epochs_state_the_rest_is_the_same(letters, run, pool):
 
 def journaled(path, pool="max"):
     """A new run, its data, and the features of them."""
-    config = TrainConfig(data=str(path), pool=pool, epochs=3, batch_size=32)
+    config = TrainConfig(data=str(path), pool=pool, epochs=3, batch_size=64)
     splits, pooled = train_run.open_data(config, cache=False, echo=lambda line: None)
     return train_run.create(config, False, splits, addresses.environment()), splits, pooled
 

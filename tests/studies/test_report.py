@@ -57,8 +57,7 @@ def c(request):
     return made(request.param)
 
 
-def pngs(c):
-    return report._drawn(c)
+pngs = report._drawn
 
 
 def test_the_page_needs_nothing_else_and_says_it_all(c):
@@ -120,7 +119,10 @@ def test_json_and_metrics_hold_plain_numbers(c, classes):
     assert back["effects"]["acc"]["estimate"] == found.acc.estimate
     assert (back["per_class"][9]["estimate"] is None) == (classes == 9)
     assert all(math.isfinite(value) for value in report._metrics(found).values())
-    assert pngs(found)
+
+
+def test_a_letter_that_is_not_in_test_is_drawn_too():
+    assert pngs(made(2, classes=9)).keys() == pngs(made(2)).keys()
 
 
 def test_the_example_that_the_arms_see_most_differently_comes_first(c):

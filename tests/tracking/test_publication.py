@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import forked
 import mlflow
 import numpy as np
 import pytest
@@ -49,8 +48,7 @@ def trained(request, tmp_path_factory):
     np.savez(path, **make_arrays(seed=1))
     options = [f"--{name}={value}" for name, value in OPTIONS.items()]
     keep_exports(folder / "home")
-    begin = subprocess.Popen if request.param == "http" else forked.start
-    finished = poolnet("train", "--data", path, *options, cwd=folder, env=world(folder, uri), begin=begin)
+    finished = poolnet("train", "--data", path, *options, cwd=folder, env=world(folder, uri))
     assert finished.returncode == 0, finished.stderr
     client = mlflow.MlflowClient(uri)
     (run,) = client.search_runs(["0"], f"params.data = '{path}'")
