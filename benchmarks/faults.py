@@ -502,7 +502,7 @@ from poolnet.training import fast_step
 from poolnet.training.config import TrainConfig
 
 config = TrainConfig(data=sys.argv[1], epochs=int(sys.argv[2]))
-splits, pooled = train_run.open_data(config, cache=True, echo=print)
+splits, pooled = train_run.open_training_data(config, cache=True, echo=print)
 fast_step.fit(config, splits, pooled, on_epoch=lambda record: print(record, flush=True))
 """
 

@@ -460,7 +460,7 @@ def arrays_case(archives: list[tuple[str, bytes]]) -> Wrong:
     for index, (fate, content) in enumerate(archives):
         path.write_bytes(content)
         try:
-            splits = dataset.open_splits(path)
+            splits = dataset.open_dataset(path)
         except (InputError, RunError) as error:
             if fate == "whole":
                 wrong.append(f"{index}: refused, though it is whole: {error}")

@@ -25,7 +25,7 @@ import click
 import numpy as np
 import torch
 
-from poolnet.data.dataset import locate, open_splits
+from poolnet.data.dataset import locate, open_dataset
 from poolnet.tracking.registry import load
 
 TOLERANCE = 1e-5
@@ -106,7 +106,7 @@ def measure(uri: str, images: np.ndarray, requests: int, clients: int, batch: in
 @click.option("--batch", default=32, type=click.IntRange(min=2), show_default=True, help="Images of every other one.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def main(model_uri: str, data: str, requests: int, clients: int, batch: int, as_json: bool) -> None:
-    images = open_splits(locate(data, click.echo)).test.images(slice(0, 20_000))
+    images = open_dataset(locate(data, click.echo)).test.images(slice(0, 20_000))
     found = measure(model_uri, images, requests, clients, batch)
     if as_json:
         click.echo(json.dumps(found))

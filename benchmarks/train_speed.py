@@ -136,7 +136,7 @@ def measure_epoch(path: Path, rounds: int) -> dict[str, list[float]]:
         notebook.append(loss)
         times["poolnet"] += [ours.epoch() for _ in range(3)]
     reference = train_loop.fit(
-        TrainConfig(pool="max", epochs=2, lr=LR, batch_size=BATCH), dataset.open_splits(path)
+        TrainConfig(pool="max", epochs=2, lr=LR, batch_size=BATCH), dataset.open_dataset(path)
     ).history
     for loop, losses in (("poolnet", ours.losses), ("notebook", notebook[:1])):  # which then takes another order
         for record, loss in zip(reference, losses, strict=False):

@@ -13,7 +13,7 @@ REGISTERED = TrainConfig(data="letters.npz", pool="avg", epochs=3, batch_size=32
 
 def journaled(config=CONFIG, optimum=False):
     """A run of this process, finished and not published."""
-    splits, pooled = train_run.open_data(config, cache=False, echo=lambda line: None)
+    splits, pooled = train_run.open_training_data(config, cache=False, echo=lambda line: None)
     run = train_run.create(config, optimum, splits, addresses.environment())
     with run.training():
         train_run.carry_out(run, splits, pooled, echo=lambda line: None)

@@ -108,13 +108,13 @@ def open_data(data: str | Path = "glyphs") -> Dataset:
 
     As for `--data`, that is `glyphs`, `notmnist`, or the path of an `.npz`. Raises `InputError`.
     """
-    return open_splits(locate(str(data)))
+    return open_dataset(locate(str(data)))
 
 
 Watch = Callable[[str, int, int, np.ndarray], None]  # told of each block: split, its size, first row, pixels
 
 
-def open_splits(
+def open_dataset(
     path: Path, keep: Collection[str] = SPLITS, watch: Watch = lambda name, size, start, block: None
 ) -> Dataset:
     """Read, validate and digest a data set file once.
@@ -155,7 +155,7 @@ def _rendered_glyphs(echo: Echo) -> Path:
             echo(f"Waiting for the embedded letters: {error}")
             stack.enter_context(locked(lock, PATIENCE))
         try:
-            open_splits(path, keep=())
+            open_dataset(path, keep=())
         except InputError:  # missing or damaged
             echo(f"Rendering the embedded letters into {path} ...")
             npz.save(path, glyphs.render())

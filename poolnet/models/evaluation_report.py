@@ -111,7 +111,7 @@ def score(client: MlflowClient, model: Loaded, path: str, split: str, seed: int)
     The data set is the one at `path`. If `path` is empty, it is the one that the model was trained on.
     """
     trained = servers.look_up(client, model.run_id) if model.run_id else None
-    splits = dataset.open_splits(dataset.locate(path)) if path else _training_data(model.uri, trained)
+    splits = dataset.open_dataset(dataset.locate(path)) if path else _training_data(model.uri, trained)
     images = getattr(splits, split)
     if len(images) < 2:
         raise InputError(f"{splits.path}: {split}: found {len(images)} image, expected two or more to score a model on")
@@ -141,7 +141,7 @@ def _training_data(uri: str, trained: Run | None) -> Dataset:
         with contextlib.suppress(ValueError, AttributeError):  # somebody else's
             paths += filter(Path.is_file, [Path(json.loads(entry.dataset.source).get("uri") or "")])
     try:
-        splits = dataset.open_splits(paths[0] if paths else dataset.locate(training_runs.config(trained).data))
+        splits = dataset.open_dataset(paths[0] if paths else dataset.locate(training_runs.config(trained).data))
     except InputError as error:
         raise InputError(f"{error} (what {uri} was trained on); name its place here with --data") from None
     if splits.sha256 != digest:

@@ -104,7 +104,7 @@ def register(client: MlflowClient, path: Path, pool: str, source: str) -> Regist
     with the same weights and data finishes its run.
     """
     net = read(path, pool)
-    splits = dataset.open_splits(dataset.locate(source)) if source else None
+    splits = dataset.open_dataset(dataset.locate(source)) if source else None
     scores = {split.name: evaluate(net, split) for split in (splits.val, splits.test)} if splits else {}
     example = splits.test.images(np.arange(2) % len(splits.test)) if splits else np.zeros((2, 1, 28, 28), np.float32)
     arrays = {name: tensor.numpy() for name, tensor in net.state_dict().items()} | {"example": example}

@@ -156,7 +156,7 @@ def reproduce(
     record = original.record
     config, circumstances = _settings(record, data)
     path = Path(record["data"]["path"])
-    splits, pooled = train_run.open_data(config, True, echo, path if path.exists() and not data else None)
+    splits, pooled = train_run.open_training_data(config, True, echo, path if path.exists() and not data else None)
     digests = {split["name"]: split["sha256"] for split in record["data"]["splits"]}
     for split in splits:
         if split.sha256 != (digest := digests[split.name]):

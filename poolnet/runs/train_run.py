@@ -39,7 +39,7 @@ def run(
 ) -> RunRecord:
     """Train a new run, tracked by `server`, and write its files."""
     train_loop.resolve_device(config.device)
-    splits, pooled = open_data(config, cache, echo)
+    splits, pooled = open_training_data(config, cache, echo)
     if splits.overlap:
         echo_warning(f"{splits.path}: {splits.overlap:,} of {len(splits.test):,} test images also occur in train")
     new = create(config, optimum, splits, server)
@@ -87,14 +87,16 @@ def resume(
     return old
 
 
-def open_data(config: TrainConfig, cache: bool, echo: Echo, path: Path | None = None) -> tuple[Dataset, Pooled]:
+def open_training_data(
+    config: TrainConfig, cache: bool, echo: Echo, path: Path | None = None
+) -> tuple[Dataset, Pooled]:
     """Open the data set and its pooled features.
 
     The data set is that of the settings, or the one at `path`. There are no features (None) for pool `conv`.
     """
     path = path or dataset.locate(config.data, echo)
     if config.pool == "conv":
-        return dataset.open_splits(path), None
+        return dataset.open_dataset(path), None
     return features.open_pooled(path, config.pool, cache, echo)
 
 
@@ -153,7 +155,7 @@ def open_recorded_data(run: RunRecord, cache: bool, echo: Echo) -> tuple[Dataset
     recorded = run.record["data"]
     path = Path(recorded["path"])
     config = settings(run)
-    splits, pooled = open_data(config, cache, echo, path if path.exists() else None)
+    splits, pooled = open_training_data(config, cache, echo, path if path.exists() else None)
     if splits.sha256 != recorded["sha256"]:
         raise InputError(
             f"{splits.path}: found SHA-256 {splits.sha256[:16]}..., but {recorded['sha256'][:16]}... in the record of "
@@ -188,7 +190,7 @@ def _train(
         echo_warning(f"{run.name} was begun with {differences}: the last digits may differ")
     names = {field.name for field in dataclasses.fields(EpochRecord)} - {"epoch"}
 
-    def go_on(new: State) -> Start | None:
+    def resume_from(new: State) -> Start | None:
         for state in run.checkpoints():
             if _form(state) != _form(new):
                 continue
@@ -213,8 +215,8 @@ def _train(
 
     if pooled is None:
         threads = run.record["environment"]["threads"]
-        return train_loop.fit(config, splits, on_epoch, run.save_checkpoint, go_on, threads), None
-    result = fast_step.fit(config, splits, pooled, on_epoch, run.save_checkpoint, go_on)
+        return train_loop.fit(config, splits, on_epoch, run.save_checkpoint, resume_from, threads), None
+    result = fast_step.fit(config, splits, pooled, on_epoch, run.save_checkpoint, resume_from)
     best = fast_step.lowest_train_loss(result, splits.train, pooled["train"]) if run.record["optimum"] else None
     if best and not best.converged:
         echo_warning("the search for the optimum stopped early: the lowest train loss is lower still")

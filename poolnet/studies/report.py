@@ -328,7 +328,7 @@ def _images(c: Comparison) -> np.ndarray | None:
     Returns None if the data set that the runs name is not on this machine, or is no longer the same.
     """
     try:
-        splits = dataset.open_splits(dataset.locate(c.a.runs[0].config.data))
+        splits = dataset.open_dataset(dataset.locate(c.a.runs[0].config.data))
     except InputError:
         return None
     if splits.sha256 != c.data_sha256:

@@ -81,7 +81,7 @@ def _digest_here(name: str) -> str:
         path = dataset.locate(name)
     except InputError:
         return ""
-    return dataset.open_splits(path).sha256 if path.exists() else ""
+    return dataset.open_dataset(path).sha256 if path.exists() else ""
 
 
 def _digest_by_name(client: MlflowClient, experiment_ids: list[str], study: Study) -> str:

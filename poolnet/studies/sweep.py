@@ -28,13 +28,13 @@ from poolnet.tracking import addresses, servers, sweep_run
 from poolnet.tracking.publisher import Publisher
 from poolnet.tracking.training_runs import SCORES
 
-ASK_SECONDS = 2.0  # that the server has to say what it holds, before training begins without
+ASK_SECONDS = 2.0  # for the server to list its runs; then training begins without that list
 
 
 def open_sweep(study: Study, echo: Echo, echo_warning: Echo) -> Sweep:
     """Open a study's data set and return its sweep."""
     path = dataset.locate(study.data, echo=echo)
-    splits = dataset.open_splits(path)
+    splits = dataset.open_dataset(path)
     if splits.overlap:
         echo_warning(f"{splits.path}: {splits.overlap:,} of {len(splits.test):,} test images also occur in train")
     return Sweep(study, path, splits.sha256, addresses.own())

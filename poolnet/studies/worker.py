@@ -138,7 +138,7 @@ def _train(connection: Connection, opened: dict[str, tuple], path: Path, task: T
     try:
         config, name = task
         if config.pool not in opened:
-            opened[config.pool] = train_run.open_data(config, True, echo, path)
+            opened[config.pool] = train_run.open_training_data(config, True, echo, path)
         splits, pooled = opened[config.pool]
         run = (
             run_record.RunRecord(run_record.folder() / name)

@@ -21,10 +21,10 @@ from poolnet.training.model import TwoLayerNet, build_model
 from poolnet.training.train_loop import (
     Autograd,
     FitResult,
-    GoOn,
     Learner,
     OnEpoch,
     OnState,
+    ResumeFrom,
     State,
     epoch_means,
     resolve_device,
@@ -41,7 +41,7 @@ def fit(
     features: dict[str, np.ndarray],
     on_epoch: OnEpoch = lambda record: None,
     on_state: OnState = lambda state: None,
-    go_on: GoOn = lambda state: None,
+    resume_from: ResumeFrom = lambda state: None,
 ) -> FitResult:
     """Do as `train_loop.fit`, on pooled features (N, 50)."""
     device = resolve_device(config.device)
@@ -52,7 +52,7 @@ def fit(
         fetch = {split.name: fetcher_of_features(features[split.name], split.y, device) for split in splits}
         learner = Autograd(model.classifier, config.lr, fetch)
     with threads():
-        history = run_epochs(config, splits, learner, on_epoch, on_state, go_on)
+        history = run_epochs(config, splits, learner, on_epoch, on_state, resume_from)
         return FitResult(model, history, learner.evaluate(splits.val), learner.evaluate(splits.test))
 
 

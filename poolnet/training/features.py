@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from poolnet.data.dataset import SPLITS, Dataset, Split, as_images, open_splits
+from poolnet.data.dataset import SPLITS, Dataset, Split, as_images, open_dataset
 from poolnet.files import home, replacing
 from poolnet.text import Echo
 from poolnet.training.model import SimplePoolNet
@@ -30,7 +30,7 @@ def open_pooled(
 ) -> tuple[Dataset, dict[str, np.ndarray]]:
     """Open a data set, with its features by split name."""
     if cache:
-        splits = open_splits(path, keep=KEPT)
+        splits = open_dataset(path, keep=KEPT)
         cached = {split.name: array for split in splits if (array := _load(split, pool)) is not None}
         if len(cached) == len(SPLITS):
             return splits, cached
@@ -41,7 +41,7 @@ def open_pooled(
             arrays[name] = np.empty((size, WIDTH), np.float32)
         arrays[name][start : start + len(block)] = pooled(net, block)
 
-    splits = open_splits(path, KEPT, watch)  # in one pass, so that the features are of what has this digest
+    splits = open_dataset(path, KEPT, watch)  # in one pass, so that the features are of what has this digest
     if cache:
         _save_all(splits, arrays, pool, echo)
     return splits, arrays

@@ -48,13 +48,15 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class FitResult:
+    """A trained network, its history and its scores."""
+
     model: TwoLayerNet
     history: tuple[EpochRecord, ...]
     val: Evaluation  # with the final weights
     test: Evaluation
 
 
-State = dict[str, np.ndarray]  # everything that the rest of a training depends on
+State = dict[str, np.ndarray]  # all that the rest of a training depends on
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Start:
 
 OnEpoch = Callable[[EpochRecord], object]
 OnState = Callable[[State], object]
-GoOn = Callable[[State], Start | None]  # told the state of a new training, gives one of that form to go on from
+ResumeFrom = Callable[[State], Start | None]  # from the first state of a new training to one of the same form
 
 
 class Learner(Protocol):
@@ -88,24 +90,29 @@ def fit(
     splits: Dataset,
     on_epoch: OnEpoch = lambda record: None,
     on_state: OnState = lambda state: None,
-    go_on: GoOn = lambda state: None,
+    resume_from: ResumeFrom = lambda state: None,
     conv_threads: int = CONV_THREADS,
 ) -> FitResult:
     """Train for `config.epochs`, then evaluate val and test.
 
     Each epoch is reported to `on_epoch`, and the state after it to `on_state`. Val and test are evaluated with the
-    final weights. With `go_on`, the rest is trained from a state that was reported before, with the same result.
+    final weights. With `resume_from`, the rest is trained from a state that was reported before, with the same result.
     """
     device = resolve_device(config.device)
     model = build_model(config.pool, config.seed).to(device)
     learner = Autograd(model, config.lr, {split.name: fetcher(split, device) for split in splits})
     with threads(conv_threads if config.pool == "conv" else 1):
-        history = run_epochs(config, splits, learner, on_epoch, on_state, go_on)
+        history = run_epochs(config, splits, learner, on_epoch, on_state, resume_from)
         return FitResult(model, history, learner.evaluate(splits.val), learner.evaluate(splits.test))
 
 
 def run_epochs(
-    config: TrainConfig, splits: Dataset, learner: Learner, on_epoch: OnEpoch, on_state: OnState, go_on: GoOn
+    config: TrainConfig,
+    splits: Dataset,
+    learner: Learner,
+    on_epoch: OnEpoch,
+    on_state: OnState,
+    resume_from: ResumeFrom,
 ) -> tuple[EpochRecord, ...]:
     """Train for `config.epochs` and return the history.
 
@@ -118,7 +125,7 @@ def run_epochs(
     def state(epochs: int) -> State:
         return {**learner.state(), "epochs": np.array(epochs), "order": generator.get_state().numpy()}
 
-    if start := go_on(state(0)):
+    if start := resume_from(state(0)):
         history += start.history
         learner.load(start.state)
         generator.set_state(torch.from_numpy(start.state["order"]))

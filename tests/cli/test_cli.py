@@ -17,7 +17,7 @@ from conftest import assert_refused, make_arrays, poolnet, run
 
 from poolnet.cli.commands import _without_home, cli, main
 from poolnet.data import glyphs
-from poolnet.data.dataset import locate, open_splits
+from poolnet.data.dataset import locate, open_dataset
 from poolnet.errors import InputError
 from poolnet.files import home
 from poolnet.runs import run_record
@@ -109,14 +109,14 @@ def test_the_embedded_letters_are_rendered_once(monkeypatch):
     calls = []
     monkeypatch.setattr(glyphs, "render", lambda: calls.append(1) or small)
     for _ in range(2):
-        assert [len(split) for split in open_splits(locate("glyphs"))] == [200, 50, 50]
+        assert [len(split) for split in open_dataset(locate("glyphs"))] == [200, 50, 50]
     assert calls == [1]
 
 
 def test_prepare_glyphs_writes_any_size(capsys, tmp_path):
     code, out, _ = run(capsys, "prepare", "glyphs", "--train", 30, "--val", 20, "--test", 10, "--out", "g.npz")
     assert (code, out) == (0, f"Wrote {tmp_path / 'g.npz'}\n")
-    assert [len(split) for split in open_splits(tmp_path / "g.npz")] == [30, 20, 10]
+    assert [len(split) for split in open_dataset(tmp_path / "g.npz")] == [30, 20, 10]
     assert [str(path) for path in tmp_path.glob(".*")] == []
 
 
@@ -124,7 +124,7 @@ def test_prepare_notmnist_makes_what_data_notmnist_means(capsys, real_letters, m
     import conftest
 
     assert run(capsys, "prepare", "notmnist", "--small", conftest.REAL_LETTERS)[0] == 0
-    assert open_splits(home() / "data" / "notmnist.npz").sha256 == open_splits(real_letters[0]).sha256
+    assert open_dataset(home() / "data" / "notmnist.npz").sha256 == open_dataset(real_letters[0]).sha256
 
 
 def test_prepare_refuses_in_one_line(capsys):
@@ -323,7 +323,7 @@ def test_text_that_an_encoding_lacks_ends_no_command(tmp_path, monkeypatch, enco
     code, out, err = printed("prepare", "glyphs", *("--train", "1", "--val", "1", "--test", "1"), "--out", name)
     assert (code, err) == (0, "")
     assert out.startswith("Wrote ")
-    assert len(open_splits(tmp_path / name).train) == 1
+    assert len(open_dataset(tmp_path / name).train) == 1
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path):

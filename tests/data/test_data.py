@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from poolnet import files
 from poolnet.cli import commands
 from poolnet.data import dataset, glyphs, npz
-from poolnet.data.dataset import SPLITS, locate, open_splits
+from poolnet.data.dataset import SPLITS, locate, open_dataset
 from poolnet.errors import InputError, RunError
 from poolnet.files import home
 
@@ -60,7 +60,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_the_file_gives_the_same_images(tmp_path, arrays, form, writer):
     stored = {key: FORMS[form](value) if key[0] == "X" else value for key, value in arrays.items()}
-    splits = open_splits(save(tmp_path / "d.npz", stored, writer))
+    splits = open_dataset(save(tmp_path / "d.npz", stored, writer))
     for split in splits:
         assert split.dtype == str(stored[f"X_{split.name}"].dtype)
         expected = stored[f"X_{split.name}"].reshape(-1, 1, 28, 28).astype(np.float32)
@@ -76,7 +76,7 @@ def test_every_form_of_the_file_gives_the_same_images(tmp_path, arrays, form, wr
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint64, ">i8"])
 def test_labels_of_any_integer_type(tmp_path, arrays, dtype):
     arrays = {key: value.astype(dtype) if key[0] == "y" else value for key, value in arrays.items()}
-    splits = open_splits(save(tmp_path / "d.npz", arrays))
+    splits = open_dataset(save(tmp_path / "d.npz", arrays))
     assert splits.train.y.dtype == np.int64
     np.testing.assert_array_equal(splits.train.y, arrays["y_train"])
 
@@ -179,7 +179,7 @@ SCALES = {  # what must be one scale in all three splits, and what the one line 
 def test_splits_in_different_scales_are_refused_with_their_ranges(tmp_path, arrays, case):
     spoil, message = SCALES[case]
     with pytest.raises(InputError, match=f"scales.npz: {message}"):
-        open_splits(save(tmp_path / "scales.npz", spoil(arrays)))
+        open_dataset(save(tmp_path / "scales.npz", spoil(arrays)))
 
 
 def only(n, X):
@@ -205,7 +205,7 @@ PLAUSIBLE = {
 
 @pytest.mark.parametrize("case", PLAUSIBLE)
 def test_what_one_scale_may_hold_is_taken(tmp_path, arrays, case):
-    assert len(open_splits(save(tmp_path / "scales.npz", PLAUSIBLE[case](arrays))).train) == 300
+    assert len(open_dataset(save(tmp_path / "scales.npz", PLAUSIBLE[case](arrays))).train) == 300
 
 
 @pytest.mark.parametrize("case", BAD_ARRAYS)
@@ -214,7 +214,7 @@ def test_bad_arrays_are_refused_by_file_and_key(tmp_path, arrays, case, writer):
     spoil, message = BAD_ARRAYS[case]
     path = save(tmp_path / "bad.npz", spoil(arrays), writer)
     with pytest.raises(InputError, match=f"bad.npz: {message}"):
-        open_splits(path)
+        open_dataset(path)
     assert not (tmp_path / "payload-ran").exists()
 
 
@@ -225,19 +225,19 @@ def test_the_payload_of_these_tests_would_run(tmp_path):
 
 def test_files_that_are_no_whole_archive_are_refused(tmp_path, letters):
     with pytest.raises(InputError, match=r"nowhere.npz: no such file, expected an .npz file"):
-        open_splits(tmp_path / "nowhere.npz")
+        open_dataset(tmp_path / "nowhere.npz")
     with pytest.raises(InputError, match=r"found a folder, expected an \.npz file"):
-        open_splits(tmp_path)
+        open_dataset(tmp_path)
     (tmp_path / "text.npz").write_text("not a zip")
     with pytest.raises(InputError, match=r"text.npz: found no zip archive"):
-        open_splits(tmp_path / "text.npz")
+        open_dataset(tmp_path / "text.npz")
     (tmp_path / "half.npz").write_bytes(letters.read_bytes()[: letters.stat().st_size // 2])
     with pytest.raises(InputError, match=r"half.npz: truncated or damaged"):
-        open_splits(tmp_path / "half.npz")
+        open_dataset(tmp_path / "half.npz")
     with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
         archive.writestr("X_train.npy", b"no array")
     with pytest.raises(InputError, match=r"other.npz: X_train: found no array"):
-        open_splits(tmp_path / "other.npz")
+        open_dataset(tmp_path / "other.npz")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -247,7 +247,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, cut, compressed):
     content = path.read_bytes()
     path.write_bytes(content[: int(cut * len(content))])
     with pytest.raises(InputError, match=r"cut.npz"):
-        open_splits(path)
+        open_dataset(path)
 
 
 def test_every_flipped_bit_of_a_header_is_refused(tmp_path):
@@ -260,7 +260,7 @@ def test_every_flipped_bit_of_a_header_is_refused(tmp_path):
             flipped[at] ^= 1 << bit
             path.write_bytes(flipped)
             with pytest.raises(InputError, match=r"header.npz"):
-                open_splits(path)
+                open_dataset(path)
 
 
 @pytest.mark.parametrize("writer", [np.savez, np.savez_compressed])
@@ -274,7 +274,7 @@ def test_a_flipped_bit_in_the_table_of_contents_is_refused_or_changes_nothing(tm
             flipped[at] ^= 1 << bit
             path.write_bytes(flipped)
             try:
-                splits = open_splits(path)
+                splits = open_dataset(path)
             except InputError:
                 continue
             np.testing.assert_array_equal(splits.train.X, arrays["X_train"])
@@ -290,7 +290,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path, where, bit, compr
     content[int(where * len(content))] ^= 1 << bit
     path.write_bytes(content)
     try:
-        splits = open_splits(path)
+        splits = open_dataset(path)
     except InputError:
         return
     for split in splits:
@@ -305,7 +305,7 @@ def test_the_digest_sees_the_last_pixel_the_labels_and_the_type(tmp_path, arrays
     label[-1] = (label[-1] + 1) % 10
     variants = [(X, y), (pixel, y), (X, label), (X.astype(np.float32) / 255, y), (X[:-1], y[:-1])]
     digests = [
-        open_splits(save(tmp_path / "d.npz", arrays | {"X_train": X, "y_train": y})).train.sha256 for X, y in variants
+        open_dataset(save(tmp_path / "d.npz", arrays | {"X_train": X, "y_train": y})).train.sha256 for X, y in variants
     ]
     assert len(set(digests)) == 5
     assert digests == [digest(X, y) for X, y in variants]
@@ -320,10 +320,10 @@ def same_size_and_time(path, arrays):
 def test_another_file_of_the_same_size_and_time_is_another_data_set(tmp_path):
     path = tmp_path / "d.npz"
     same_size_and_time(path, make_arrays(seed=1))
-    first, size = open_splits(path), path.stat().st_size
+    first, size = open_dataset(path), path.stat().st_size
     same_size_and_time(path, make_arrays(seed=2))
     assert path.stat().st_size == size
-    second, expected = open_splits(path), make_arrays(seed=2)
+    second, expected = open_dataset(path), make_arrays(seed=2)
     assert second.sha256 != first.sha256
     for split in second:
         np.testing.assert_array_equal(split.X, expected[f"X_{split.name}"])
@@ -334,7 +334,7 @@ def test_another_file_of_the_same_size_and_time_is_another_data_set(tmp_path):
 @pytest.mark.parametrize("how", ["replaced", "overwritten", "cut", "gone"])
 def test_what_becomes_of_the_file_later_changes_nothing(tmp_path, arrays, writer, how):
     path = save(tmp_path / "d.npz", arrays, writer)
-    splits = open_splits(path)
+    splits = open_dataset(path)
     if how == "replaced":
         npz.save(path, make_arrays(seed=2))
     elif how == "overwritten":
@@ -365,28 +365,28 @@ def test_a_file_that_changes_while_it_is_opened_is_the_old_one_or_refused(tmp_pa
         pytest.skip("Windows replaces no file that is open")
     if how == "overwritten":
         with pytest.raises(InputError, match=r"d.npz: truncated or damaged"):
-            open_splits(path, watch=meddle)
+            open_dataset(path, watch=meddle)
         return
-    for split in open_splits(path, watch=meddle):
+    for split in open_dataset(path, watch=meddle):
         np.testing.assert_array_equal(split.X, arrays[f"X_{split.name}"])
         assert split.sha256 == digest(split.X, split.y)
 
 
 def test_images_that_nobody_wants_are_not_kept(letters, arrays):
-    splits = open_splits(letters, keep=("test",))
+    splits = open_dataset(letters, keep=("test",))
     assert (splits.train.X, splits.val.X) == (None, None)
     np.testing.assert_array_equal(splits.test.X, arrays["X_test"])
-    assert splits.summary() == open_splits(letters).summary()
+    assert splits.summary() == open_dataset(letters).summary()
 
 
 def test_test_images_that_train_holds_are_counted(tmp_path):
     arrays = make_arrays((50, 20, 20))
     arrays["X_test"][:3] = arrays["X_train"][[7, 7, 49]]  # one train image twice, another once
     arrays["X_test"][4] = arrays["X_val"][0]  # val does not count
-    assert open_splits(save(tmp_path / "d.npz", arrays)).overlap == 3
+    assert open_dataset(save(tmp_path / "d.npz", arrays)).overlap == 3
     arrays["X_test"] = arrays["X_test"].astype(np.float32) / 255  # nor does the type of the pixels
-    assert open_splits(save(tmp_path / "e.npz", arrays)).overlap == 3
-    assert open_splits(save(tmp_path / "f.npz", make_arrays((50, 20, 20)))).overlap == 0
+    assert open_dataset(save(tmp_path / "e.npz", arrays)).overlap == 3
+    assert open_dataset(save(tmp_path / "f.npz", make_arrays((50, 20, 20)))).overlap == 0
 
 
 @pytest.mark.parametrize("rows", [1, 7, 300, 1000])
@@ -394,7 +394,7 @@ def test_windows_are_the_rows_in_order(tmp_path, arrays, monkeypatch, rows):
     monkeypatch.setattr(npz, "ROWS", rows)
     seen = {name: [] for name in dataset.SPLITS}
     for writer in (np.savez, np.savez_compressed):
-        open_splits(save(tmp_path / "d.npz", arrays, writer), (), lambda name, *rest: seen[name].append(rest))
+        open_dataset(save(tmp_path / "d.npz", arrays, writer), (), lambda name, *rest: seen[name].append(rest))
         for name, blocks in seen.items():
             starts = [start for _, start, _ in blocks]
             assert starts == list(range(0, len(arrays[f"X_{name}"]), rows))
@@ -425,14 +425,14 @@ def header_of(path, key, shape, descr="|u1"):
 def test_a_header_of_any_other_shape_is_refused_in_one_line(letters, key, shape):
     header_of(letters, key, shape)
     with pytest.raises(InputError, match=rf"letters.npz: {key}: "):
-        open_splits(letters)
+        open_dataset(letters)
 
 
 @pytest.mark.parametrize("key", ["X_train", "y_test"])
 def test_a_member_without_the_suffix_of_an_array_is_missing(letters, key):
     rewrite(letters, lambda name, content: (key if name == f"{key}.npy" else name, content))
     with pytest.raises(InputError, match=rf"letters.npz: {key}: missing, found .*; expected arrays as np.savez"):
-        open_splits(letters)
+        open_dataset(letters)
 
 
 def test_a_header_that_unpacks_to_very_much_is_not_read(letters):
@@ -442,7 +442,7 @@ def test_a_header_that_unpacks_to_very_much_is_not_read(letters):
     tracemalloc.start()
     try:
         with pytest.raises(InputError, match=r"letters.npz: X_train: found no array \(EOF"):
-            open_splits(letters)
+            open_dataset(letters)
         assert tracemalloc.get_traced_memory()[1] < size / 10
     finally:
         tracemalloc.stop()
@@ -452,7 +452,7 @@ def test_a_header_of_python_2_is_read_without_a_word(letters, arrays):
     old, new = b"(110,), }  ", b"(110L,), } "
     rewrite(letters, lambda name, content: (name, content.replace(old, new)))
     assert new in letters.read_bytes()
-    np.testing.assert_array_equal(open_splits(letters).test.y, arrays["y_test"])  # warnings are errors in these tests
+    np.testing.assert_array_equal(open_dataset(letters).test.y, arrays["y_test"])  # warnings are errors in these tests
 
 
 def rewrite(path, change):
@@ -473,7 +473,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, letters):
             listener.bind("s.npz")
         places |= {tmp_path / "s.npz": "a socket"}
     for place, kind in places.items():
-        for refused in (lambda p: open_splits(p), lambda p: npz.opened(p).__enter__()):
+        for refused in (lambda p: open_dataset(p), lambda p: npz.opened(p).__enter__()):
             with pytest.raises(InputError, match=f"{place}: found {kind}, expected an .npz file"):
                 refused(place)
 
@@ -508,7 +508,7 @@ def test_out_writes_where_a_link_leads(tmp_path, capsys):
     (tmp_path / "link.npz").symlink_to(tmp_path / "target.npz")
     assert run(*small(tmp_path / "link.npz"), capsys=capsys) == (0, "")
     assert (tmp_path / "link.npz").is_symlink()
-    assert len(open_splits(tmp_path / "target.npz").train) == 1
+    assert len(open_dataset(tmp_path / "target.npz").train) == 1
 
 
 def test_a_full_disk_is_one_line_where_nothing_can_be_written(tmp_path, monkeypatch, capsys):
@@ -534,7 +534,7 @@ def test_a_tilde_is_the_users_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "me"))
     (tmp_path / "me").mkdir()
     assert run(*small("~/made.npz"), capsys=capsys) == (0, "")
-    assert len(open_splits(locate("~/made.npz")).train) == 1
+    assert len(open_dataset(locate("~/made.npz")).train) == 1
     assert locate("~/made.npz") == tmp_path / "me" / "made.npz"
     monkeypatch.setenv("POOLNET_HOME", "~/state")
     assert home() == tmp_path / "me" / "state"
@@ -549,7 +549,7 @@ def test_any_name_works_and_none_reaches_the_terminal_raw(tmp_path, capsys, name
     path = tmp_path / f"{name}.npz"
     assert commands._run([str(arg) for arg in small(path)]) == 0
     printed = capsys.readouterr()
-    assert open_splits(path).name == name
+    assert open_dataset(path).name == name
     path.write_bytes(b"damaged")
     code, error = run("prepare", "notmnist", "--small", path, capsys=capsys)
     assert code == 2
@@ -578,7 +578,7 @@ def test_rendered_letters_that_are_damaged_are_rendered_again(monkeypatch):
     for damage in (bytes(flipped), whole[:-1], whole[:1000], b"", b"text"):
         path.write_bytes(damage)
         assert locate("glyphs", lines.append) == path
-        assert open_splits(path).sha256 == open_splits(save(path, rendered)).sha256
+        assert open_dataset(path).sha256 == open_dataset(save(path, rendered)).sha256
     assert len(lines) == 6
 
 
@@ -624,7 +624,7 @@ def test_an_error_of_the_one_who_watches_is_not_the_files(letters):
         raise RuntimeError("can't allocate memory")
 
     with pytest.raises(RuntimeError, match=r"^can't allocate memory$"):
-        open_splits(letters, watch=watch)
+        open_dataset(letters, watch=watch)
 
 
 def test_locate_says_how_to_make_notmnist(tmp_path):

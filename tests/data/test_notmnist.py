@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from poolnet.data import notmnist
-from poolnet.data.dataset import open_splits
+from poolnet.data.dataset import open_dataset
 from poolnet.errors import InputError
 from poolnet.files import home
 
@@ -314,7 +314,7 @@ def test_the_real_letters_are_counted_as_known(real_letters):
     assert rows["with conflicting labels, dropped"] == "2"
     assert "splits: train 14,584, val 1,823, test 1,823" in printed
     assert re.search(r"^A +1,469 +192 +187$", printed, re.MULTILINE)
-    splits = open_splits(path)
+    splits = open_dataset(path)
     assert [len(split) for split in splits] == [14_584, 1_823, 1_823]
     assert splits.overlap == 0
 

@@ -19,7 +19,7 @@ from conftest import ROOT, Payload, assert_refused, enter, make_arrays, run
 from finished_runs import REGISTERED, journaled, publish
 from torch import nn
 
-from poolnet.data.dataset import open_splits
+from poolnet.data.dataset import open_dataset
 from poolnet.errors import InputError
 from poolnet.tracking import registry
 from poolnet.tracking.programs import EXPORT, WEIGHTS
@@ -49,7 +49,7 @@ def addresses(run):
 
 
 def test_a_model_is_found_at_every_address_that_mlflow_resolves(trained):
-    test = open_splits("letters.npz").test
+    test = open_dataset("letters.npz").test
     for kind, uri in addresses(trained).items():
         loaded = registry.load(uri)
         scored = evaluate(loaded.net, test)
@@ -93,13 +93,13 @@ def test_evaluate_agrees_with_the_training_and_is_kept_with_model_and_data(capsy
     assert report["loss"]["estimate"] == pytest.approx(trained.data.metrics[f"{split}_loss"], abs=1e-6)
     assert report["acc"]["estimate"] == trained.data.metrics[f"{split}_acc"]
     assert report["loss"]["low"] < report["loss"]["estimate"] < report["loss"]["high"]
-    assert np.array(report["confusion"]).sum() == report["n"] == len(getattr(open_splits("letters.npz"), split))
+    assert np.array(report["confusion"]).sum() == report["n"] == len(getattr(open_dataset("letters.npz"), split))
     kept = client.get_run(report["run_id"])
     assert kept.info.status == "FINISHED"
     assert kept.data.tags["poolnet.evaluation"] == "agrees"
     assert [entry.model_id for entry in kept.inputs.model_inputs] == [registry.logged(client, trained).model_id]
     (dataset,) = [entry.dataset for entry in kept.inputs.dataset_inputs]
-    assert getattr(open_splits("letters.npz"), split).sha256.startswith(dataset.digest)
+    assert getattr(open_dataset("letters.npz"), split).sha256.startswith(dataset.digest)
     # the model's own page has the figures too, beside those of its training
     model = client.get_logged_model(registry.logged(client, trained).model_id)
     ours = {m.key: m for m in model.metrics if m.run_id == report["run_id"]}
@@ -188,7 +188,7 @@ def test_an_export_that_cannot_be_checked_is_said(capsys, alone, case):
 
 
 def test_what_mlflow_loads_says_the_same(trained):
-    images = torch.from_numpy(open_splits("letters.npz").test.images(slice(None)))
+    images = torch.from_numpy(open_dataset("letters.npz").test.images(slice(None)))
     net = registry.load("models:/poolnet/1").net
     served = mlflow.pytorch.load_model("models:/poolnet/1")
     with torch.inference_mode():
@@ -440,7 +440,7 @@ def test_weights_of_the_notebook_become_a_version_that_says_the_same(capsys, let
     names = {}
     exec(NOTEBOOK, names)
     printed = registered(capsys, "notebook.pt", "--pool", "avg", "--data", "letters.npz")
-    test = open_splits("letters.npz").test
+    test = open_dataset("letters.npz").test
     images = torch.from_numpy(test.images(slice(None)))
     with torch.inference_mode():
         expected = names["model"](images).numpy()

@@ -64,7 +64,7 @@ def model(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POOLNET_HOME", str(folder / "home"))
         npz.save(folder / "glyphs.npz", glyphs.render(train=4000, val=100, test=100))
-        splits = dataset.open_splits(folder / "glyphs.npz")
+        splits = dataset.open_dataset(folder / "glyphs.npz")
         return train_loop.fit(TrainConfig(pool="avg", epochs=15, lr=0.01, device="cpu"), splits).model
 
 

@@ -57,7 +57,7 @@ def test_a_conv_run_is_trained_again_with_its_own_number_of_threads(tmp_path):
     """Runs of earlier versions took as many as there were cores, and their digits depend on that."""
     np.savez("letters.npz", **make_arrays())
     config = dataclasses.replace(REGISTERED, pool="conv", epochs=1)
-    splits, pooled = train_run.open_data(config, False, print)
+    splits, pooled = train_run.open_training_data(config, False, print)
     old = train_run.create(config, False, splits, addresses.environment(), threads=3)
     with old.training():
         train_run.carry_out(old, splits, pooled, echo=lambda line: None)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from poolnet import files, process
-from poolnet.data.dataset import open_splits
+from poolnet.data.dataset import open_dataset
 from poolnet.errors import InputError, RunError
 from poolnet.runs import provenance, run_record, train_run
 from poolnet.runs.run_record import RunRecord
@@ -349,7 +349,7 @@ def test_who_only_looks_is_never_taken_for_the_trainer_and_never_in_its_way(run)
 
 def fits(pool, path):
     if pool == "conv":
-        splits = open_splits(path)
+        splits = open_dataset(path)
         return lambda config, **hooks: train_loop.fit(config, splits, **hooks)
     splits, arrays = open_pooled(path, pool)
     return lambda config, **hooks: fast_step.fit(config, splits, arrays, **hooks)
@@ -375,13 +375,13 @@ def test_from_every_epochs_state_the_rest_is_the_same(letters, run, pool):
         with run.training():
             run.save_checkpoint(kept)
         start = Start(tuple(history[:epochs]), run.checkpoints()[0])
-        assert_identical(fit(config, go_on=lambda new, start=start: start), expected)
+        assert_identical(fit(config, resume_from=lambda new, start=start: start), expected)
 
 
 def journaled(path, pool="max"):
     """A new run, its data, and the features of them."""
     config = TrainConfig(data=str(path), pool=pool, epochs=3, batch_size=64)
-    splits, pooled = train_run.open_data(config, cache=False, echo=lambda line: None)
+    splits, pooled = train_run.open_training_data(config, cache=False, echo=lambda line: None)
     return train_run.create(config, False, splits, addresses.environment()), splits, pooled
 
 
@@ -465,7 +465,7 @@ def test_what_is_damaged_of_a_finished_run_is_named_and_made_again_by_resuming_i
 
 def test_a_run_whose_checkpoints_are_lost_is_trained_again_and_its_record_stays(letters):
     config = TrainConfig(data=str(letters), epochs=3)
-    splits, pooled = train_run.open_data(config, cache=False, echo=lambda line: None)
+    splits, pooled = train_run.open_training_data(config, cache=False, echo=lambda line: None)
     run = train_run.create(config, False, splits, addresses.environment())
     with run.training():
         train_run.carry_out(run, splits, pooled, echo=lambda line: None)
@@ -481,7 +481,7 @@ def test_a_run_whose_checkpoints_are_lost_is_trained_again_and_its_record_stays(
 
 def test_a_record_that_the_training_does_not_repeat_is_not_built_on(letters):
     config = TrainConfig(data=str(letters), epochs=2)
-    splits, pooled = train_run.open_data(config, cache=False, echo=lambda line: None)
+    splits, pooled = train_run.open_training_data(config, cache=False, echo=lambda line: None)
     run = train_run.create(config, False, splits, addresses.environment())
     with run.training():
         run.append(1, dict.fromkeys(("train_loss", "train_acc", "val_loss", "val_acc"), 0.5))

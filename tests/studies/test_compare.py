@@ -11,7 +11,7 @@ import pytest
 from conftest import assert_refused, inside, mlflow_run, run
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
-from poolnet.data.dataset import open_splits
+from poolnet.data.dataset import open_dataset
 from poolnet.studies import compare, report, selection, study
 from poolnet.tracking import servers
 from poolnet.training import train_loop
@@ -176,7 +176,7 @@ def test_mlflow_run_compares_in_the_run_that_it_made(client):
 
 
 def test_the_data_set_is_told_by_its_contents_and_not_by_its_name(client, letters):
-    sha256 = open_splits(letters).sha256
+    sha256 = open_dataset(letters).sha256
     plant_arms(client, seeds=2, lead=0.05, data="elsewhere/copy.npz", sha256=sha256)
     plant_arms(client, seeds=2, lead=-0.05, data="letters.npz", sha256="6" * 64)  # newer, of the same name
     for arguments in (("--study", write_study(2)), (*BY_POOL, "--data", "letters.npz")):

@@ -18,7 +18,7 @@ from conftest import inside, poolnet
 from finished_runs import journaled, publish
 
 from poolnet import files
-from poolnet.data.dataset import open_splits
+from poolnet.data.dataset import open_dataset
 from poolnet.runs import run_record
 from poolnet.runs.run_record import RunRecord
 from poolnet.studies.study import read
@@ -219,7 +219,7 @@ def test_without_a_server_the_children_are_on_disk_and_published_later(study, mo
 
 def test_a_second_sweep_of_the_same_study_is_refused_and_told_who_is_at_it(study):
     path = study()
-    name = sweep_run.name_of(path.stem, open_splits("letters.npz").sha256)
+    name = sweep_run.name_of(path.stem, open_dataset("letters.npz").sha256)
     with files.locked(sweep_run.folder() / f"{name}.lock"):
         finished = inside("sweep", path)
     assert (finished.returncode, finished.stdout) == (2, "")

@@ -22,7 +22,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from PIL import Image
 
-from poolnet.data.dataset import open_splits
+from poolnet.data.dataset import open_dataset
 from poolnet.errors import InputError
 from poolnet.runs import provenance, run_record
 from poolnet.runs.figures import of_run, save_all
@@ -107,7 +107,7 @@ def test_tags_status_and_name(trained):
     tags = trained.run.data.tags
     assert trained.run.info.status == "FINISHED"
     assert trained.run.info.run_name == "avg-seed42"
-    assert tags["poolnet.data_sha256"] == open_splits(trained.path).sha256
+    assert tags["poolnet.data_sha256"] == open_dataset(trained.path).sha256
     assert tags["poolnet.device"] == str(resolve_device("auto"))
     commit, dirty, _ = provenance.code_state()
     assert tags["poolnet.git_dirty"] == dirty
@@ -124,7 +124,7 @@ def test_the_summary_holds_the_result_and_the_command(trained):
 
 def test_datasets_carry_the_digest_of_the_whole_split(trained):
     inputs = {entry.tags[0].value: entry.dataset for entry in trained.run.inputs.dataset_inputs}
-    splits = open_splits(trained.path)
+    splits = open_dataset(trained.path)
     assert set(inputs) == {"train", "val", "test"}
     for split in splits:
         assert inputs[split.name].digest == split.sha256[:32]
@@ -134,7 +134,7 @@ def test_datasets_carry_the_digest_of_the_whole_split(trained):
 
 def test_predictions_explain_the_test_score(here):
     folder = Path(here.client.download_artifacts(here.run.info.run_id, "predictions"))
-    splits = open_splits(here.path)
+    splits = open_dataset(here.path)
     for split in (splits.val, splits.test):
         with np.load(folder / f"{split.name}.npz") as saved:
             assert set(saved) == {"logits", "y"}
@@ -157,7 +157,7 @@ def test_figures_are_pictures(here):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
 def test_figures_can_be_drawn_of_data_of_any_name(tmp_path, letters):
     for name in (r"a$\frac$b", "文字", "\x1b[31mred"):
-        splits = open_splits(letters.rename(tmp_path / f"{name}.npz"))
+        splits = open_dataset(letters.rename(tmp_path / f"{name}.npz"))
         letters = splits.path
         config = TrainConfig(data=str(letters), epochs=1, pool="avg")
         result = fast_step.fit(config, *features.open_pooled(letters, "avg"))
@@ -189,7 +189,7 @@ def test_the_model_loads_without_pickle_for_any_batch(here, monkeypatch):
     (version,) = here.client.search_model_versions(f"run_id = '{here.run.info.run_id}'")
     uri = f"models:/poolnet/{version.version}"
     native, pyfunc = mlflow.pytorch.load_model(uri), mlflow.pyfunc.load_model(uri)
-    test = open_splits(here.path).test
+    test = open_dataset(here.path).test
     images = test.images(slice(None))
     for n in (1, 7, 1000):
         batch = np.resize(images, (n, 1, 28, 28))

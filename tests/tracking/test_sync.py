@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("letters")
 
 def interrupted(config=CONFIG, after=1):
     """A run of this process that was stopped after an epoch, as a run that was killed leaves it."""
-    splits, pooled = train_run.open_data(config, cache=False, echo=lambda line: None)
+    splits, pooled = train_run.open_training_data(config, cache=False, echo=lambda line: None)
     left = train_run.create(config, False, splits, addresses.environment())
 
     def stop_after(record):
@@ -208,7 +208,7 @@ def test_resume_goes_on_in_the_same_run_and_ends_as_if_nothing_had_happened(caps
 
 
 def test_a_stop_before_the_first_batch_is_recorded(monkeypatch):
-    splits, pooled = train_run.open_data(CONFIG, cache=False, echo=lambda line: None)
+    splits, pooled = train_run.open_training_data(CONFIG, cache=False, echo=lambda line: None)
     left = train_run.create(CONFIG, False, splits, addresses.environment())
 
     def stopped(*args, **hooks):

@@ -12,7 +12,7 @@ from conftest import make_arrays
 from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
-from poolnet.data.dataset import open_splits
+from poolnet.data.dataset import open_dataset
 from poolnet.errors import RunError
 from poolnet.training import fast_step
 from poolnet.training.config import TrainConfig
@@ -28,7 +28,7 @@ def figures(history):
 
 def assert_equal_runs(config, path):
     splits, arrays = open_pooled(path, config.pool)
-    fast, slow = fast_step.fit(config, splits, arrays), fit(config, open_splits(path))
+    fast, slow = fast_step.fit(config, splits, arrays), fit(config, open_dataset(path))
     sizes = np.array([len(splits.train)] * 2 + [len(splits.val)] * 2)
     within = np.where([False, True, False, True], 2 / sizes, 1e-5) + 1e-12  # losses to 1e-5, accuracies to two images
     assert len(fast.history) == config.epochs
@@ -107,7 +107,10 @@ def test_the_path_for_other_devices_equals_torchs_own_loop(letters):
 def test_a_loss_that_is_not_finite_stops_the_run_as_on_the_slow_path(letters):
     config = TrainConfig(epochs=5, lr=1e37)
     messages = []
-    for run in (lambda: fast_step.fit(config, *open_pooled(letters, "max")), lambda: fit(config, open_splits(letters))):
+    for run in (
+        lambda: fast_step.fit(config, *open_pooled(letters, "max")),
+        lambda: fit(config, open_dataset(letters)),
+    ):
         with pytest.raises(RunError, match=r"epoch 1: train loss=.*lr=1e\+37 may be too high") as raised:
             run()
         messages.append(str(raised.value))

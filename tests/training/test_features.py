@@ -11,7 +11,7 @@ import torch
 from conftest import make_arrays
 
 from poolnet.data import npz
-from poolnet.data.dataset import open_splits
+from poolnet.data.dataset import open_dataset
 from poolnet.errors import InputError
 from poolnet.files import home
 from poolnet.training import features
@@ -21,7 +21,7 @@ from poolnet.training.model import SimplePoolNet
 
 def expected(path, pool):
     net = SimplePoolNet(pool)
-    for split in open_splits(path):
+    for split in open_dataset(path):
         with torch.no_grad():
             yield split.name, net.features(torch.from_numpy(split.images(slice(None)))).numpy()
 
@@ -148,7 +148,7 @@ def test_features_are_of_the_data_whose_digest_is_recorded(tmp_path, monkeypatch
 
         monkeypatch.setattr(features, "_load", replace_then_load)
     splits, arrays = open_pooled(path, "max")
-    assert splits.sha256 == open_splits(other).sha256
+    assert splits.sha256 == open_dataset(other).sha256
     for name, net_features in expected(other, "max"):
         np.testing.assert_array_equal(arrays[name][:, :49], net_features)
     np.testing.assert_array_equal(splits.train.y, make_arrays(seed=2)["y_train"])
@@ -169,7 +169,7 @@ def test_the_cache_is_bounded_and_the_least_used_goes_first(tmp_path, monkeypatc
         open_pooled(path, "max")
     digests = {name.split("-")[1] for name in (path.name for path in cached())}
     for path, kept in zip(paths, (True, False, True), strict=False):
-        assert (open_splits(path).train.sha256 in digests) == kept
+        assert (open_dataset(path).train.sha256 in digests) == kept
     assert sum(path.stat().st_size for path in cached()) <= features.CACHE_LIMIT
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from poolnet.data.dataset import Dataset, Split, open_splits
+from poolnet.data.dataset import Dataset, Split, open_dataset
 from poolnet.errors import InputError, RunError
 from poolnet.training.config import TrainConfig
 from poolnet.training.evaluation import evaluate, threads
@@ -82,16 +82,16 @@ def assert_same_run(config, splits):
 
 @pytest.mark.parametrize("pool", ["max", "avg", "conv"])
 def test_fit_equals_the_notebooks_loop(letters, pool):
-    assert_same_run(TrainConfig(pool=pool, epochs=4, batch_size=32, lr=0.01), open_splits(letters))
+    assert_same_run(TrainConfig(pool=pool, epochs=4, batch_size=32, lr=0.01), open_dataset(letters))
 
 
 @pytest.mark.parametrize("pool", ["max", "avg"])
 def test_fit_equals_the_notebooks_loop_on_real_letters(real_letters, pool):
-    assert_same_run(TrainConfig(pool=pool, epochs=5), open_splits(real_letters[0]))
+    assert_same_run(TrainConfig(pool=pool, epochs=5), open_dataset(real_letters[0]))
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(letters):
-    splits = open_splits(letters)
+    splits = open_dataset(letters)
     config = TrainConfig(epochs=3, batch_size=32)
     first = fit(config, splits)
     torch.rand(5)  # the global generator has no part in it
@@ -117,7 +117,7 @@ def test_train_figures_are_means_weighted_by_batch_size_before_each_step():
 
 
 def test_evaluate_covers_every_image_once(monkeypatch, letters):
-    split = open_splits(letters).test
+    split = open_dataset(letters).test
     model = SimplePoolNet("avg")
     whole = evaluate(model, split)
     monkeypatch.setattr("poolnet.training.evaluation.EVAL_BATCH", 7)
@@ -130,7 +130,7 @@ def test_evaluate_covers_every_image_once(monkeypatch, letters):
 
 
 def test_it_learns(letters):
-    result = fit(TrainConfig(pool="avg", epochs=30, batch_size=16, lr=0.03), open_splits(letters))
+    result = fit(TrainConfig(pool="avg", epochs=30, batch_size=16, lr=0.03), open_dataset(letters))
     assert result.test.acc > 0.9
 
 
@@ -143,7 +143,7 @@ def test_a_data_set_in_memory_trains_as_well():
 def test_a_loss_that_is_not_finite_stops_the_run(letters):
     seen = []
     with pytest.raises(RunError, match=r"epoch \d+: train loss=.*lr=1e\+37 may be too high"):
-        fit(TrainConfig(epochs=5, lr=1e37), open_splits(letters), seen.append)
+        fit(TrainConfig(epochs=5, lr=1e37), open_dataset(letters), seen.append)
     assert len(seen) < 5
 
 
@@ -180,7 +180,7 @@ def test_threads_are_given_back():
 
 @pytest.mark.parametrize("pool", ["max", "conv"])
 def test_no_digit_depends_on_the_number_of_threads(letters, pool):
-    splits, config = open_splits(letters), TrainConfig(pool=pool, epochs=2, batch_size=128)
+    splits, config = open_dataset(letters), TrainConfig(pool=pool, epochs=2, batch_size=128)
     results = []
     before = torch.get_num_threads()
     for count in (1, 2, 5):
