@@ -296,11 +296,16 @@ def _differ(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def as_images(x: np.ndarray) -> np.ndarray:
-    """Convert pixels for a model: float32 (n, 1, 28, 28).
+    """Convert images for a model: float32 (n, 1, 28, 28)."""
+    return as_pixels(x.reshape(-1, 1, SIDE, SIDE))
+
+
+def as_pixels(x: np.ndarray) -> np.ndarray:
+    """Convert pixels for a model: float32, of the same shape.
 
     uint8 pixels are divided by 255. Others stay as they are.
     """
-    images = x.reshape(-1, 1, SIDE, SIDE).astype(np.float32)
+    pixels = x.astype(np.float32)
     if x.dtype == np.uint8:
-        images /= 255
-    return images
+        pixels /= 255
+    return pixels

@@ -11,12 +11,12 @@ import torch
 from conftest import make_arrays
 
 from poolnet.data import npz
-from poolnet.data.dataset import open_dataset
+from poolnet.data.dataset import as_images, open_dataset
 from poolnet.errors import InputError
 from poolnet.files import home
 from poolnet.training import features
 from poolnet.training.features import open_pooled
-from poolnet.training.model import SimplePoolNet
+from poolnet.training.model import POOLINGS, SimplePoolNet
 
 
 def expected(path, pool):
@@ -40,6 +40,18 @@ def test_features_are_those_of_the_network_and_a_one_for_the_bias(letters, pool,
         np.testing.assert_array_equal(arrays[name][:, 49], 1)
     assert {split.name: len(split) for split in splits} == {name: len(array) for name, array in arrays.items()}
     assert len(cached()) == (3 if cache else 0)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "f2", "<f4", ">f4", "f8"])
+@pytest.mark.parametrize("pool", POOLINGS)
+def test_features_are_those_of_the_network_to_the_bit(pool, dtype):
+    """Of each type of pixel, with negative ones, and of more images than are pooled together."""
+    images = np.random.default_rng(0).integers(0, 256, (2 * features.BLOCK + 1, 28, 28)).astype("u1")
+    if dtype != "u1":
+        images = ((images - 100.0) / 77).astype(dtype)
+    with torch.no_grad():
+        of_network = SimplePoolNet(pool).features(torch.from_numpy(as_images(images)))
+    np.testing.assert_array_equal(features.pooled(images, pool)[:, :-1], of_network.numpy())
 
 
 @pytest.mark.parametrize("writer", [np.savez, np.savez_compressed])
