@@ -159,7 +159,7 @@ def train(context: click.Context, resume: str, no_cache: bool, optimum: bool, ti
     if server.look:
         echo(f"Look at it: {server.look}")
     if trained.trouble:
-        where = f"all is safe in {run.folder}, and published by: poolnet sync {run.name}"
+        where = f"the run is saved in {run.folder}; upload it later with: poolnet sync {run.name}"
         context.exit(failed(f"{trained.trouble}; {where}", 3))
 
 
@@ -261,7 +261,8 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, timeout:
     if under_way.missing:
         context.exit(failed(f"missing runs: {len(under_way.missing)}, see above; again with: {again}", 1))
     if under_way.publish_error:
-        context.exit(failed(f"{under_way.publish_error}; all is safe in {home()}, and published by: poolnet sync", 3))
+        where = f"the runs are saved in {home()}; upload them later with: poolnet sync"
+        context.exit(failed(f"{under_way.publish_error}; {where}", 3))
 
 
 @cli.command()

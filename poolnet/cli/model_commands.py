@@ -258,7 +258,7 @@ def reproduce(context: click.Context, run: str, data: str, timeout: float, as_js
             echo(f"Look at it: {server_copy.look}")
     if trouble:
         again = f"poolnet sync {result.again.name}; this verdict is not, reproduce it again for that"
-        failed(f"{trouble}; all is safe in {result.again.folder}, and published by: {again}", 3)
+        failed(f"{trouble}; the run is saved in {result.again.folder}; upload it later with: {again}", 3)
     context.exit(1 if result.verdict == "different" else 3 if trouble else 0)
 
 

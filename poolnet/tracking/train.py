@@ -69,6 +69,6 @@ def look_ahead(echo_warning: Echo) -> None:
     addresses.check(uri)
     if problem := addresses.unreachable(uri):
         echo_warning(
-            f"{addresses.shown(uri)} cannot be reached ({problem}); what is trained is kept, and published later with: "
-            "poolnet sync"
+            f"{addresses.shown(uri)} cannot be reached ({problem}); runs are saved on this machine; "
+            "upload them later with: poolnet sync"
         )

@@ -27,8 +27,8 @@ from poolnet.training.config import TrainConfig
 
 DEAD = "http://127.0.0.1:9"  # where nothing listens
 AWAY = (  # the warning before a training
-    f"poolnet: warning: {DEAD} cannot be reached (Connection refused); what is trained is kept, and published later "
-    "with: poolnet sync"
+    f"poolnet: warning: {DEAD} cannot be reached (Connection refused); runs are saved on this machine; "
+    "upload them later with: poolnet sync"
 )
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal, or limit")
 
@@ -171,7 +171,8 @@ def test_without_a_server_all_is_on_disk_and_sync_creates_the_run_elsewhere(lett
     warning, error = finished.stderr.splitlines()
     assert warning == AWAY  # before the training, and after it where all is
     assert error == (
-        f"poolnet: error: {DEAD}: connection refused; all is safe in {folder}, and published by: poolnet sync {name}"
+        f"poolnet: error: {DEAD}: connection refused; the run is saved in {folder}; "
+        f"upload it later with: poolnet sync {name}"
     )
     store = f"sqlite:///{tmp_path / 'team.db'}"
     for expected in ("published", "nothing"):

@@ -202,7 +202,7 @@ def test_without_a_server_the_children_are_on_disk_and_published_later(study, mo
     path, uri = study(), os.environ["MLFLOW_TRACKING_URI"]
     result, err = swept(path, "--drain-timeout", 1, code=3, MLFLOW_TRACKING_URI=DEAD)
     assert [run["status"] for run in result["runs"]] == ["FINISHED"] * 4
-    assert "published by: poolnet sync" in err.splitlines()[-1]
+    assert "upload them later with: poolnet sync" in err.splitlines()[-1]
     damaged = run_record.find(run_record.names()[1]).folder / "metrics.jsonl"
     damaged.write_bytes(damaged.read_bytes().replace(b"0.", b"1.", 1))
     again, _ = swept(path, "--drain-timeout", 1, code=3, MLFLOW_TRACKING_URI=DEAD)
