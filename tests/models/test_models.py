@@ -48,14 +48,14 @@ def addresses(run):
     }
 
 
-def test_a_model_is_found_at_every_address_that_mlflow_resolves(trained):
+def test_a_model_is_found_at_every_address_that_mlflow_resolves(alone):
     test = open_dataset("letters.npz").test
-    for kind, uri in addresses(trained).items():
+    for kind, uri in addresses(alone).items():
         loaded = registry.load(uri)
         scored = evaluate(loaded.net, test)
-        recorded = (trained.data.metrics["test_loss"], trained.data.metrics["test_acc"])
+        recorded = (alone.data.metrics["test_loss"], alone.data.metrics["test_acc"])
         assert (scored.loss, scored.acc) == pytest.approx(recorded, abs=1e-6), kind
-        assert (loaded.pool, loaded.run_id) == ("avg", trained.info.run_id), kind
+        assert (loaded.pool, loaded.run_id) == ("avg", alone.info.run_id), kind
         assert (loaded.version and int(loaded.version.version)) == (None if kind == "folder" else 1), kind
         served = mlflow.pyfunc.load_model(uri).predict(test.images(slice(None)))
         assert np.allclose(served, scored.logits, atol=1e-5), kind
