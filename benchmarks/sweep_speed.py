@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 import click
-from train_speed import EPOCHS, notebook_command, process, random_letters, show
+from train_speed import EPOCHS, random_letters, show
+from whole_job import measured, script
 
 from poolnet.runs.run_record import RunRecord
 
@@ -33,11 +34,11 @@ def measure(seeds: int, workers: int, scale: float) -> tuple[float, float, float
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = random_letters(folder / "full.npz", scale)
-        one, two = (process(notebook_command(data, epochs), folder)[0] for epochs in (1, 2))
+        one, two = (measured(script("notebook", data, epochs), folder).seconds for epochs in (1, 2))
         study = folder / "speed.toml"
         study.write_text(STUDY.format(seeds=list(range(1, seeds + 1))), encoding="utf-8")
         command = [sys.executable, "-m", "poolnet", "sweep", str(study), "--data", str(data), "--workers", str(workers)]
-        first, again = process(command, folder)[0], process(command, folder)[0]
+        first, again = measured(command, folder).seconds, measured(command, folder).seconds
         check(folder, seeds)
         return one + (EPOCHS - 1) * (two - one), first, again
 

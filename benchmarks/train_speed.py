@@ -1,19 +1,14 @@
-"""How much faster poolnet trains than the notebook's loop, on the same random data, in the same process.
+"""How much faster poolnet trains an epoch than the notebook's loop, on the same random data, in the same process.
 
     python benchmarks/train_speed.py [--rounds N] [--scale S] [--json]
 
-`epoch`: one pass over train, the two alternating, medians; the losses must be those of the readable loop. Growth is the
-time of poolnet's epoch at other sizes over that at the full one. `job`: the whole `poolnet train`, 30 epochs, tracking,
-model and figures included, as processes, against a script of the notebook's loop with its evaluation and no tracking,
-run for two epochs and extrapolated; and the peak memory of each as the operating system saw it.
+One pass over train, the two alternating, medians; the losses must be those of the readable loop. Growth is the time of
+poolnet's epoch at other sizes over that at the full one. Whole processes are timed by `whole_job.py`.
 """
 
 import json
 import os
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,7 +24,7 @@ from poolnet.training import features, train_loop
 from poolnet.training.config import TrainConfig
 from poolnet.training.evaluation import threads
 from poolnet.training.fast_step import FastSoftmaxRegression
-from poolnet.training.model import SimplePoolNet, build_model
+from poolnet.training.model import build_model
 
 FULL = {"train": 415_752, "val": 46_194, "test": 13_649}  # images of the reference experiment
 BATCH, EPOCHS, LR = 128, 30, 1e-3
@@ -58,8 +53,10 @@ def notebook_tensors(path: Path, name: str) -> TensorDataset:
     return TensorDataset(X / 255 if X.max() > 1 else X, torch.tensor(y, dtype=torch.long))
 
 
-def notebook_epoch(model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer | None) -> float:
-    """The notebook's pass over a split, training where an optimiser is given."""
+def notebook_epoch(
+    model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer | None
+) -> tuple[float, float]:
+    """The notebook's pass over a split, training where an optimiser is given: loss and accuracy."""
     model.train(optimizer is not None)
     criterion, loss_sum, correct, n = nn.CrossEntropyLoss(), 0.0, 0, 0
     with torch.set_grad_enabled(optimizer is not None):
@@ -73,22 +70,7 @@ def notebook_epoch(model: nn.Module, loader: DataLoader, optimizer: torch.optim.
             loss_sum += loss.item() * labels.size(0)
             correct += (outputs.argmax(1) == labels).sum().item()
             n += labels.size(0)
-    return loss_sum / n
-
-
-def notebook_script(path: Path, epochs: int) -> None:
-    """The notebook as a script: load, train with validation, test."""
-    loaders = {
-        name: DataLoader(notebook_tensors(path, name), BATCH, shuffle=name == "train")
-        for name in ("train", "val", "test")
-    }
-    torch.manual_seed(42)
-    model = SimplePoolNet("max")
-    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
-    for _ in range(epochs):
-        notebook_epoch(model, loaders["train"], optimizer)
-        notebook_epoch(model, loaders["val"], None)
-    print(f"TEST: loss={notebook_epoch(model, loaders['test'], None):.4f}")
+    return loss_sum / n, correct / n
 
 
 def seconds(work) -> tuple[float, object]:
@@ -131,7 +113,7 @@ def measure_epoch(path: Path, rounds: int) -> dict[str, list[float]]:
     ours = Ours(path)
     times, notebook = {"notebook": [], "poolnet": []}, []
     for _ in range(rounds):
-        spent, loss = seconds(lambda: notebook_epoch(model, loader, optimizer))
+        spent, (loss, _) = seconds(lambda: notebook_epoch(model, loader, optimizer))
         times["notebook"].append(spent)
         notebook.append(loss)
         times["poolnet"] += [ours.epoch() for _ in range(3)]
@@ -153,57 +135,6 @@ def measure_growth(paths: dict[float, Path], rounds: int) -> dict[float, list[fl
     return times
 
 
-# A small process between this one and the measured: a child's peak memory includes what its parent held when it forked.
-LAUNCHER = """
-import subprocess, sys
-code = subprocess.run(sys.argv[1:]).returncode
-try:
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3 / 1.024)
-except ImportError:  # Windows does not say
-    peak = float("nan")
-print("peak", peak)
-sys.exit(code)
-"""
-
-
-def process(command: list[str], folder: Path) -> tuple[float, float, float | None]:
-    """Wall seconds of a process, its peak resident memory in MB, and the seconds until it printed its first epoch. All
-    test losses that it prints must be finite."""
-    environment = os.environ | {"POOLNET_HOME": str(folder / "home"), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/m.db"}
-    launched = [sys.executable, "-c", LAUNCHER, *command]
-    start, first, found = time.perf_counter(), None, []
-    with subprocess.Popen(launched, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as running:
-        for line in running.stdout:
-            if first is None and line.startswith("Epoch 01"):
-                first = time.perf_counter() - start
-            found += map(float, re.findall(r"(?:TEST: loss=|test_loss )([^\s,]+)", line))
-    if running.returncode:
-        raise click.ClickException(f"{' '.join(command)} failed")
-    if not np.isfinite(found).all() or ("sweep" not in command and len(found) != 1):
-        raise click.ClickException(f"{' '.join(command)}: test losses {found}, expected finite ones")
-    return time.perf_counter() - start, float(line.split()[1]), first
-
-
-def notebook_command(path: Path, epochs: int) -> list[str]:
-    return [sys.executable, __file__, "--notebook", str(path), "--epochs", str(epochs)]
-
-
-def measure_jobs(paths: dict[str, Path], rounds: int) -> dict[str, list[tuple]]:
-    jobs = {name: [] for name in ("notebook, 2 epochs", "notebook, 1 epoch", "cold", "warm", "cold, float32")}
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            for epochs in (1, 2):
-                script = notebook_command(paths["uint8"], epochs)
-                jobs[f"notebook, {epochs} epoch{'s' * (epochs > 1)}"].append(process(script, folder))
-            train = [sys.executable, "-m", "poolnet", "train", "--data"]
-            jobs["cold"].append(process([*train, str(paths["uint8"])], folder))
-            jobs["warm"].append(process([*train, str(paths["uint8"])], folder))
-            jobs["cold, float32"].append(process([*train, str(paths["float32"])], folder))
-    return jobs
-
-
 def median(values) -> float:
     return statistics.median(values)
 
@@ -219,37 +150,17 @@ def show(result: dict[str, float], as_json: bool) -> None:
 @click.option("--rounds", default=3, show_default=True, help="Measurements of each; medians are reported.")
 @click.option("--scale", default=1.0, show_default=True, help="Share of the full size that is called full.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
-@click.option("--notebook", type=click.Path(path_type=Path), help="Run the notebook's script on this file instead.")
-@click.option("--epochs", default=1, help="Epochs of --notebook.")
-def main(rounds: int, scale: float, as_json: bool, notebook: Path | None, epochs: int) -> None:
-    if notebook:
-        return notebook_script(notebook, epochs)
+def main(rounds: int, scale: float, as_json: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["POOLNET_HOME"] = str(folder / "home")
         sizes = {times: random_letters(folder / f"{times}.npz", times * scale) for times in (0.1, 1, 10)}
-        floats = random_letters(folder / "float32.npz", scale, "float32")
-        jobs = measure_jobs({"uint8": sizes[1], "float32": floats}, rounds)
-        large = process([sys.executable, "-m", "poolnet", "train", "--epochs", "2", "--data", str(sizes[10])], folder)
         epoch = measure_epoch(sizes[1], rounds)
         growth = measure_growth(sizes, 2 * rounds + 1)
-    wall = {name: median(run[0] for run in runs) for name, runs in jobs.items()}
-    each = wall["notebook, 2 epochs"] - wall["notebook, 1 epoch"]
-    notebook_job = wall["notebook, 1 epoch"] + (EPOCHS - 1) * each
     result = {
         "epoch_seconds_notebook": median(epoch["notebook"]),
         "epoch_seconds_poolnet": median(epoch["poolnet"]),
         "epoch_ratio": median(epoch["notebook"]) / median(epoch["poolnet"]),
-        "job_seconds_notebook": notebook_job,
-        "job_seconds_cold": wall["cold"],
-        "job_seconds_warm": wall["warm"],
-        "job_ratio_cold": notebook_job / wall["cold"],
-        "job_ratio_warm": notebook_job / wall["warm"],
-        "first_epoch_seconds_warm": median(run[2] for run in jobs["warm"]),
-        "peak_mb_notebook": median(run[1] for run in jobs["notebook, 1 epoch"]),
-        "peak_mb_cold": median(run[1] for run in jobs["cold"]),
-        "peak_mb_cold_float32": median(run[1] for run in jobs["cold, float32"]),
-        "peak_mb_ten_times": large[1],
         "growth_tenth": median(growth[0.1]) / median(growth[1]),
         "growth_ten_times": median(growth[10]) / median(growth[1]),
     }

@@ -70,8 +70,13 @@ def test_the_conda_environment_as_mlflow_converts_it_holds_every_dependency():
 def test_everything_that_is_imported_is_declared():
     projects = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
     names = [Requirement(line).name for line in PYPROJECT["project"]["dependencies"]]
-    extra = [Requirement(line).name for line in PYPROJECT["project"]["optional-dependencies"]["test"]]
-    for folder, declared in (("poolnet", names), ("benchmarks", names), ("tests", names + extra)):
+    extras = PYPROJECT["project"]["optional-dependencies"].items()
+    extra = {name: [Requirement(line).name for line in lines] for name, lines in extras}
+    for folder, declared in (
+        ("poolnet", names),
+        ("benchmarks", names + extra["bench"]),
+        ("tests", names + extra["test"]),
+    ):
         paths = list((ROOT / folder).rglob("*.py"))
         assert paths
         own = {"poolnet", *(path.stem for path in (ROOT / folder).glob("*.py"))}
