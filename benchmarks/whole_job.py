@@ -171,7 +171,7 @@ def measured(command: list[str], folder: Path) -> Measured:
             process = psutil.Process(running.pid)
             while running.returncode is None:
                 result.peak = max(result.peak, memory(process))
-                time.sleep(0.05)
+                time.sleep(0.2)
 
         threading.Thread(target=watch, daemon=True).start()
         for line in running.stdout:
