@@ -45,6 +45,7 @@ from poolnet.training.model import SimplePoolNet
 
 SCRIPTS = ("notebook", "mlflow", "lightning")
 MARKS = {"first epoch": "Epoch 01", "last epoch": f"Epoch {EPOCHS}", "test": "TEST", "model": "Model"}
+HIDE = "import sys\nsys.modules |= dict.fromkeys(('lightning', 'pytorch_lightning'))\n"
 IMPORTS = "from poolnet.runs import train_run"  # what `poolnet train` imports before it trains
 
 
@@ -164,6 +165,9 @@ def memory(process: psutil.Process) -> float:
 def measured(command: list[str], folder: Path) -> Measured:
     """Run a command in a folder, whose store and local state it uses."""
     environment = os.environ | {"POOLNET_HOME": str(folder / "home"), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/m.db"}
+    if "lightning" not in command:  # where it is installed, MLflow imports it for every model
+        (folder / "sitecustomize.py").write_text(HIDE)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     result, start = Measured(), time.perf_counter()
     with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as running:
 
