@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import urllib.request
@@ -232,6 +233,22 @@ def real_letters(tmp_path_factory):
     finished = poolnet("prepare", "notmnist", "--small", REAL_LETTERS, "--out", out, env=world(folder))
     assert finished.returncode == 0, finished.stderr
     return out, finished.stdout
+
+
+@pytest.fixture(scope="module")
+def own_files(tmp_path_factory):
+    """The first readable 300 of notMNIST's own PNG files."""
+    if not REAL_LETTERS.exists():
+        pytest.skip("the real small notMNIST is not beside this checkout")
+    folder = tmp_path_factory.mktemp("own")
+    files = []
+    with tarfile.open(REAL_LETTERS, "r|*") as tar:
+        for entry in tar:
+            if entry.isfile() and entry.name.endswith(".png") and entry.size:
+                files.append(folder / f"{len(files)}.png")
+                files[-1].write_bytes(tar.extractfile(entry).read())
+            if len(files) == 300:
+                return files
 
 
 @pytest.fixture(scope="session")
