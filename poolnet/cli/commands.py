@@ -205,21 +205,50 @@ def sync(
     sync.check_input(runs, to)
     with progress(runs or run_record.names(), label="Publishing") as names:
         rows = [sync.sync(name, to, dry_run, prune) for name in names]
-    if as_json:
-        echo(to_json({"runs": rows}))
-    else:
-        echo(sync.table(rows))
+    _show(context, rows, as_json)
+
+
+def _show(context: click.Context, rows: list, as_json: bool) -> None:
+    from poolnet.tracking import sync
+
+    echo(to_json({"runs": rows}) if as_json else sync.table(rows))
     context.exit(0 if all(row.ok for row in rows) else 3)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@AS_JSON
+@TIMEOUT
+@click.pass_context
+def figures(context: click.Context, runs: tuple[str, ...], as_json: bool, timeout: float) -> None:
+    """Draw the figures of finished runs, and publish them.
+
+    For runs of a sweep, which draws none without `--figures`.
+    """
+    from poolnet.runs import train_run
+    from poolnet.tracking import servers, sync
+
+    servers.limit(timeout)
+    sync.check_input(runs, None)
+    rows = []
+    with progress(runs, label="Drawing") as names:
+        for name in names:
+            train_run.draw(sync.find(name), lambda line: None)
+            rows.append(sync.sync(name))
+    _show(context, rows, as_json)
 
 
 @cli.command()
 @click.argument("study", type=FILE, shell_complete=STUDY)
 @click.option("--data", default="", shell_complete=DATA, help="Another data set than the study's own.")
 @click.option("--workers", default="", help="Processes that train.  [default: one a core; one where conv takes part]")
+@click.option("--figures", is_flag=True, help="Draw the figures of each run too; later: poolnet figures RUN.")
 @TIMEOUT
 @AS_JSON
 @click.pass_context
-def sweep(context: click.Context, study: Path, data: str, workers: str, timeout: float, as_json: bool) -> None:
+def sweep(
+    context: click.Context, study: Path, data: str, workers: str, figures: bool, timeout: float, as_json: bool
+) -> None:
     """Train what is missing of a STUDY.
 
     That is each combination of its grid and seeds. Cut off, the same command goes on.
@@ -248,7 +277,8 @@ def sweep(context: click.Context, study: Path, data: str, workers: str, timeout:
 
         lines = (lambda line: None) if as_json or sys.stderr.isatty() else echo  # there a bar shows how far it is
         under_way = sweeps.open_sweep(plan, lines, echo_warning)
-        sweeps.carry_out(under_way, int(workers or sweeps.default_workers(plan)), publisher, lines, echo_warning)
+        count = int(workers or sweeps.default_workers(plan))
+        sweeps.carry_out(under_way, count, figures, publisher, lines, echo_warning)
     results = list(under_way.results.values())
     if as_json:
         summary = {"sweep": under_way.name, "data_sha256": under_way.data_sha256, "look": under_way.link}

@@ -181,6 +181,11 @@ class RunRecord:
         with self.writing(), replacing(path) as part, part.open("wb") as file:
             np.savez(file, logits=logits, y=y)
 
+    def load_predictions(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Load logits and labels of a split from a checked record."""
+        with np.load(self.folder / "predictions" / f"{name}.npz") as saved:
+            return saved["logits"], saved["y"]
+
     def check_results(self) -> None:
         """Refuse results that are incomplete or damaged.
 

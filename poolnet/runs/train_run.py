@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from poolnet import process
 from poolnet.data import dataset
@@ -20,10 +21,13 @@ from poolnet.runs.run_record import RunRecord
 from poolnet.text import Echo
 from poolnet.training import fast_step, features, train_loop
 from poolnet.training.config import TrainConfig
+from poolnet.training.evaluation import Evaluation
+from poolnet.training.model import build_model
 from poolnet.training.train_loop import EpochRecord, FitResult, Start, State
 
 Begun = Callable[[RunRecord], object]  # is called as soon as the run can be published
 Check = Callable[[], object]  # is called after each epoch; may raise `InputError`, which ends the run
+METRICS = {field.name for field in dataclasses.fields(EpochRecord)} - {"epoch"}  # of an epoch, as recorded
 Pooled = dict[str, np.ndarray] | None  # the features of each split; None for a network that learns its own
 
 
@@ -171,6 +175,7 @@ def carry_out(
     check: Check = lambda: None,
     echo: Echo = print,
     echo_warning: Echo = print,
+    figures: bool = True,
 ) -> None:
     """Train the rest of a run and write its results."""
     result, best = _train(run, splits, pooled, check, echo, echo_warning)
@@ -178,7 +183,31 @@ def carry_out(
     if best:
         echo(f"Optimum: train loss={best.train_loss:.6f}, {best.gap:.6f} below that of the trained weights")
     _write_result(run, splits, result, best)
+    if figures:
+        _draw(run, splits, result, best)  # last, so that the publisher can upload the rest meanwhile
     run.end("FINISHED")
+
+
+def draw(run: RunRecord, echo: Echo = print) -> None:
+    """Draw the figures of a finished run from its record.
+
+    Raises `InputError` if the run is not finished or its data set has changed, and `RunError` if the record is damaged.
+    """
+    if not run.finished:
+        raise InputError(f"{run.name}: not finished yet; finish it with: {run_record.resume_command(run.name)}")
+    run.check_results()
+    splits, _ = open_recorded_data(run, True, echo)
+    records, arrays = run.by_step(), run.load_tensors("model")
+    assert arrays
+    once, config = records.pop(0), settings(run)
+    model = build_model(config.pool, config.seed)
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items() if name != "example"})
+    history = tuple(EpochRecord(epoch, **_metrics(records[epoch])) for epoch in sorted(records))
+    val = Evaluation(history[-1].val_loss, history[-1].val_acc, *run.load_predictions("val"))
+    test = Evaluation(once["test_loss"], once["test_acc"], *run.load_predictions("test"))
+    lowest = once.get("optimum_train_loss")
+    best = None if lowest is None else fast_step.LowestLoss(lowest, once["optimality_gap"], converged=True)
+    _draw(run, splits, FitResult(model, history, val, test), best)
 
 
 def _train(
@@ -188,17 +217,16 @@ def _train(
     recorded = run.by_step()
     if recorded and (differences := _differences(run)):
         echo_warning(f"{run.name} was begun with {differences}: the last digits may differ")
-    names = {field.name for field in dataclasses.fields(EpochRecord)} - {"epoch"}
 
     def resume_from(new: State) -> Start | None:
         for state in run.checkpoints():
             if _form(state) != _form(new):
                 continue
             history = [recorded.get(epoch, {}) for epoch in range(1, int(state["epochs"]) + 1)]
-            if history and all(names <= values.keys() for values in history):
+            if history and all(values.keys() >= METRICS for values in history):
                 echo(f"Resuming {run.name} after epoch {len(history)} of {config.epochs}")
-                figures = [{name: values[name] for name in names} for values in history]
-                return Start(tuple(EpochRecord(epoch, **values) for epoch, values in enumerate(figures, 1)), state)
+                done = (EpochRecord(epoch, **_metrics(values)) for epoch, values in enumerate(history, 1))
+                return Start(tuple(done), state)
         return None  # every epoch is trained again, to the same figures; those recorded stay
 
     def on_epoch(record: EpochRecord) -> None:
@@ -223,6 +251,10 @@ def _train(
     return result, best
 
 
+def _metrics(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: values[name] for name in METRICS}
+
+
 def _form(state: State) -> dict[str, tuple]:
     """Return what all states of one training share."""
     # Earlier versions wrote states within an epoch too. These have `parts`; those at an epoch's end have none.
@@ -238,12 +270,7 @@ def _differences(run: RunRecord) -> str:
 
 
 def _write_result(run: RunRecord, splits: Dataset, result: FitResult, best: fast_step.LowestLoss | None) -> None:
-    """Write predictions, scores, weights and then the figures.
-
-    The figures come last, so that the publisher can upload the rest while they are drawn.
-    """
-    from poolnet.runs import figures  # matplotlib takes a second
-
+    """Write predictions, scores and weights."""
     for name, evaluation in (("val", result.val), ("test", result.test)):
         run.save_predictions(name, evaluation.logits, evaluation.y)
     once = train_loop.score(result.history) | {"test_loss": result.test.loss, "test_acc": result.test.acc}
@@ -253,6 +280,11 @@ def _write_result(run: RunRecord, splits: Dataset, result: FitResult, best: fast
     weights = {name: tensor.detach().cpu().numpy() for name, tensor in result.model.state_dict().items()}
     example = splits.test.images(np.arange(2) % len(splits.test))
     run.save_tensors("model", {**weights, "example": example})
+
+
+def _draw(run: RunRecord, splits: Dataset, result: FitResult, best: fast_step.LowestLoss | None) -> None:
+    from poolnet.runs import figures  # matplotlib takes a second
+
     drawn = figures.of_run(settings(run), splits, result, best)
     with run.writing():
         figures.save_all(run.folder / "figures", drawn)

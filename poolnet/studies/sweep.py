@@ -48,9 +48,10 @@ def default_workers(study: Study) -> int:
     return 1 if "conv" in study.grid.get("pool", ()) else cores()
 
 
-def carry_out(sweep: Sweep, workers: int, publisher: Publisher, echo: Echo, echo_warning: Echo) -> None:
+def carry_out(sweep: Sweep, workers: int, figures: bool, publisher: Publisher, echo: Echo, echo_warning: Echo) -> None:
     """Train the missing runs of a sweep and publish them.
 
+    With `figures`, those of each run are drawn, which takes longer than to train a small one.
     The parent run says RUNNING meanwhile, and at the end how far the sweep has come. Only one process at a time can do
     this for one study and data set. Raises `InputError` if another process does it.
     """
@@ -67,7 +68,7 @@ def carry_out(sweep: Sweep, workers: int, publisher: Publisher, echo: Echo, echo
                 _update_parent(sweep, "RUNNING", server_seconds, echo_warning)
             begun = take_records(sweep, publisher, echo_warning)
             if sweep.missing:
-                _train(sweep, begun, workers, publisher, echo, echo_warning)
+                _train(sweep, begun, workers, figures, publisher, echo, echo_warning)
             if publisher.runs:
                 sweep.publish_error = publisher.close()
                 server_seconds = ASK_SECONDS if sweep.publish_error else publisher.drain_timeout
@@ -108,7 +109,13 @@ def _update_parent(sweep: Sweep, status: str, seconds: float, echo_warning: Echo
 
 
 def _train(
-    sweep: Sweep, begun: dict[tuple, str], count: int, publisher: Publisher, echo: Echo, echo_warning: Echo
+    sweep: Sweep,
+    begun: dict[tuple, str],
+    count: int,
+    figures: bool,
+    publisher: Publisher,
+    echo: Echo,
+    echo_warning: Echo,
 ) -> None:
     """Train the missing runs, seed by seed.
 
@@ -123,7 +130,7 @@ def _train(
 
     with (
         progress(length=epochs, label=f"Training {len(results)} runs", item_show_func=rate) as bar,
-        contextlib.closing(train_all(todo, min(count, len(results)), sweep.path, sweep.name)) as messages,
+        contextlib.closing(train_all(todo, min(count, len(results)), sweep.path, sweep.name, figures)) as messages,
     ):
         for worker, message in messages:
             if message.kind == "begun":

@@ -42,10 +42,10 @@ class Worker:
     run: str
     epoch: int
 
-    def __init__(self, path: Path, sweep: str):
+    def __init__(self, path: Path, sweep: str, figures: bool):
         context = multiprocessing.get_context("spawn")  # the same on every system
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, path, sweep), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, path, sweep, figures), daemon=True)
         self.process.start()
         theirs.close()  # so that its death is the end of the connection
 
@@ -76,10 +76,13 @@ class Worker:
         self.connection.close()
 
 
-def train_all(tasks: deque[Task], count: int, path: Path, sweep: str) -> Generator[tuple[Worker, Message], None, None]:
+def train_all(
+    tasks: deque[Task], count: int, path: Path, sweep: str, figures: bool
+) -> Generator[tuple[Worker, Message], None, None]:
     """Train runs with `count` worker processes and yield their messages.
 
-    The order of the tasks is kept. If tasks are left, a worker that dies is replaced. Its run is not tried again.
+    With `figures`, those of each run are drawn. The order of the tasks is kept. If tasks are left, a worker that dies
+    is replaced. Its run is not tried again.
     """
     workers: list[Worker] = []
     idle: deque[Worker] = deque()
@@ -88,7 +91,7 @@ def train_all(tasks: deque[Task], count: int, path: Path, sweep: str) -> Generat
         while tasks or busy:
             while tasks and len(busy) < count:
                 if not idle:
-                    workers.append(Worker(path, sweep))
+                    workers.append(Worker(path, sweep, figures))
                     idle.append(workers[-1])
                 busy.append(idle.popleft())
                 busy[-1].take(tasks.popleft())
@@ -107,7 +110,7 @@ def train_all(tasks: deque[Task], count: int, path: Path, sweep: str) -> Generat
             worker.stop()
 
 
-def _work(connection: Connection, path: Path, sweep: str) -> None:
+def _work(connection: Connection, path: Path, sweep: str, figures: bool) -> None:
     """Train the runs that arrive over the connection.
 
     For each task that arrives, this process sends messages: `begun`, `epoch` for each epoch, and at last `ended`.
@@ -118,11 +121,11 @@ def _work(connection: Connection, path: Path, sweep: str) -> None:
     opened: dict[str, tuple] = {}
     with contextlib.suppress(EOFError, OSError, process.Stop):  # the sweep is over
         while True:
-            error = _train(connection, opened, path, connection.recv(), sweep)
+            error = _train(connection, opened, path, connection.recv(), sweep, figures)
             connection.send(Message("ended", error=error))
 
 
-def _train(connection: Connection, opened: dict[str, tuple], path: Path, task: Task, sweep: str) -> str:
+def _train(connection: Connection, opened: dict[str, tuple], path: Path, task: Task, sweep: str, figures: bool) -> str:
     """Train one run and return the error, if any.
 
     The text is empty if nothing went wrong. `opened` keeps data and features by pooling.
@@ -147,7 +150,7 @@ def _train(connection: Connection, opened: dict[str, tuple], path: Path, task: T
         )
         connection.send(Message("begun", run.name))
         with run.training():
-            train_run.carry_out(run, splits, pooled, echo=echo, echo_warning=lambda line: None)
+            train_run.carry_out(run, splits, pooled, echo=echo, echo_warning=lambda line: None, figures=figures)
     except Exception as error:  # whatever it was: the sweep reports it, and goes on with the others
         return " ".join(str(error).split()) or type(error).__name__
     return ""

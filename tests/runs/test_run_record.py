@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from poolnet import files, process
 from poolnet.data.dataset import open_dataset
 from poolnet.errors import InputError, RunError
-from poolnet.runs import provenance, run_record, train_run
+from poolnet.runs import figures, provenance, run_record, train_run
 from poolnet.runs.run_record import RunRecord
 from poolnet.tracking import addresses
 from poolnet.training import fast_step, train_loop
@@ -461,6 +461,31 @@ def test_what_is_damaged_of_a_finished_run_is_named_and_made_again_by_resuming_i
         assert {key: array.tolist() for key, array in run.load_tensors("model").items()} == {
             key: array.tolist() for key, array in weights.items()
         }
+
+
+@pytest.mark.parametrize(("pool", "optimum"), [("avg", True), ("conv", False)])
+def test_figures_drawn_later_are_of_what_was_trained(letters, monkeypatch, pool, optimum):
+    config, drawn = TrainConfig(data=str(letters), pool=pool, epochs=2), []
+    splits, pooled = train_run.open_training_data(config, cache=False, echo=lambda line: None)
+    run = train_run.create(config, optimum, splits, addresses.environment())
+    monkeypatch.setattr(figures, "of_run", lambda *result: drawn.append(result))
+    monkeypatch.setattr(figures, "save_all", lambda folder, result: None)
+    with pytest.raises(InputError, match=f"not finished yet; finish it with: poolnet train --resume {run.name}"):
+        train_run.draw(run)
+    with run.training():
+        train_run.carry_out(run, splits, pooled, echo=lambda line: None)
+    train_run.draw(run)
+    (_, data, trained, best), (settings, again, recorded, lowest) = drawn
+    assert (settings, again.sha256) == (config, data.sha256)
+    assert recorded.history == trained.history
+    assert_identical(recorded, trained)
+    for one, other in ((recorded.val, trained.val), (recorded.test, trained.test)):
+        assert (one.loss, one.acc) == (other.loss, other.acc)
+        np.testing.assert_array_equal(one.y, other.y)
+    assert (lowest and (lowest.train_loss, lowest.gap)) == (best and (best.train_loss, best.gap))
+    (run.folder / "model.safetensors").unlink()
+    with pytest.raises(RunError, match="damaged; made again by"):
+        train_run.draw(run)
 
 
 def test_a_run_whose_checkpoints_are_lost_is_trained_again_and_its_record_stays(letters):

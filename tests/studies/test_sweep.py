@@ -93,6 +93,15 @@ def test_a_sweep_trains_what_is_missing_and_each_child_equals_the_run_on_its_own
     again, _ = swept(study())
     assert not any(run["trained"] for run in again["runs"])
     assert [run["run_id"] for run in again["runs"]] == [run.info.run_id for run in _in_order(children)]
+    # the figures of one of them, of which a sweep draws none
+    client, drawn = mlflow.MlflowClient(), children["max", 1]
+    assert not client.list_artifacts(drawn.info.run_id, "figures")
+    for did in ("published", "nothing"):
+        finished = inside("figures", drawn.data.tags["poolnet.run"], "--json")
+        assert finished.returncode == 0, finished.stderr
+        assert [row["did"] for row in json.loads(finished.stdout)["runs"]] == [did]
+        assert len(client.list_artifacts(drawn.info.run_id, "figures")) == 4
+    assert not client.list_artifacts(children["max", 2].info.run_id, "figures")
     # one of the children once more, by itself
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "x")
     single = publish(journaled(TrainConfig(data="letters.npz", seed=1, epochs=3)))
@@ -102,6 +111,13 @@ def test_a_sweep_trains_what_is_missing_and_each_child_equals_the_run_on_its_own
 
 def _in_order(children):
     return [children[pool, seed] for seed in (1, 2) for pool in ("max", "avg")]
+
+
+def test_a_sweep_draws_the_figures_of_its_runs_if_it_is_told_to(study):
+    swept(study(epochs=1), "--figures")
+    children, _ = runs()
+    for run in children.values():
+        assert len(mlflow.MlflowClient().list_artifacts(run.info.run_id, "figures")) == 4
 
 
 @posix
@@ -145,7 +161,7 @@ def test_runs_begin_seed_by_seed_and_one_whose_process_dies_is_left_for_the_next
     sweep = open_sweep(read(study()), print, print)
     tasks = deque((config, "") for config in sweep.study.configs())
     begun, died = [], []
-    with contextlib.closing(train_all(tasks, 1, sweep.path, sweep.name)) as messages:
+    with contextlib.closing(train_all(tasks, 1, sweep.path, sweep.name, False)) as messages:
         for worker, message in messages:
             if message.kind == "begun":
                 begun.append(worker.config)
