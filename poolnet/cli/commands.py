@@ -216,29 +216,6 @@ def _show(context: click.Context, rows: list, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@AS_JSON
-@TIMEOUT
-@click.pass_context
-def figures(context: click.Context, runs: tuple[str, ...], as_json: bool, timeout: float) -> None:
-    """Draw the figures of finished runs, and publish them.
-
-    For runs of a sweep, which draws none without `--figures`.
-    """
-    from poolnet.runs import train_run
-    from poolnet.tracking import servers, sync
-
-    servers.limit(timeout)
-    sync.check_input(runs, None)
-    rows = []
-    with progress(runs, label="Drawing") as names:
-        for name in names:
-            train_run.draw(sync.find(name), lambda line: None)
-            rows.append(sync.sync(name))
-    _show(context, rows, as_json)
-
-
-@cli.command()
 @click.argument("study", type=FILE, shell_complete=STUDY)
 @click.option("--data", default="", shell_complete=DATA, help="Another data set than the study's own.")
 @click.option("--workers", default="", help="Processes that train.  [default: one a core; one where conv takes part]")
@@ -295,6 +272,29 @@ def sweep(
     if under_way.publish_error:
         where = f"the runs are saved in {home()}; upload them later with: poolnet sync"
         context.exit(failed(f"{under_way.publish_error}; {where}", 3))
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@AS_JSON
+@TIMEOUT
+@click.pass_context
+def figures(context: click.Context, runs: tuple[str, ...], as_json: bool, timeout: float) -> None:
+    """Draw the figures of finished runs, and publish them.
+
+    For runs of a sweep, which draws none without `--figures`.
+    """
+    from poolnet.runs import train_run
+    from poolnet.tracking import servers, sync
+
+    servers.limit(timeout)
+    sync.check_input(runs, None)
+    rows = []
+    with progress(runs, label="Drawing") as names:
+        for name in names:
+            train_run.draw(sync.find(name), lambda line: None)
+            rows.append(sync.sync(name))
+    _show(context, rows, as_json)
 
 
 @cli.command()

@@ -184,6 +184,7 @@ def carry_out(
         echo(f"Optimum: train loss={best.train_loss:.6f}, {best.gap:.6f} below that of the trained weights")
     _write_result(run, splits, result, best)
     if figures:
+        echo("Drawing the figures ...")
         _draw(run, splits, result, best)  # last, so that the publisher can upload the rest meanwhile
     run.end("FINISHED")
 

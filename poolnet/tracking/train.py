@@ -56,6 +56,7 @@ def train(
             publisher.refuse_stale()
             server = addresses.environment()
             run = train_run.run(config, optimum, cache, server, publisher.add, publisher.check, echo, echo_warning)
+        echo("Uploading the run ...")
         trouble = publisher.close()
         return Trained(run, publisher.server_copy, trouble)
 

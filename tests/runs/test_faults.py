@@ -166,7 +166,8 @@ def test_without_a_server_all_is_on_disk_and_sync_creates_the_run_elsewhere(lett
     finished = inside("train", "--data", letters, "--epochs", 3, "--drain-timeout", 3)
     (name,) = run_record.names()
     assert finished.returncode == 3
-    assert finished.stdout.splitlines()[-1].startswith("TEST: ")
+    assert finished.stdout.splitlines()[-3].startswith("TEST: ")
+    assert finished.stdout.splitlines()[-2:] == ["Drawing the figures ...", "Uploading the run ..."]
     folder = run_record.folder() / name
     warning, error = finished.stderr.splitlines()
     assert warning == AWAY  # before the training, and after it where all is

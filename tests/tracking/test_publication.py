@@ -94,12 +94,13 @@ def test_metrics_are_those_of_the_library_and_of_the_screen(trained):
 def test_the_last_lines_say_where_to_look(trained):
     lines = trained.stdout.splitlines()[1:]
     page = f"#/experiments/0/runs/{trained.run.info.run_id}?workflowType=machine_learning"
-    assert lines[EPOCHS + 1].startswith("Model: models:/poolnet/")
+    assert lines[EPOCHS + 1 : EPOCHS + 3] == ["Drawing the figures ...", "Uploading the run ..."]  # a second each
+    assert lines[EPOCHS + 3].startswith("Model: models:/poolnet/")
     if trained.uri.startswith("http"):
-        assert lines[EPOCHS + 2 :] == [f"Look at it: {trained.uri}/{page}"]
+        assert lines[EPOCHS + 4 :] == [f"Look at it: {trained.uri}/{page}"]
     else:
         serve = f"Look at it: mlflow ui --backend-store-uri {trained.uri}"
-        assert lines[EPOCHS + 2 :] == [serve, f"then http://127.0.0.1:5000/{page}"]
+        assert lines[EPOCHS + 4 :] == [serve, f"then http://127.0.0.1:5000/{page}"]
     assert trained.stderr == ""
 
 
