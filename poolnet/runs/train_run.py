@@ -203,6 +203,8 @@ def draw(run: RunRecord, echo: Echo = print) -> None:
     once, config = records.pop(0), settings(run)
     model = build_model(config.pool, config.seed)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items() if name != "example"})
+    if not once.keys() >= {"test_loss", "test_acc"} or not all(values.keys() >= METRICS for values in records.values()):
+        raise RunError(f"{run.folder}: metrics.jsonl lacks some of what figures show, as earlier versions recorded it")
     history = tuple(EpochRecord(epoch, **_metrics(records[epoch])) for epoch in sorted(records))
     val = Evaluation(history[-1].val_loss, history[-1].val_acc, *run.load_predictions("val"))
     test = Evaluation(once["test_loss"], once["test_acc"], *run.load_predictions("test"))

@@ -483,6 +483,12 @@ def test_figures_drawn_later_are_of_what_was_trained(letters, monkeypatch, pool,
         assert (one.loss, one.acc) == (other.loss, other.acc)
         np.testing.assert_array_equal(one.y, other.y)
     assert (lowest and (lowest.train_loss, lowest.gap)) == (best and (best.train_loss, best.gap))
+    records = run.by_step()
+    del records[2]["epoch_seconds"]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunRecord, "by_step", lambda self: {step: dict(values) for step, values in records.items()})
+        with pytest.raises(RunError, match="lacks some of what figures show"):
+            train_run.draw(run)
     (run.folder / "model.safetensors").unlink()
     with pytest.raises(RunError, match="damaged; made again by"):
         train_run.draw(run)
