@@ -5,6 +5,7 @@ as one that was started. Where a fork after such imports is unsafe, commands are
 """
 
 import contextlib
+import functools
 import gc
 import importlib
 import inspect
@@ -84,6 +85,7 @@ def draw_once(folder):
 
     draw, save = figures.of_run, figures.save_all
 
+    @functools.wraps(save)
     def save_all(to, drawn):
         place = folder / ("run" if isinstance(drawn, tuple) else "-".join(drawn))
         if not place.exists():
@@ -91,7 +93,7 @@ def draw_once(folder):
             save(own, draw(*drawn) if isinstance(drawn, tuple) else drawn)
             with contextlib.suppress(OSError):  # of another process that was faster
                 own.rename(place)
-        to.mkdir(parents=True, exist_ok=True)
+        to.mkdir(exist_ok=True)
         for path in place.iterdir():
             (to / path.name).write_bytes(path.read_bytes())
 

@@ -4,6 +4,7 @@ They need no display and do not use matplotlib's global state. The places of axe
 drawn as one image. To lay out axes automatically and to draw forty of them took ten times as long.
 """
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from scipy.special import log_softmax
 
 from poolnet.data.dataset import LETTERS, Dataset, Split
+from poolnet.files import replacing
 from poolnet.stats import scores
 from poolnet.training.config import TrainConfig
 from poolnet.training.evaluation import Evaluation
@@ -41,9 +43,21 @@ def of_run(config: TrainConfig, splits: Dataset, result: FitResult, optimum: Low
 
 
 def save_all(folder: Path, figures: dict[str, Figure]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=120)
+    """Write figures as PNG files, each of them whole or not at all.
+
+    The folder is made if it is missing, but nothing above it: that is of a run that another process has just pruned.
+    """
+    pngs = {name: png(figure) for name, figure in figures.items()}
+    folder.mkdir(exist_ok=True)
+    for name, content in pngs.items():
+        with replacing(folder / f"{name}.png") as part:
+            part.write_bytes(content)
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
 
 
 def drawable(text: str) -> str:

@@ -239,14 +239,16 @@ class RunRecord:
         return (self.ended() or {}).get("status") == "FINISHED"
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Turn a disk error into a `RunError` with the cure."""
+    def writing(self, again: str = "") -> Iterator[None]:
+        """Turn a disk error into a `RunError` with the cure.
+
+        The cure is the command `again`, or to resume the run.
+        """
         try:
             yield
         except OSError as error:
-            raise RunError(
-                f"{self.folder}: the record cannot be written ({error}); once it can: {resume_command(self.name)}"
-            ) from error
+            again = again or resume_command(self.name)
+            raise RunError(f"{self.folder}: the record cannot be written ({error}); once it can: {again}") from error
 
 
 def create(stem: str, record: dict[str, Any], diff: bytes = b"") -> RunRecord:

@@ -195,7 +195,8 @@ def draw(run: RunRecord, echo: Echo = print) -> None:
     Raises `InputError` if the run is not finished or its data set has changed, and `RunError` if the record is damaged.
     """
     if not run.finished:
-        raise InputError(f"{run.name}: not finished yet; finish it with: {run_record.resume_command(run.name)}")
+        how = "" if run.is_training() else f"; finish it with: {run_record.resume_command(run.name)}"
+        raise InputError(f"{run.name}: not finished yet{how}")
     run.check_results()
     splits, _ = open_recorded_data(run, True, echo)
     records, arrays = run.by_step(), run.load_tensors("model")
@@ -210,7 +211,7 @@ def draw(run: RunRecord, echo: Echo = print) -> None:
     test = Evaluation(once["test_loss"], once["test_acc"], *run.load_predictions("test"))
     lowest = once.get("optimum_train_loss")
     best = None if lowest is None else fast_step.LowestLoss(lowest, once["optimality_gap"], converged=True)
-    _draw(run, splits, FitResult(model, history, val, test), best)
+    _draw(run, splits, FitResult(model, history, val, test), best, f"poolnet figures {run.name}")
 
 
 def _train(
@@ -285,9 +286,11 @@ def _write_result(run: RunRecord, splits: Dataset, result: FitResult, best: fast
     run.save_tensors("model", {**weights, "example": example})
 
 
-def _draw(run: RunRecord, splits: Dataset, result: FitResult, best: fast_step.LowestLoss | None) -> None:
+def _draw(
+    run: RunRecord, splits: Dataset, result: FitResult, best: fast_step.LowestLoss | None, again: str = ""
+) -> None:
     from poolnet.runs import figures  # matplotlib takes a second
 
     drawn = figures.of_run(settings(run), splits, result, best)
-    with run.writing():
+    with run.writing(again):
         figures.save_all(run.folder / "figures", drawn)

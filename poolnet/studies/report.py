@@ -4,7 +4,6 @@ They are text for a terminal, Markdown, a self-contained HTML page, JSON, and a 
 """
 
 import base64
-import io
 import math
 import statistics
 import tempfile
@@ -18,6 +17,7 @@ from mlflow.tracking.client import MlflowClient
 from poolnet.data import dataset
 from poolnet.data.dataset import LETTERS
 from poolnet.errors import InputError
+from poolnet.runs.figures import png
 from poolnet.stats.paired import Effect
 from poolnet.studies import comparison_figures
 from poolnet.studies.compare import Arm, Comparison
@@ -294,8 +294,8 @@ def _write(c: Comparison, folder: Path, uri: str) -> None:
     links = {run.run_id: servers.page_of(uri, run.experiment_id, run.run_id) for arm in (c.a, c.b) for run in arm.runs}
     pngs = _drawn(c)
     (folder / "figures").mkdir()
-    for figure, png in pngs.items():
-        (folder / "figures" / f"{figure}.png").write_bytes(png)
+    for name, content in pngs.items():
+        (folder / "figures" / f"{name}.png").write_bytes(content)
     (folder / "report.html").write_text(html(c, pngs, links), encoding="utf-8")
     (folder / "comparison.json").write_text(to_json(contents(c), indent=1), encoding="utf-8")
 
@@ -314,12 +314,7 @@ def _metrics(c: Comparison) -> dict[str, float]:
 
 
 def _drawn(c: Comparison) -> dict[str, bytes]:
-    figures, pngs = comparison_figures.of_comparison(c, _images(c)), {}
-    for name, figure in figures.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=120)
-        pngs[name] = buffer.getvalue()
-    return pngs
+    return {name: png(figure) for name, figure in comparison_figures.of_comparison(c, _images(c)).items()}
 
 
 def _images(c: Comparison) -> np.ndarray | None:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -492,6 +493,30 @@ def test_figures_drawn_later_are_of_what_was_trained(letters, monkeypatch, pool,
     (run.folder / "model.safetensors").unlink()
     with pytest.raises(RunError, match="damaged; made again by"):
         train_run.draw(run)
+
+
+def test_figures_are_whole_or_not_there_and_a_run_that_is_pruned_meanwhile_stays_away(letters, monkeypatch):
+    run, splits, pooled = journaled(letters)
+    with run.training():
+        train_run.carry_out(run, splits, pooled, echo=lambda line: None, figures=False)
+    monkeypatch.setattr(figures, "save_all", figures.save_all.__wrapped__)  # the one that draws
+    monkeypatch.setattr(figures, "png", lambda figure: figure)
+    drawn = {"first": b"whole", "second": b"whole too"}
+    monkeypatch.setattr(figures, "of_run", lambda *result: drawn)
+    train_run.draw(run)
+    assert {path.name: path.read_bytes() for path in (run.folder / "figures").iterdir()} == {
+        "first.png": b"whole",
+        "second.png": b"whole too",
+    }
+    drawn["second"] = None  # fails while it is written
+    with pytest.raises(TypeError):
+        train_run.draw(run)
+    assert sorted(path.name for path in (run.folder / "figures").iterdir()) == ["first.png", "second.png"]
+    assert (run.folder / "figures" / "second.png").read_bytes() == b"whole too"
+    monkeypatch.setattr(figures, "of_run", lambda *result: shutil.rmtree(run.folder) or drawn)
+    with pytest.raises(RunError, match=f"cannot be written .*; once it can: poolnet figures {run.name}$"):
+        train_run.draw(run)
+    assert not run.folder.exists()
 
 
 def test_a_run_whose_checkpoints_are_lost_is_trained_again_and_its_record_stays(letters):
