@@ -15,6 +15,7 @@ process prints must be that of `poolnet.fit` for as many epochs. Peak memory is 
 pages that two of them share are counted twice.
 """
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -154,11 +155,10 @@ class Measured:
 def memory(process: psutil.Process) -> float:
     """MB that a process and all below it have in memory."""
     total = 0
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         for each in (process, *process.children(recursive=True)):
-            total += each.memory_info().rss
-    except psutil.Error:  # one of them has just ended
-        pass
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended, the others go on
+                total += each.memory_info().rss
     return total / 1e6
 
 
@@ -172,10 +172,11 @@ def measured(command: list[str], folder: Path) -> Measured:
     with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as running:
 
         def watch() -> None:
-            process = psutil.Process(running.pid)
-            while running.returncode is None:
-                result.peak = max(result.peak, memory(process))
-                time.sleep(0.2)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(running.pid)
+                while running.returncode is None:
+                    result.peak = max(result.peak, memory(process))
+                    time.sleep(0.2)
 
         threading.Thread(target=watch, daemon=True).start()
         for line in running.stdout:
@@ -198,23 +199,28 @@ def train(path: Path) -> list[str]:
     return [sys.executable, "-m", "poolnet", "train", "--data", str(path), "--epochs", str(EPOCHS)]
 
 
+def extrapolated(one: float, two: float) -> float:
+    """The seconds of all epochs, from those of a process of one epoch and of one of two."""
+    return one + (EPOCHS - 1) * max(0.0, two - one)  # of few images, the noise is larger than an epoch
+
+
 def rows(names: tuple[str, ...], path: Path, whole: bool) -> dict[str, Measured]:
     """One measurement of each row, in turn."""
-    found = {"imports of poolnet train": [(EPOCHS, [sys.executable, "-c", IMPORTS])]}
+    jobs = {"imports of poolnet train": [(EPOCHS, [sys.executable, "-c", IMPORTS])]}
     if "poolnet" in names:
-        found |= {"poolnet, first time": [(EPOCHS, train(path))], "poolnet, again": [(EPOCHS, train(path))]}
+        jobs |= {"poolnet, first time": [(EPOCHS, train(path))], "poolnet, again": [(EPOCHS, train(path))]}
     for name in SCRIPTS:
         if name in names:
-            found[name] = [(n, script(name, path, n)) for n in ((EPOCHS,) if whole else (1, 2))]
+            jobs[name] = [(n, script(name, path, n)) for n in ((EPOCHS,) if whole else (1, 2))]
     result = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, commands in found.items():
+        for name, commands in jobs.items():
             each = [measured(command, Path(folder)) for _, command in commands]
             for (epochs, _), one in zip(commands, each, strict=True):
                 if not name.startswith("imports"):
                     check(name, one, path, epochs)
             if len(each) == 2:
-                each[1].seconds = each[0].seconds + (EPOCHS - 1) * (each[1].seconds - each[0].seconds)
+                each[1].seconds = extrapolated(*(one.seconds for one in each))
                 each[1].marks = {}
             result[name] = each[-1]
     return result

@@ -57,7 +57,7 @@ def of_dataset(data: Dataset, pool: str) -> dict[str, np.ndarray]:
 def pooled(images: np.ndarray, pool: str) -> np.ndarray:
     """Compute the features (n, 50) of stored images (n, 28, 28).
 
-    They are those of `SimplePoolNet.features`, to the bit. torch takes three to twenty times as long for them.
+    They are those of `SimplePoolNet.features`, to the bit. torch takes three to twelve times as long for them.
     """
     array = np.ones((len(images), WIDTH), np.float32)
     for start in range(0, len(images), BLOCK):
