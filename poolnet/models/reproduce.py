@@ -25,6 +25,7 @@ from poolnet.tracking import addresses, names, registry, servers, training_runs
 from poolnet.tracking.publisher import Publisher
 from poolnet.training import train_loop
 from poolnet.training.config import TrainConfig
+from poolnet.training.device import resolve_device
 
 TIMINGS = ("epoch_seconds", "examples_per_second")  # never the same twice
 # Differences that other versions, processors or numbers of threads make by adding in another order.
@@ -193,9 +194,9 @@ def _settings(record: dict[str, Any], data: str) -> tuple[TrainConfig, list[str]
     config = TrainConfig(**{**record["config"], "device": record["device"], "register": False})
     config = dataclasses.replace(config, data=data or config.data)
     try:
-        train_loop.resolve_device(config.device)
+        resolve_device(config.device)
     except InputError:
-        here = str(train_loop.resolve_device("auto"))
+        here = resolve_device("auto")
         return dataclasses.replace(config, device=here), [f"device {config.device} (here {here})"]
     return config, []
 

@@ -21,6 +21,7 @@ from poolnet.runs.run_record import RunRecord
 from poolnet.text import Echo
 from poolnet.training import fast_step, features, train_loop
 from poolnet.training.config import TrainConfig
+from poolnet.training.device import resolve_device
 from poolnet.training.evaluation import Evaluation
 from poolnet.training.model import build_model
 from poolnet.training.train_loop import EpochRecord, FitResult, Start, State
@@ -42,7 +43,7 @@ def run(
     echo_warning: Echo = print,
 ) -> RunRecord:
     """Train a new run, tracked by `server`, and write its files."""
-    train_loop.resolve_device(config.device)
+    resolve_device(config.device)
     splits, pooled = open_training_data(config, cache, echo)
     if splits.overlap:
         echo_warning(f"{splits.path}: {splits.overlap:,} of {len(splits.test):,} test images also occur in train")
@@ -84,7 +85,7 @@ def resume(
         return old
     process.last_words = f"stopped; go on with: {run_record.resume_command(old.name)}"
     with old.training():
-        train_loop.resolve_device(old.record["device"])
+        resolve_device(old.record["device"])
         splits, pooled = open_recorded_data(old, cache, echo)
         begun(old)
         carry_out(old, splits, pooled, check, echo, echo_warning)
@@ -124,7 +125,7 @@ def create(
         "optimum": optimum,
         "sweep": sweep,
         "reproduces": reproduces,
-        "device": str(train_loop.resolve_device(config.device)),
+        "device": resolve_device(config.device),
         "data": splits.summary(),
         "code": {"commit": commit, "dirty": dirty},
         "environment": {**provenance.environment(), "threads": threads if config.pool == "conv" else 1},

@@ -18,6 +18,7 @@ from poolnet.text import pasted
 from poolnet.tracking import servers, training_runs
 from poolnet.tracking.training_runs import SAME_RUN, TrainingRun
 from poolnet.training.config import TrainConfig
+from poolnet.training.device import resolve_device
 
 Arms = dict[str, list[TrainingRun]]  # the two arms' runs by the arms' names
 Selected = tuple[Arms, set[str]]  # and the options by which the arms may differ
@@ -66,9 +67,7 @@ def _device(configs: list[TrainConfig], runs: Collection[TrainingRun]) -> str:
     whole = [device for device in devices if all(_key(config, device, sha256) in keys for config in configs)]
     if len(whole) == 1:
         return whole[0]
-    from poolnet.training import train_loop  # and with it torch, for which others need not wait
-
-    own = str(train_loop.resolve_device("auto"))
+    own = resolve_device("auto")
     return own if own in whole or not whole else whole[0]
 
 

@@ -8,8 +8,8 @@ from poolnet.studies.study import Study
 from poolnet.text import aligned, coded, marked, pasted, piped, spread
 from poolnet.tracking import sweep_run, training_runs
 from poolnet.tracking.training_runs import SCORES
-from poolnet.training import train_loop
 from poolnet.training.config import TrainConfig
+from poolnet.training.device import resolve_device
 
 
 @dataclasses.dataclass
@@ -63,7 +63,7 @@ class Sweep:
         return self.results[self.key(config)]
 
     def key(self, config: TrainConfig) -> tuple:
-        return training_runs.key(config, str(train_loop.resolve_device(config.device)), self.data_sha256)
+        return training_runs.key(config, resolve_device(config.device), self.data_sha256)
 
 
 def _arm_scores(sweep: Sweep) -> dict[str, dict[str, list[float]]]:

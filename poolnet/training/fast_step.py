@@ -15,6 +15,7 @@ import torch
 
 from poolnet.data.dataset import LETTERS, Dataset, Split
 from poolnet.training.config import TrainConfig
+from poolnet.training.device import resolve_device
 from poolnet.training.evaluation import Evaluation, Fetch, score_logits, threads
 from poolnet.training.features import WIDTH
 from poolnet.training.model import TwoLayerNet, build_model
@@ -27,7 +28,6 @@ from poolnet.training.train_loop import (
     ResumeFrom,
     State,
     epoch_means,
-    resolve_device,
     run_epochs,
 )
 
@@ -44,7 +44,7 @@ def fit(
     resume_from: ResumeFrom = lambda state: None,
 ) -> FitResult:
     """Do as `train_loop.fit`, on pooled features (N, 50)."""
-    device = resolve_device(config.device)
+    device = torch.device(resolve_device(config.device))
     model = build_model(config.pool, config.seed).to(device)
     if device.type == "cpu":
         learner: Learner = FastSoftmaxRegression(model, config.lr, features, splits.train.y)

@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from poolnet.data.dataset import Dataset, Split
-from poolnet.errors import InputError, RunError
+from poolnet.errors import RunError
 from poolnet.training.config import PLATEAU_MARGIN, TrainConfig
+from poolnet.training.device import resolve_device
 from poolnet.training.evaluation import Evaluation, Fetch, evaluate, fetcher, threads
 from poolnet.training.model import TwoLayerNet, build_model
 
@@ -98,7 +99,7 @@ def fit(
     Each epoch is reported to `on_epoch`, and the state after it to `on_state`. Val and test are evaluated with the
     final weights. With `resume_from`, the rest is trained from a state that was reported before, with the same result.
     """
-    device = resolve_device(config.device)
+    device = torch.device(resolve_device(config.device))
     model = build_model(config.pool, config.seed).to(device)
     learner = Autograd(model, config.lr, {split.name: fetcher(split, device) for split in splits})
     with threads(conv_threads if config.pool == "conv" else 1):
@@ -211,18 +212,3 @@ def score(history: tuple[EpochRecord, ...]) -> dict[str, float]:
     accs = [record.val_acc for record in history]
     plateau = next(record.epoch for record in history if record.val_acc >= max(accs) - PLATEAU_MARGIN)
     return {"best_val_acc": max(accs), "best_val_epoch": accs.index(max(accs)) + 1, "plateau_epoch": plateau}
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the torch device for a name.
-
-    `auto` is cuda, else mps, else cpu. Raises `InputError` if the device is unknown or missing.
-    """
-    present = ["cpu"]
-    if torch.backends.mps.is_available():
-        present.insert(0, "mps")
-    if torch.cuda.is_available():
-        present = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *present]
-    if name != "auto" and name not in present:
-        raise InputError(f"device: found {name!r}, expected one that is here: auto, {', '.join(present)}")
-    return torch.device(present[0] if name == "auto" else name)

@@ -14,7 +14,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from poolnet.data.dataset import open_dataset
 from poolnet.studies import compare, report, selection, study
 from poolnet.tracking import servers
-from poolnet.training import train_loop
+from poolnet.training.device import resolve_device
 
 N, SHA = 800, "5" * 64
 STUDY = """question = "Which pooling loses less?"
@@ -193,7 +193,7 @@ def test_of_a_study_the_runs_of_this_machines_device_count_or_those_of_another_t
     assert {run.device for group in selected.values() for run in group} == {"cuda"}
     plant_arms(client, seeds=2, lead=0.05)
     selected, _ = selection.of_study(client, ["0"], found)
-    own = str(train_loop.resolve_device("auto"))
+    own = resolve_device("auto")
     assert {run.device for group in selected.values() for run in group} == {own if own in ("cpu", "cuda") else "cpu"}
 
 

@@ -30,7 +30,7 @@ from poolnet.tracking import publisher, servers, sync, upload_process
 from poolnet.tracking.publication import Publication, adopt
 from poolnet.training import fast_step, features
 from poolnet.training.config import TrainConfig
-from poolnet.training.train_loop import resolve_device
+from poolnet.training.device import resolve_device
 
 EPOCHS = 3
 OPTIONS = {"pool": "avg", "epochs": EPOCHS, "batch_size": 32, "lr": 0.01}
@@ -109,7 +109,7 @@ def test_tags_status_and_name(trained):
     assert trained.run.info.status == "FINISHED"
     assert trained.run.info.run_name == "avg-seed42"
     assert tags["poolnet.data_sha256"] == open_dataset(trained.path).sha256
-    assert tags["poolnet.device"] == str(resolve_device("auto"))
+    assert tags["poolnet.device"] == resolve_device("auto")
     commit, dirty, _ = provenance.code_state()
     assert tags["poolnet.git_dirty"] == dirty
     assert tags.get("mlflow.source.git.commit") == commit

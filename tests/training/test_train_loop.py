@@ -14,7 +14,7 @@ from poolnet.errors import InputError, RunError
 from poolnet.training.config import TrainConfig
 from poolnet.training.evaluation import evaluate, threads
 from poolnet.training.model import SimpleConvNet, SimplePoolNet
-from poolnet.training.train_loop import EpochRecord, fit, resolve_device, score, train_one_epoch
+from poolnet.training.train_loop import EpochRecord, fit, score, train_one_epoch
 
 
 def figures(history):
@@ -157,18 +157,6 @@ def test_score_by_hand():
     history = tuple(EpochRecord(i, 1.0, 0.5, 1.0, acc, 1.0, 1.0) for i, acc in enumerate(accs, 1))
     assert score(history) == {"best_val_acc": 0.7705, "best_val_epoch": 4, "plateau_epoch": 2}
     assert score(history[:1]) == {"best_val_acc": 0.70, "best_val_epoch": 1, "plateau_epoch": 1}
-
-
-@pytest.mark.parametrize("name", ["cuda:99", "gpu", "", "cpu:0", "cuda:-1"])
-def test_a_device_that_is_not_here_is_refused_with_those_that_are(name):
-    with pytest.raises(InputError, match=f"device: found '{name}', expected .*auto.*cpu"):
-        resolve_device(name)
-
-
-def test_auto_takes_a_device_that_is_here():
-    assert resolve_device("cpu").type == "cpu"
-    expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    assert resolve_device("auto").type == expected
 
 
 def test_threads_are_given_back():
