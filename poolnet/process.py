@@ -4,8 +4,11 @@
 process immediately.
 """
 
+import _thread
 import os
 import signal
+import sys
+import threading
 
 last_words = "interrupted"  # what the process says when it was stopped
 _stopping = False
@@ -16,6 +19,7 @@ class Stop(BaseException):
 
     def __init__(self, signum: int):
         super().__init__(last_words)
+        self.signum = signum
         self.code = 130 if signum == signal.SIGINT else 143
 
 
@@ -26,6 +30,7 @@ def install() -> None:
         # A shell has a script's background commands ignore Ctrl-C, and that is respected.
         if signum and signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, _handle)
+    sys.unraisablehook = _raise_again
 
 
 def _handle(signum: int, frame: object) -> None:
@@ -36,6 +41,27 @@ def _handle(signum: int, frame: object) -> None:
     if signum == signal.SIGINT:  # but not a termination, with which `mlflow run` follows up Ctrl-C
         os.write(2, f"poolnet: error: {last_words}\n".encode())
         os._exit(130)
+
+
+def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Repeat a stop that Python has dropped.
+
+    Where no caller could catch an exception, for example in the callback of a weak reference, Python shows it with this
+    hook and goes on.
+    """
+    global _stopping
+    if not isinstance(unraisable.exc_value, Stop):
+        sys.__unraisablehook__(unraisable)
+        return
+    _stopping = False
+    threading.Timer(0.01, _send, [unraisable.exc_value.signum]).start()  # after the callback
+
+
+def _send(signum: int) -> None:
+    if sys.platform == "win32":  # where a wait, of a socket for example, is not interrupted by that
+        _thread.interrupt_main(signum)
+    else:
+        signal.pthread_kill(threading.main_thread().ident or 0, signum)
 
 
 def cores() -> int:

@@ -103,6 +103,26 @@ def test_a_signal_ends_the_run_as_killed_within_seconds_and_says_how_to_go_on(lo
         assert only_run().info.status == "KILLED"
 
 
+IN_A_CALLBACK = """
+import signal, time, weakref
+from poolnet import process
+class Gone: pass
+process.install()
+gone = Gone()
+seen = weakref.ref(gone, lambda _: signal.raise_signal(signal.SIGINT))
+try:
+    del gone
+    time.sleep(20)
+except process.Stop as stop:
+    print("stopped", stop.code)
+"""
+
+
+def test_a_signal_in_a_callback_whose_exceptions_python_drops_is_not_lost():
+    stopped = subprocess.run([sys.executable, "-c", IN_A_CALLBACK], capture_output=True, text=True, timeout=60)
+    assert (stopped.stdout, stopped.stderr) == ("stopped 130\n", "")
+
+
 @posix
 def test_ctrl_c_in_the_middle_of_a_long_epoch_ends_it_at_once_and_the_epoch_is_trained_again(tmp_path):
     np.savez(tmp_path / "letters.npz", **make_arrays((20_000, 50, 50)))
