@@ -246,16 +246,13 @@ def sweep(
     again = pasted("poolnet", "sweep", *options)
     process.last_words = f"stopped; go on with: {again}"
 
-    from poolnet.tracking.publisher import Publisher
+    from poolnet.studies import sweep as sweeps
+    from poolnet.studies import sweep_results
 
-    with Publisher(timeout) as publisher:
-        from poolnet.studies import sweep as sweeps
-        from poolnet.studies import sweep_results
-
-        lines = (lambda line: None) if as_json or sys.stderr.isatty() else echo  # there a bar shows how far it is
-        under_way = sweeps.open_sweep(plan, lines, echo_warning)
-        count = int(workers or sweeps.default_workers(plan))
-        sweeps.carry_out(under_way, count, figures, publisher, lines, echo_warning)
+    lines = (lambda line: None) if as_json or sys.stderr.isatty() else echo  # there a bar shows how far it is
+    under_way = sweeps.open_sweep(plan, lines, echo_warning)
+    count = int(workers or sweeps.default_workers(plan))
+    sweeps.carry_out(under_way, count, figures, timeout, lines, echo_warning)
     results = list(under_way.results.values())
     if as_json:
         summary = {"sweep": under_way.name, "data_sha256": under_way.data_sha256, "look": under_way.link}

@@ -12,7 +12,6 @@ from poolnet.runs.run_record import RunRecord
 from poolnet.studies.sweep_results import Result, Sweep
 from poolnet.text import Echo
 from poolnet.tracking import addresses, servers, training_runs
-from poolnet.tracking.publisher import Publisher
 from poolnet.tracking.training_runs import SCORES
 from poolnet.training.config import TrainConfig
 
@@ -33,13 +32,21 @@ def take_server_runs(sweep: Sweep, echo_warning: Echo) -> None:
             result.scores = {name: run.metrics[name] for name in SCORES}
 
 
-def take_records(sweep: Sweep, publisher: Publisher, echo_warning: Echo) -> dict[tuple, str]:
+def untrained(sweep: Sweep) -> int:
+    """Return how many runs have no finished record here.
+
+    The server may have them. But if the number is 0, there is nothing to train.
+    """
+    finished = {key for key, run in _records(sweep, lambda line: None) if run.finished and run.has_results()}
+    return len(sweep.results) - len(finished)
+
+
+def take_records(sweep: Sweep, echo_warning: Echo) -> tuple[list[RunRecord], dict[tuple, str]]:
     """Take results from run records that the server lacks.
 
-    Finished runs also go to the publisher. Returns the runs of this sweep that were cut off or are damaged: their names
-    by key.
+    Returns the finished runs. Also returns the runs of this sweep that were cut off or are damaged: their names by key.
     """
-    begun = {}
+    finished, begun = [], {}
     for key, run in _records(sweep, echo_warning):
         result, is_child = sweep.results[key], run.record["sweep"] == sweep.name
         deadline = time.monotonic() + ORPHAN_SECONDS
@@ -47,12 +54,12 @@ def take_records(sweep: Sweep, publisher: Publisher, echo_warning: Echo) -> dict
             time.sleep(0.1)
         if run.finished and run.has_results():
             take_record(result, run)
-            publisher.add(run)
+            finished.append(run)
         elif is_child and run.is_training():
             result.status, result.run, result.error = "RUNNING", run.name, "another process is training it"
         elif is_child:
             begun[key] = run.name
-    return begun
+    return finished, begun
 
 
 def _records(sweep: Sweep, echo_warning: Echo) -> Iterator[tuple[tuple, RunRecord]]:

@@ -19,10 +19,10 @@ from poolnet.process import cores
 from poolnet.runs import run_record
 from poolnet.runs.run_record import RunRecord
 from poolnet.studies import sweep_results
-from poolnet.studies.discovery import take_record, take_records, take_server_runs
+from poolnet.studies.discovery import take_record, take_records, take_server_runs, untrained
 from poolnet.studies.study import Study
 from poolnet.studies.sweep_results import Sweep
-from poolnet.studies.worker import train_all
+from poolnet.studies.worker import Crew
 from poolnet.text import Echo, progress
 from poolnet.tracking import addresses, servers, sweep_run
 from poolnet.tracking.publisher import Publisher
@@ -48,10 +48,12 @@ def default_workers(study: Study) -> int:
     return 1 if "conv" in study.grid.get("pool", ()) else cores()
 
 
-def carry_out(sweep: Sweep, workers: int, figures: bool, publisher: Publisher, echo: Echo, echo_warning: Echo) -> None:
+def carry_out(sweep: Sweep, workers: int, figures: bool, timeout: float, echo: Echo, echo_warning: Echo) -> None:
     """Train the missing runs of a sweep and publish them.
 
-    With `figures`, those of each run are drawn, which takes longer than to train a small one.
+    With `figures`, those of each run are drawn, which takes longer than to train a small one. The server is given up
+    after `timeout` seconds without progress.
+
     The parent run says RUNNING meanwhile, and at the end how far the sweep has come. Only one process at a time can do
     this for one study and data set. Raises `InputError` if another process does it.
     """
@@ -61,17 +63,25 @@ def carry_out(sweep: Sweep, workers: int, figures: bool, publisher: Publisher, e
         except Locked as error:
             raise InputError(f"{sweep.study.path}: another process is sweeping it, {error}") from None
         status, server_seconds = "KILLED", ASK_SECONDS
+        count = min(workers, untrained(sweep))
+        publisher = stack.enter_context(Publisher(timeout)) if count else None
         try:
-            problem = "cannot be asked which runs it has; going by the records on disk alone"
-            with _server_errors_as_warnings(sweep, problem, server_seconds, echo_warning):
-                take_server_runs(sweep, echo_warning)
-                _update_parent(sweep, "RUNNING", server_seconds, echo_warning)
-            begun = take_records(sweep, publisher, echo_warning)
-            if sweep.missing:
-                _train(sweep, begun, workers, figures, publisher, echo, echo_warning)
-            if publisher.runs:
+            with Crew(sweep.path, sweep.name, figures) as crew:
+                crew.start(count)  # its imports are done while the server is asked
+                problem = "cannot be asked which runs it has; going by the records on disk alone"
+                with _server_errors_as_warnings(sweep, problem, server_seconds, echo_warning):
+                    take_server_runs(sweep, echo_warning)
+                    if sweep.missing:
+                        _update_parent(sweep, "RUNNING", server_seconds, echo_warning)
+                finished, begun = take_records(sweep, echo_warning)
+                if sweep.missing or finished:
+                    publisher = publisher or stack.enter_context(Publisher(timeout))
+                    for run in finished:
+                        publisher.add(run)
+                    _train(sweep, begun, crew, workers, publisher, echo, echo_warning)
+            if publisher and publisher.runs:
                 sweep.publish_error = publisher.close()
-                server_seconds = ASK_SECONDS if sweep.publish_error else publisher.drain_timeout
+                server_seconds = ASK_SECONDS if sweep.publish_error else timeout
                 problem = "cannot be asked which runs it has now"
                 with _server_errors_as_warnings(sweep, problem, server_seconds, echo_warning):
                     take_server_runs(sweep, echo_warning)
@@ -80,7 +90,8 @@ def carry_out(sweep: Sweep, workers: int, figures: bool, publisher: Publisher, e
             status = "FAILED"
             raise
         finally:
-            _update_parent(sweep, status, server_seconds, echo_warning)
+            if status != "KILLED" or sweep.link:  # else it may have been stopped while it imported what that needs
+                _update_parent(sweep, status, server_seconds, echo_warning)
 
 
 @contextlib.contextmanager
@@ -104,15 +115,15 @@ def _update_parent(sweep: Sweep, status: str, seconds: float, echo_warning: Echo
         note, metrics = sweep_results.note(sweep, experiment_id), sweep_results.metrics(sweep)
         with servers.as_environment(sweep.uri):
             run_id = sweep_run.find_or_create(client, experiment_id, sweep.name, os.environ.get("MLFLOW_RUN_ID", ""))
+            sweep.link = servers.page_of(sweep.uri, experiment_id, run_id)
             sweep_run.describe(client, run_id, sweep.study.text, note, metrics, status)
-        sweep.link = servers.page_of(sweep.uri, experiment_id, run_id)
 
 
 def _train(
     sweep: Sweep,
     begun: dict[tuple, str],
+    crew: Crew,
     count: int,
-    figures: bool,
     publisher: Publisher,
     echo: Echo,
     echo_warning: Echo,
@@ -128,11 +139,10 @@ def _train(
     def rate(_: object) -> str:
         return f"{60 * sum(result.done for result in results) / (time.monotonic() - start):.1f} runs a minute"
 
-    with (
-        progress(length=epochs, label=f"Training {len(results)} runs", item_show_func=rate) as bar,
-        contextlib.closing(train_all(todo, min(count, len(results)), sweep.path, sweep.name, figures)) as messages,
-    ):
-        for worker, message in messages:
+    if not todo:
+        return
+    with progress(length=epochs, label=f"Training {len(results)} runs", item_show_func=rate) as bar:
+        for worker, message in crew.train(todo, count):
             if message.kind == "begun":
                 publisher.add(RunRecord(run_record.folder() / worker.run))
             elif message.kind == "epoch":

@@ -1,15 +1,19 @@
 """Worker processes that train runs of a sweep.
 
-A worker trains one run after the other. So imports and features cost time only once.
+A worker trains one run after the other. So imports and features cost time only once. Workers are started before it is
+known what is left to train, so that their imports are done then.
 """
 
 import contextlib
 import dataclasses
+import importlib
 import multiprocessing
 import signal
+import sys
 import threading
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -46,7 +50,8 @@ class Worker:
         context = multiprocessing.get_context("spawn")  # the same on every system
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, path, sweep, figures), daemon=True)
-        self.process.start()
+        with _no_ctrl_c():
+            self.process.start()
         theirs.close()  # so that its death is the end of the connection
 
     def take(self, task: Task) -> None:
@@ -76,24 +81,34 @@ class Worker:
         self.connection.close()
 
 
-def train_all(
-    tasks: deque[Task], count: int, path: Path, sweep: str, figures: bool
-) -> Generator[tuple[Worker, Message], None, None]:
-    """Train runs with `count` worker processes and yield their messages.
+class Crew:
+    """The worker processes of a sweep.
 
-    With `figures`, those of each run are drawn. The order of the tasks is kept. If tasks are left, a worker that dies
-    is replaced. Its run is not tried again.
+    They end with the `with` block. With `figures`, those of each run are drawn.
     """
-    workers: list[Worker] = []
-    idle: deque[Worker] = deque()
-    busy: list[Worker] = []
-    try:
+
+    def __init__(self, path: Path, sweep: str, figures: bool):
+        self.arguments = (path, sweep, figures)
+        self.workers: list[Worker] = []
+        self.idle: deque[Worker] = deque()
+
+    def start(self, count: int) -> None:
+        """Start workers, which wait for runs to train."""
+        for _ in range(count):
+            self.workers.append(Worker(*self.arguments))
+            self.idle.append(self.workers[-1])
+
+    def train(self, tasks: deque[Task], count: int) -> Iterator[tuple[Worker, Message]]:
+        """Train runs with `count` workers and yield their messages.
+
+        The order of the tasks is kept. If tasks are left, a worker that dies is replaced. Its run is not tried again.
+        """
+        busy: list[Worker] = []
         while tasks or busy:
             while tasks and len(busy) < count:
-                if not idle:
-                    workers.append(Worker(path, sweep, figures))
-                    idle.append(workers[-1])
-                busy.append(idle.popleft())
+                if not self.idle:
+                    self.start(1)
+                busy.append(self.idle.popleft())
                 busy[-1].take(tasks.popleft())
             ready = wait([worker.connection for worker in busy])
             for worker in [worker for worker in busy if worker.connection in ready]:
@@ -102,12 +117,34 @@ def train_all(
                 if message.kind in ("ended", "died"):
                     busy.remove(worker)
                 if message.kind == "ended":
-                    idle.append(worker)
-    finally:
-        for worker in workers:
+                    self.idle.append(worker)
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
             worker.process.terminate()  # asked all at once, to finish the batch in hand
-        for worker in workers:
+        for worker in self.workers:
             worker.stop()
+
+
+@contextlib.contextmanager
+def _no_ctrl_c() -> Iterator[None]:
+    """Hold Ctrl-C back until the block ends.
+
+    Processes that are started in it never get it. So they do not print a traceback while they start. On Windows nothing
+    is done.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    resource_tracker.ensure_running()  # else `start` does that, which ends the hold
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(connection: Connection, path: Path, sweep: str, figures: bool) -> None:
@@ -115,11 +152,12 @@ def _work(connection: Connection, path: Path, sweep: str, figures: bool) -> None
 
     For each task that arrives, this process sends messages: `begun`, `epoch` for each epoch, and at last `ended`.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to answer, and on Windows it gets here
     process.install()
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     opened: dict[str, tuple] = {}
     with contextlib.suppress(EOFError, OSError, process.Stop):  # the sweep is over
+        importlib.import_module("poolnet.runs.train_run")  # seconds, before there is a task
         while True:
             error = _train(connection, opened, path, connection.recv(), sweep, figures)
             connection.send(Message("ended", error=error))

@@ -1,5 +1,6 @@
 """Find out which device trains a network."""
 
+import functools
 import importlib.util
 import runpy
 import sys
@@ -27,6 +28,7 @@ def resolve_device(name: str) -> str:
     return present[0] if name == "auto" else name
 
 
+@functools.cache
 def _has_cpu_only() -> bool:
     """Whether the torch installed here was built for CPUs.
 

@@ -1,6 +1,5 @@
 """Sweeps as a user types them: what is missing is trained once, whatever happens meanwhile."""
 
-import contextlib
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from collections import deque
 import forked
 import mlflow
 import pytest
+import torch
 from conftest import inside, poolnet
 from finished_runs import journaled, publish
 
@@ -23,7 +23,7 @@ from poolnet.runs import run_record
 from poolnet.runs.run_record import RunRecord
 from poolnet.studies.study import read
 from poolnet.studies.sweep import open_sweep
-from poolnet.studies.worker import train_all
+from poolnet.studies.worker import Crew
 from poolnet.tracking import sweep_run
 from poolnet.training.config import TrainConfig
 
@@ -109,6 +109,39 @@ def test_a_sweep_trains_what_is_missing_and_each_child_equals_the_run_on_its_own
     assert single.data.params == children["max", 1].data.params
 
 
+WATCHED = """
+import sys
+from poolnet.cli import main
+started = []
+sys.addaudithook(lambda event, args: started.append(args[0]) if event == "subprocess.Popen" else None)
+try:
+    main(sys.argv[1:])
+finally:
+    print(sys.executable in started, [name for name in ("torch", "matplotlib") if name in sys.modules], file=sys.stderr)
+"""
+
+
+def test_a_sweep_with_nothing_to_do_starts_no_process_and_imports_nothing_slow(study):
+    swept(study(epochs=1))
+    if torch.version.cuda or torch.version.hip or sys.platform == "darwin":
+        pytest.skip("torch is asked for its devices here")
+    again = subprocess.run([sys.executable, "-c", WATCHED, "sweep", study(epochs=1)], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "4 of 4 runs finished, 0 of them now" in again.stdout
+    assert again.stderr == "False []\n"
+
+
+def test_runs_that_only_the_server_has_are_not_trained_again(study):
+    swept(study(epochs=1))
+    shutil.rmtree(run_record.folder())
+    again, err = swept(study(epochs=1))
+    assert err == ""
+    assert not any(run["trained"] for run in again["runs"])
+    assert not run_record.names()
+    _, (parent,) = runs()
+    assert parent.info.status == "FINISHED"
+
+
 def _in_order(children):
     return [children[pool, seed] for seed in (1, 2) for pool in ("max", "avg")]
 
@@ -161,8 +194,8 @@ def test_runs_begin_seed_by_seed_and_one_whose_process_dies_is_left_for_the_next
     sweep = open_sweep(read(study()), print, print)
     tasks = deque((config, "") for config in sweep.study.configs())
     begun, died = [], []
-    with contextlib.closing(train_all(tasks, 1, sweep.path, sweep.name, False)) as messages:
-        for worker, message in messages:
+    with Crew(sweep.path, sweep.name, figures=False) as crew:
+        for worker, message in crew.train(tasks, 1):
             if message.kind == "begun":
                 begun.append(worker.config)
                 if len(begun) == 2:
