@@ -27,7 +27,7 @@ from poolnet.training.model import build_model
 from poolnet.training.train_loop import EpochRecord, FitResult, Start, State
 
 Begun = Callable[[RunRecord], object]  # is called as soon as the run can be published
-Check = Callable[[], object]  # is called after each epoch; may raise `InputError`, which ends the run
+Check = Callable[[], object]  # is called before a new run and after each epoch; may raise `InputError`
 METRICS = {field.name for field in dataclasses.fields(EpochRecord)} - {"epoch"}  # of an epoch, as recorded
 Pooled = dict[str, np.ndarray] | None  # the features of each split; None for a network that learns its own
 
@@ -47,6 +47,7 @@ def run(
     splits, pooled = open_training_data(config, cache, echo)
     if splits.overlap:
         echo_warning(f"{splits.path}: {splits.overlap:,} of {len(splits.test):,} test images also occur in train")
+    check()
     new = create(config, optimum, splits, server)
     process.last_words = f"stopped; go on with: {run_record.resume_command(new.name)}"
     with new.training():

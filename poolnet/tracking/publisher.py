@@ -8,6 +8,7 @@ end.
 """
 
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from poolnet.runs.run_record import RunRecord
 from poolnet.tracking import addresses, published
 from poolnet.tracking.published import ServerCopy
 
-ASK = "MLFLOW_RUN_ID?"  # what is written to it in place of a run's name, see `Publisher.refuse_stale`
+ASK = "MLFLOW_RUN_ID?"  # what is written to it in place of a run's name, see `Publisher.ask`
 LOOK_SECONDS = 2  # that a new run waits to hear whether `MLFLOW_RUN_ID` is another run's
 STOP_SECONDS = 2.5  # for the last words of a run that was interrupted
 START_SECONDS = 30  # for the imports, on a machine that is busy with much else
@@ -36,6 +37,7 @@ class Publisher:
     def __init__(self, drain_timeout: float):
         self.drain_timeout = drain_timeout
         self.runs: list[RunRecord] = []
+        self._asked = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the process
         detached: dict[str, Any] = {"start_new_session": True}  # Ctrl-C is the training's to answer
         if sys.platform == "win32":
@@ -71,17 +73,14 @@ class Publisher:
         self._output.close()
         self._errors.close()
 
-    def refuse_stale(self) -> None:
-        """Refuse an `MLFLOW_RUN_ID` that belongs to another run.
+    def ask(self) -> None:
+        """Ask whether `MLFLOW_RUN_ID` belongs to another run.
 
-        Raises `InputError` if the server says so in time.
+        The next `check` waits for the answer.
         """
         if os.environ.get("MLFLOW_RUN_ID"):
             self._write_line(ASK)
-            if self._read_line(START_SECONDS) and self._read_line(LOOK_SECONDS) == b"":
-                with contextlib.suppress(subprocess.TimeoutExpired):  # it refuses: its output ends just before it does
-                    self.process.wait(LOOK_SECONDS)
-        self.check()
+            self._asked = True
 
     def _read_line(self, seconds: float) -> bytes | None:
         """Return the next line that the process prints.
@@ -108,7 +107,16 @@ class Publisher:
             self._input.flush()
 
     def check(self) -> None:
-        """Raise `InputError` if the server's record contradicts the run."""
+        """Raise `InputError` if the server's record contradicts the run.
+
+        The first check after `ask` also raises it if the server says in time that `MLFLOW_RUN_ID` is another run's.
+        """
+        if self._asked:
+            self._asked = False
+            importlib.import_module("poolnet.runs.figures")  # which takes a second, as the answer does
+            if self._read_line(START_SECONDS) and self._read_line(LOOK_SECONDS) == b"":
+                with contextlib.suppress(subprocess.TimeoutExpired):  # it refuses: its output ends just before it does
+                    self.process.wait(LOOK_SECONDS)
         if self.process.poll() == 2:
             raise InputError(self._last_line())
 

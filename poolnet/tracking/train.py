@@ -46,6 +46,8 @@ def train(
     if not resume:
         look_ahead(echo_warning)
     with Publisher(timeout) as publisher:  # its imports take seconds, beside ours
+        if not resume:
+            publisher.ask()
         from poolnet.runs import train_run
 
         if resume:
@@ -53,7 +55,6 @@ def train(
             begun = functools.partial(publisher.add, carrier=carrier)
             run = train_run.resume(resume, given, cache, begun, publisher.check, echo, echo_warning)
         else:
-            publisher.refuse_stale()
             server = addresses.environment()
             run = train_run.run(config, optimum, cache, server, publisher.add, publisher.check, echo, echo_warning)
         echo("Uploading the run ...")
