@@ -12,7 +12,7 @@ lightning    Lightning's trainer with its MLFlowLogger, then `mlflow.pytorch.log
 It needs `pip install -e ".[bench]"`. Without `--data` the data are random letters of the full size, times `--scale`;
 there the three scripts run for one and for two epochs, from which their 30 are extrapolated. The test accuracy that a
 process prints must be that of `poolnet.fit` for as many epochs. Peak memory is that of all processes of a row together;
-pages that two of them share are counted twice.
+pages that two of them share are counted once on Linux, and not at all elsewhere.
 """
 
 import contextlib
@@ -157,8 +157,9 @@ def memory(process: psutil.Process) -> float:
     total = 0
     with contextlib.suppress(psutil.NoSuchProcess):
         for each in (process, *process.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended, the others go on
-                total += each.memory_info().rss
+            with contextlib.suppress(psutil.Error):  # it has just ended, the others go on
+                used = each.memory_full_info()
+                total += getattr(used, "pss", used.uss)
     return total / 1e6
 
 
