@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from mlflow.data.dataset_source_registry import get_dataset_source_from_json
 from mlflow.data.numpy_dataset import from_numpy
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunInfo, RunTag
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunInfo, RunTag
 
 from poolnet import files
 from poolnet.errors import RunError
@@ -39,6 +39,8 @@ class Publication:
 
     `carrier` is a run that `mlflow run` made only to resume this one.
     """
+
+    server_run: Run  # as `find_or_create_run` found it, before the steps
 
     def __init__(self, run: RunRecord, uri: str, carrier: str = ""):
         self.run, self.uri, self.carrier = run, uri, carrier
@@ -154,9 +156,12 @@ def steps(run: RunRecord) -> dict[str, Step]:
 def find_or_create_run(publication: Publication) -> None:
     """Find the run on the server, or create it."""
     client, run = publication.client, publication.run
-    if not server_runs.find(client, publication.server_copy.run_id):
+    server_run = server_runs.find(client, publication.server_copy.run_id)
+    if not server_run:
         publication.server_copy = ServerCopy()  # a server that was emptied gets everything again
-        adopt(publication, server_runs.find_or_create(client, run, publication.published.experiment).info)
+        server_run = server_runs.find_or_create(client, run, publication.published.experiment)
+        adopt(publication, server_run.info)
+    publication.server_run = server_run
     server_copy = publication.server_copy
     if server_copy.status and not run.ended():  # it is being trained again
         client.update_run(server_copy.run_id, status="RUNNING")
@@ -186,7 +191,7 @@ def log_start(publication: Publication) -> None:
     An adopted run keeps the params that it has, as the user typed them.
     """
     run, client, server_copy = publication.run, publication.client, publication.server_copy
-    record, server_run = run.record, client.get_run(server_copy.run_id)
+    record, server_run = run.record, publication.server_run
     known = server_run.data.params
     params = [Param(key, str(value)) for key, value in record["config"].items() if key not in known]
     tags = {
@@ -266,11 +271,11 @@ def artifact_files(run: RunRecord, name: str) -> list[tuple[Path, str | None]]:
 
 def log_model(publication: Publication) -> None:
     """Log the network as a model of the run."""
-    run, client, server_copy = publication.run, publication.client, publication.server_copy
+    run = publication.run
     arrays = run.load_tensors("model")
     assert arrays  # `steps` has this one only if the results are whole
-    server_run = client.get_run(server_copy.run_id)
-    server_copy.model_id = registry.log(client, server_run, run.record["config"], arrays)
+    config = run.record["config"]
+    publication.server_copy.model_id = registry.log(publication.client, publication.server_run, config, arrays)
 
 
 def log_scores(publication: Publication) -> None:

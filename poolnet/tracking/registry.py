@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +66,15 @@ def register(client: MlflowClient, run_id: str, model_id: str, tags: dict[str, s
     """
     version = version_of(client, run_id, model_id)
     if not version:
-        with contextlib.suppress(MlflowException):  # of which one says that the name exists, as it usually does
-            client.create_registered_model(NAME)
-        version = int(client.create_model_version(NAME, f"models:/{model_id}", run_id, tags, model_id=model_id).version)
+        create = partial(client.create_model_version, NAME, f"models:/{model_id}", run_id, tags, model_id=model_id)
+        try:
+            version = int(create().version)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            with contextlib.suppress(MlflowException):  # of which one says that another process was faster
+                client.create_registered_model(NAME)
+            version = int(create().version)
     # what the model's own page goes by
     client.set_logged_model_tags(model_id, {names.MODEL_VERSIONS: json.dumps([{"name": NAME, "version": version}])})
     return version
