@@ -249,7 +249,7 @@ def sweep(
     from poolnet.studies import sweep as sweeps
     from poolnet.studies import sweep_results
 
-    lines = (lambda line: None) if as_json or sys.stderr.isatty() else echo  # there a bar shows how far it is
+    lines = (lambda line: None) if as_json else echo
     under_way = sweeps.open_sweep(plan, lines, echo_warning)
     count = int(workers or sweeps.default_workers(plan))
     sweeps.carry_out(under_way, count, figures, timeout, lines, echo_warning)

@@ -6,6 +6,7 @@ records on disk show what is left to do. So the same command continues a sweep t
 
 import contextlib
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -68,6 +69,7 @@ def carry_out(sweep: Sweep, workers: int, figures: bool, timeout: float, echo: E
         try:
             with Crew(sweep.path, sweep.name, figures) as crew:
                 crew.start(count)  # its imports are done while the server is asked
+                echo("Looking for runs that are done ...")
                 problem = "cannot be asked which runs it has; going by the records on disk alone"
                 with _server_errors_as_warnings(sweep, problem, server_seconds, echo_warning):
                     take_server_runs(sweep, echo_warning)
@@ -80,7 +82,7 @@ def carry_out(sweep: Sweep, workers: int, figures: bool, timeout: float, echo: E
                         publisher.add(run)
                     _train(sweep, begun, crew, workers, publisher, echo, echo_warning)
             if publisher and publisher.runs:
-                sweep.publish_error = publisher.close()
+                sweep.publish_error = _upload(publisher, echo)
                 server_seconds = ASK_SECONDS if sweep.publish_error else timeout
                 problem = "cannot be asked which runs it has now"
                 with _server_errors_as_warnings(sweep, problem, server_seconds, echo_warning):
@@ -155,6 +157,15 @@ def _train(
                     take_record(result, RunRecord(run_record.folder() / worker.run))
                 if message.error:
                     echo_warning(f"{worker.run or worker.config}: {message.error}")
-                else:
+                elif not sys.stderr.isatty():  # else the bar shows how far it is
                     echo(f"{result.run}: " + ", ".join(f"{name} {result.scores[name]:.4f}" for name in SCORES))
                 bar.update(worker.config.epochs - worker.epoch)
+
+
+def _upload(publisher: Publisher, echo: Echo) -> str | None:
+    """Wait for the upload of the runs; return why it failed."""
+    label = f"Uploading {len(publisher.runs)} runs"
+    if not sys.stderr.isatty():
+        echo(f"{label} ...")
+    with progress(length=len(publisher.runs), label=label) as bar:
+        return publisher.close(on_upload=lambda count: bar.update(count - bar.pos))

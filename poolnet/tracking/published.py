@@ -54,6 +54,15 @@ def read(run: RunRecord) -> Published:
     return dataclasses.replace(published, servers=copies)
 
 
+def at_home(run: RunRecord) -> ServerCopy:
+    """Return what the run's own server has of it.
+
+    Raises `InputError` if that is not known because the file is damaged.
+    """
+    memory = read(run)
+    return memory.servers.get(memory.home, ServerCopy())
+
+
 def _checked(kind: type[Stored], values: dict) -> Stored:
     """Build a dataclass from stored values, and check them.
 

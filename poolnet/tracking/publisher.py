@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from poolnet.errors import InputError
@@ -120,11 +121,13 @@ class Publisher:
         if self.process.poll() == 2:
             raise InputError(self._last_line())
 
-    def close(self, timeout: float | None = None) -> str | None:
+    def close(
+        self, timeout: float | None = None, on_upload: Callable[[int], object] = lambda count: None
+    ) -> str | None:
         """Wait until the server has everything.
 
         The wait ends `drain_timeout` seconds after the last progress. If `timeout` is given, it ends after `timeout`
-        seconds in all.
+        seconds in all. `on_upload` is called with the number of runs that the server has whole.
 
         Returns None if the server has everything, and otherwise the reason why not. Raises `InputError` as `check`
         does.
@@ -137,18 +140,19 @@ class Publisher:
             now = self._progress()
             if now != before and timeout is None:
                 before, deadline = now, time.monotonic() + self.drain_timeout
+                on_upload(self._uploaded())
             time.sleep(0.01)
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        on_upload(self._uploaded())
         self.check()
         return None if self.process.returncode == 0 else self._last_line()
 
     @property
     def server_copy(self) -> ServerCopy:
         """Return what the server has of the last run."""
-        memory = published.read(self.runs[-1])
-        return memory.servers.get(memory.home, ServerCopy())
+        return published.at_home(self.runs[-1])
 
     def _progress(self) -> tuple[int, ...]:
         """Return when each `published.json` last changed, in ns."""
@@ -157,6 +161,14 @@ class Publisher:
             with contextlib.suppress(OSError):
                 times.append((run.folder / "published.json").stat().st_mtime_ns)
         return tuple(times)
+
+    def _uploaded(self) -> int:
+        """Return how many runs the server has whole."""
+        count = 0
+        for run in self.runs:
+            with contextlib.suppress(InputError, OSError):
+                count += bool(published.at_home(run).status)
+        return count
 
     def _last_line(self) -> str:
         self._errors.seek(0)

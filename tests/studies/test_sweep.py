@@ -147,7 +147,9 @@ def _in_order(children):
 
 
 def test_a_sweep_draws_the_figures_of_its_runs_if_it_is_told_to(study):
-    swept(study(epochs=1), "--figures")
+    finished = poolnet("sweep", study(epochs=1), "--figures")
+    assert finished.returncode == 0, finished.stderr
+    assert {"Looking for runs that are done ...", "Uploading 4 runs ..."} <= set(finished.stdout.splitlines())
     children, _ = runs()
     for run in children.values():
         assert len(mlflow.MlflowClient().list_artifacts(run.info.run_id, "figures")) == 4

@@ -261,6 +261,16 @@ def test_a_stale_run_id_in_the_environment_does_not_mix_two_runs(monkeypatch):
     assert mlflow.get_run(first.info.run_id).data.tags == first.data.tags
 
 
+def test_while_it_waits_a_publisher_says_how_many_runs_the_server_has():
+    counts = []
+    with publisher.Publisher(60) as process:
+        for seed in (1, 2):
+            process.add(journaled(TrainConfig(data="letters.npz", epochs=2, seed=seed)))
+        assert process.close(on_upload=counts.append) is None
+    assert counts == sorted(counts)
+    assert counts[-1] == 2
+
+
 def test_a_stale_run_id_is_refused_before_training_and_the_cure_helps(monkeypatch, letters):
     adopted(monkeypatch, {})
     first = publish(journaled())
