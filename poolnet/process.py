@@ -59,7 +59,7 @@ def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
 
 def _send(signum: int) -> None:
     if sys.platform == "win32":  # where a wait, of a socket for example, is not interrupted by that
-        _thread.interrupt_main(signum)
+        _thread.interrupt_main(signal.Signals(signum))
     else:
         signal.pthread_kill(threading.main_thread().ident or 0, signum)
 
