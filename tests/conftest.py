@@ -18,8 +18,14 @@ import forked
 import numpy as np
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 from poolnet.cli.commands import SETTINGS, main
+
+# No test fails because the machine is slow. And the fixtures of a test are as good for its second example.
+UNTIMED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("untimed", deadline=None, suppress_health_check=UNTIMED)
+settings.load_profile("untimed")
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
 ROOT = Path(__file__).parent.parent

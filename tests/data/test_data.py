@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_arrays
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poolnet import files
@@ -240,7 +240,7 @@ def test_files_that_are_no_whole_archive_are_refused(tmp_path, letters):
         open_dataset(tmp_path / "other.npz")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(cut=st.floats(0, 1, exclude_max=True), compressed=st.booleans())
 def test_a_file_cut_anywhere_is_refused(tmp_path, cut, compressed):
     path = save(tmp_path / "cut.npz", make_arrays((12, 3, 3)), np.savez_compressed if compressed else np.savez)
@@ -281,7 +281,7 @@ def test_a_flipped_bit_in_the_table_of_contents_is_refused_or_changes_nothing(tm
             np.testing.assert_array_equal(splits.train.y, arrays["y_train"])
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), compressed=st.booleans())
 def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path, where, bit, compressed):
     arrays = make_arrays((12, 3, 3))

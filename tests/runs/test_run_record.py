@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poolnet import files, process
@@ -79,7 +79,7 @@ def test_metrics_are_recorded_once_a_step(run):
 
 
 @given(cut=st.integers(1, 400), junk=st.binary(max_size=60))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 def test_a_torn_tail_is_dropped_and_the_file_goes_on(run, cut, junk):
     path = run.folder / "metrics.jsonl"
     path.unlink(missing_ok=True)
@@ -265,7 +265,7 @@ def damaged_line(run):
 
 
 @given(at=st.integers(0), byte=st.integers(0, 255))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 def test_any_changed_byte_is_found_and_the_lines_behind_it_are_kept(run, at, byte):
     path = run.folder / "metrics.jsonl"
     path.unlink(missing_ok=True)
