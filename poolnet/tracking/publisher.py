@@ -134,41 +134,45 @@ class Publisher:
         """
         with contextlib.suppress(OSError):
             self._input.close()
-        before: tuple[int, ...] = ()
+        before: dict[str, int] = {}
+        whole: set[str] = set()
         deadline = time.monotonic() + (timeout or max(START_SECONDS, self.drain_timeout))
         while self.process.poll() is None and time.monotonic() < deadline:
             now = self._progress()
             if now != before and timeout is None:
+                changed = [run for run in self.runs if now.get(run.name) != before.get(run.name)]
+                whole |= {run.name for run in changed if self._is_uploaded(run)}
+                on_upload(len(whole))
                 before, deadline = now, time.monotonic() + self.drain_timeout
-                on_upload(self._uploaded())
             time.sleep(0.01)
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        on_upload(self._uploaded())
         self.check()
-        return None if self.process.returncode == 0 else self._last_line()
+        if self.process.returncode:
+            return self._last_line()
+        on_upload(len(self.runs))
+        return None
 
     @property
     def server_copy(self) -> ServerCopy:
         """Return what the server has of the last run."""
         return published.at_home(self.runs[-1])
 
-    def _progress(self) -> tuple[int, ...]:
-        """Return when each `published.json` last changed, in ns."""
-        times = []
+    def _progress(self) -> dict[str, int]:
+        """Return when each run's `published.json` last changed, in ns."""
+        times = {}
         for run in self.runs:
             with contextlib.suppress(OSError):
-                times.append((run.folder / "published.json").stat().st_mtime_ns)
-        return tuple(times)
+                times[run.name] = (run.folder / "published.json").stat().st_mtime_ns
+        return times
 
-    def _uploaded(self) -> int:
-        """Return how many runs the server has whole."""
-        count = 0
-        for run in self.runs:
-            with contextlib.suppress(InputError, OSError):
-                count += bool(published.at_home(run).status)
-        return count
+    def _is_uploaded(self, run: RunRecord) -> bool:
+        """Whether the server has all of a run, as far as is remembered."""
+        try:
+            return bool(published.at_home(run).status)
+        except (InputError, OSError):
+            return False
 
     def _last_line(self) -> str:
         self._errors.seek(0)

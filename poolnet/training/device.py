@@ -14,7 +14,7 @@ def resolve_device(name: str) -> str:
 
     `auto` is cuda, else mps, else cpu. Raises `InputError` if the device is unknown or missing.
     """
-    if name in ("auto", "cpu") and _has_cpu_only():
+    if name == "cpu" or (name == "auto" and _has_cpu_only()):
         return "cpu"
     import torch  # takes seconds, which a sweep with nothing to train saves on most machines
 

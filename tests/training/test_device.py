@@ -9,7 +9,7 @@ import torch
 from poolnet.errors import InputError
 from poolnet.training.device import resolve_device
 
-ASK = """
+PRINT_DEVICE = """
 import sys
 from poolnet.training.device import resolve_device
 print(resolve_device(sys.argv[1]), "torch" in sys.modules)
@@ -28,15 +28,18 @@ def test_auto_takes_a_device_that_is_here():
     assert resolve_device("auto") == expected
 
 
-def ask(name: str, path: str = "") -> str:
+def printed_device(name: str, path: str = "") -> str:
     environment = os.environ | ({"PYTHONPATH": path} if path else {})
-    asked = subprocess.run([sys.executable, "-c", ASK, name], env=environment, capture_output=True, text=True)
-    return (asked.stdout or asked.stderr).strip().splitlines()[-1]
+    finished = subprocess.run(
+        [sys.executable, "-c", PRINT_DEVICE, name], env=environment, capture_output=True, text=True
+    )
+    return (finished.stdout or finished.stderr).strip().splitlines()[-1]
 
 
 def test_torch_is_imported_only_where_it_may_know_another_device():
     needed = bool(torch.version.cuda or torch.version.hip or sys.platform == "darwin")
-    assert ask("auto") == f"{resolve_device('auto')} {needed}"
+    assert printed_device("auto") == f"{resolve_device('auto')} {needed}"
+    assert printed_device("cpu") == "cpu False"
 
 
 @pytest.mark.parametrize(
@@ -50,4 +53,4 @@ def test_torch_is_asked_unless_it_says_that_it_has_no_gpu(tmp_path, version):
     if version is not None:
         (tmp_path / "torch" / "version.py").write_text(version)
     root = Path(__file__).parents[2]
-    assert ask("auto", f"{tmp_path}{os.pathsep}{root}") == "ImportError: asked"
+    assert printed_device("auto", f"{tmp_path}{os.pathsep}{root}") == "ImportError: asked"
