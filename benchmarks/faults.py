@@ -47,7 +47,6 @@ from poolnet.files import read_json
 from poolnet.runs.run_record import RunRecord
 
 FIGURES = ("train_loss", "train_acc", "val_loss", "val_acc")  # the same in each run; the times are not
-TIMINGS = ("epoch_seconds", "examples_per_second")
 POOLNET = [sys.executable, "-m", "poolnet"]
 
 

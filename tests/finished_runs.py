@@ -1,9 +1,12 @@
 """Runs for tests that begin with finished ones."""
 
+import contextlib
+import sqlite3
+
 import mlflow
 
 from poolnet.runs import train_run
-from poolnet.tracking import addresses, servers
+from poolnet.tracking import addresses, names, servers
 from poolnet.tracking.publication import Publication, is_complete, upload_new
 from poolnet.training.config import TrainConfig
 
@@ -25,3 +28,11 @@ def publish(run, uri=None):
     upload_new(publication)
     assert is_complete(publication)
     return mlflow.MlflowClient(publication.uri).get_run(publication.server_copy.run_id)
+
+
+def name_metrics_as_before():
+    """Give all metrics of the store the names that earlier versions gave them."""
+    path = addresses.sqlite_file(addresses.own())
+    with contextlib.closing(sqlite3.connect(path)) as store, store:
+        for table in ("metrics", "latest_metrics"):
+            store.executemany(f"UPDATE {table} SET key = ? WHERE key = ?", [*names.METRICS.items()])

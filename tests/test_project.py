@@ -98,7 +98,7 @@ def test_mlflow_run_gives_the_run_that_the_command_gives(letters):
     assert (first.info.run_name, second.info.run_name) == ("named by the user", "avg-seed42")
     assert first.info.status == second.info.status == "FINISHED"
     assert first.data.params["lr"] == "1e-2"
-    timings = {"epoch_seconds", "examples_per_second"}
+    timings = {"speed/epoch_seconds", "speed/examples_per_second"}
     assert set(first.data.metrics) == set(second.data.metrics)
     for name in set(first.data.metrics) - timings:
         histories = [client.get_metric_history(run.info.run_id, name) for run in (first, second)]

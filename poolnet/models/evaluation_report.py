@@ -27,6 +27,7 @@ from poolnet.tracking.registry import Loaded
 from poolnet.training.evaluation import Evaluation, evaluate
 
 MEASURES = ("precision", "recall", "f1")  # of each letter
+LETTER_TABLE = "letters.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,14 +247,12 @@ def publish(client: MlflowClient, report: EvaluationReport) -> str:
     run.
     """
     split, s, pool, evaluation = report.split.name, report.scores, report.model.pool, report.evaluation
-    metrics = {f"{split}_loss": evaluation.loss, f"{split}_acc": evaluation.acc, "ece": s.calibration.ece}
-    metrics |= {f"{split}_loss_low": s.loss.low, f"{split}_loss_high": s.loss.high}
-    metrics |= {f"{split}_acc_low": s.acc.low, f"{split}_acc_high": s.acc.high}
-    for letter in s.per_class:
-        shares = {f"{name}_{LETTERS[letter.label]}": getattr(letter, name).estimate for name in MEASURES}
-        metrics |= {name: share for name, share in shares.items() if not math.isnan(share)}
+    more = {"ece": s.calibration.ece, "loss_low": s.loss.low, "loss_high": s.loss.high}
+    more |= {"acc_low": s.acc.low, "acc_high": s.acc.high}
+    metrics = {f"{split}_loss": evaluation.loss, f"{split}_acc": evaluation.acc, **names.section("eval", more)}
     agrees = {True: "agrees", False: "differs", None: "not compared"}[report.agrees]
     tags = {names.EVALUATION: agrees, names.DATA_SHA256: report.splits.sha256, names.NOTE: markdown(report)}
+    tags[names.TABLES] = json.dumps([{"path": LETTER_TABLE, "type": "table"}])
     params = {"model": report.model.uri, "split": split, "pool": pool}
     model_id, dataset = report.model.model_id, publication.datasets(report.splits.summary())[split]
     experiment_id = report.trained.info.experiment_id if report.trained else servers.own_experiment(client)
@@ -265,6 +264,7 @@ def publish(client: MlflowClient, report: EvaluationReport) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "evaluation.json").write_text(to_json(contents(report), indent=1), encoding="utf-8")
+        (folder / LETTER_TABLE).write_text(to_json(_letter_table(s)), encoding="utf-8")
         (folder / "predictions").mkdir()
         np.savez(folder / "predictions" / f"{split}.npz", logits=evaluation.logits, y=evaluation.y)
         figures.save_all(folder / "figures", drawn)
@@ -281,3 +281,13 @@ def publish(client: MlflowClient, report: EvaluationReport) -> str:
                 model_id=model_id,
             )
     return run_id
+
+
+def _letter_table(s: Scores) -> dict[str, list]:
+    """Return the scores of each letter as a table of MLflow's."""
+    rows = []
+    for letter in s.per_class:
+        shares = [getattr(letter, name) for name in MEASURES]
+        intervals = ["-" if math.isnan(share.low) else f"{share.low:.4f} to {share.high:.4f}" for share in shares]
+        rows.append([LETTERS[letter.label], letter.n, *(round(share.estimate, 4) for share in shares), *intervals])
+    return {"columns": ["letter", "n", *MEASURES, *(f"{name}, 95 % interval" for name in MEASURES)], "data": rows}

@@ -111,7 +111,7 @@ def find(client: MlflowClient, name: str) -> Original:
     metrics: dict[int, dict[str, float]] = {}
     for key in run.data.metrics:
         for metric in client.get_metric_history(run.info.run_id, key):
-            metrics.setdefault(metric.step, {})[key] = metric.value
+            metrics.setdefault(metric.step, {})[names.RECORDED.get(key, key)] = metric.value
     return Original(
         run=run,
         record=record,

@@ -310,7 +310,7 @@ def _metrics(c: Comparison) -> dict[str, float]:
         values["p_sign_flip"] = c.sign_flip_p
     for letter, arm in (("a", c.a), ("b", c.b)):
         values |= {f"{letter}_{name}_mean": statistics.mean(scores) for name, scores in _scores(arm).items()}
-    return values
+    return names.section("compare", values)
 
 
 def _drawn(c: Comparison) -> dict[str, bytes]:

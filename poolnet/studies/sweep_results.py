@@ -6,7 +6,7 @@ from pathlib import Path
 
 from poolnet.studies.study import Study
 from poolnet.text import aligned, coded, marked, pasted, piped, spread
-from poolnet.tracking import sweep_run, training_runs
+from poolnet.tracking import names, sweep_run, training_runs
 from poolnet.tracking.training_runs import SCORES
 from poolnet.training.config import TrainConfig
 from poolnet.training.device import resolve_device
@@ -90,7 +90,7 @@ def metrics(sweep: Sweep) -> dict[str, float]:
                 values[f"{letter}_{name}_mean"] = statistics.mean(seeds)
             if len(seeds) > 1:
                 values[f"{letter}_{name}_sd"] = statistics.stdev(seeds)
-    return values
+    return names.section("sweep", values)
 
 
 def _arm_rows(sweep: Sweep) -> list[list[str]]:

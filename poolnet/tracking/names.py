@@ -1,7 +1,23 @@
-"""The tags of MLflow runs, which poolnet and users search.
+"""The tags and metrics of MLflow runs, which poolnet and users search.
 
-They are contracts: scripts and old stores use them. Params are the fields of `TrainConfig`.
+They are contracts: scripts and old stores use them. Params are the fields of `TrainConfig`. MLflow's interface makes a
+section of the metrics with the same text before a slash. The first section has those without a slash: loss and accuracy
+of train, val and test.
 """
+
+from collections.abc import Mapping
+
+# Metrics of a training that the record of a run calls otherwise, as MLflow did in stores of earlier versions
+METRICS = {
+    "epoch_seconds": "speed/epoch_seconds",
+    "examples_per_second": "speed/examples_per_second",
+    "best_val_acc": "best/val_acc",
+    "best_val_epoch": "best/val_epoch",
+    "plateau_epoch": "best/plateau_epoch",
+    "optimum_train_loss": "optimum/train_loss",
+    "optimality_gap": "optimum/gap",
+}
+RECORDED = {metric: name for name, metric in METRICS.items()}
 
 # of a training
 RUN = "poolnet.run"  # the name of its record
@@ -27,7 +43,13 @@ USER = "mlflow.user"
 PARENT = "mlflow.parentRunId"
 COMMIT = "mlflow.source.git.commit"
 CONTEXT = "mlflow.data.context"  # of an input: the name of the split
+TABLES = "mlflow.loggedArtifacts"  # artifacts that the interface shows as tables
 MODEL_VERSIONS = "mlflow.modelVersions"  # of a model
+
+
+def section(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return metrics with the name of a section before theirs."""
+    return {f"{name}/{metric}": value for metric, value in metrics.items()}
 
 
 def source(command: str, user: str) -> dict[str, str]:

@@ -279,9 +279,9 @@ def log_model(publication: Publication) -> None:
 
 
 def log_scores(publication: Publication) -> None:
-    """Log the scores again as scores of the model.
+    """Log losses and accuracies again as those of the model.
 
-    The model's own page then shows them. They are the scores of the last epoch and the scores on test.
+    The model's own page then shows them. They are those of the last epoch and those on test.
     """
     run, server_copy = publication.run, publication.server_copy
     records, data = {record["step"]: record for record in run.metrics()}, run.record["data"]
@@ -290,7 +290,8 @@ def log_scores(publication: Publication) -> None:
     metrics = as_metrics(records[max(records)], **model)
     on_test = as_metrics(records[0], **model, dataset_name=data["name"], dataset_digest=digest)
     metrics += [metric for metric in on_test if metric.key.startswith("test_")]
-    publication.client.log_batch(server_copy.run_id, metrics=metrics)
+    bare = [metric for metric in metrics if "/" not in metric.key]
+    publication.client.log_batch(server_copy.run_id, metrics=bare)
 
 
 def register_model(publication: Publication) -> None:
@@ -336,4 +337,5 @@ def datasets(data: dict) -> dict[str, DatasetInput]:
 
 
 def as_metrics(record: dict, **more: str) -> list[Metric]:
-    return [Metric(name, value, record["t"], record["step"], **more) for name, value in record["metrics"].items()]
+    metrics = {names.METRICS.get(name, name): value for name, value in record["metrics"].items()}
+    return [Metric(name, value, record["t"], record["step"], **more) for name, value in metrics.items()]

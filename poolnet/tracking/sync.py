@@ -256,9 +256,11 @@ def _lacks_metrics(client: MlflowClient, run: RunRecord, server_run: Run, every_
     for record in sorted(run.metrics(), key=lambda record: record["step"]):
         for metric in as_metrics(record):
             expected.setdefault(metric.key, []).append((metric.step, metric.timestamp, metric.value))
-    wrong = [name for name, values in expected.items() if server_run.data.metrics.get(name) != values[-1][2]]
-    for name in expected if every_value else ():
-        history = client.get_metric_history(server_run.info.run_id, name)
+    # earlier versions published some under the name that they have in the record
+    known = {names.METRICS.get(name, name): (name, value) for name, value in server_run.data.metrics.items()}
+    wrong = [name for name, values in expected.items() if known.get(name, ("", None))[1] != values[-1][2]]
+    for name in [name for name in expected if name in known] if every_value else []:
+        history = client.get_metric_history(server_run.info.run_id, known[name][0])
         if {(metric.step, metric.timestamp, metric.value) for metric in history} != set(expected[name]):
             wrong.append(name)
     return [f"metric {name}" for name in dict.fromkeys(wrong)]

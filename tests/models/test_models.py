@@ -106,7 +106,15 @@ def test_evaluate_agrees_with_the_training_and_is_kept_with_model_and_data(capsy
     assert ours[f"{split}_acc"].value == report["acc"]["estimate"]
     assert ours[f"{split}_acc"].dataset_digest == dataset.digest
     names = {file.path for file in client.list_artifacts(report["run_id"])}
-    assert names == {"evaluation.json", "figures", "predictions"}
+    assert names == {"evaluation.json", "figures", "letters.json", "predictions"}
+    bare = {name for name in kept.data.metrics if not name.startswith("eval/")}
+    assert bare == {f"{split}_loss", f"{split}_acc"}
+    table = mlflow.load_table("letters.json", run_ids=[report["run_id"]])
+    assert "".join(table["letter"]) == "ABCDEFGHIJ"
+    for name in ("precision", "recall", "f1"):
+        for value, letter in zip(table[name], report["per_class"], strict=True):
+            estimate = letter[name]["estimate"]  # None if the letter was never predicted
+            assert np.isnan(value) if estimate is None else value == pytest.approx(estimate, abs=5e-5)
 
 
 def test_the_table_says_the_same(capsys, trained):

@@ -11,7 +11,7 @@ import mlflow
 import numpy as np
 import pytest
 from conftest import assert_refused, enter, inside, make_arrays, poolnet, run
-from finished_runs import REGISTERED, journaled, publish
+from finished_runs import REGISTERED, journaled, name_metrics_as_before, publish
 
 from poolnet.models import reproduce
 from poolnet.runs import provenance, run_record, train_run
@@ -43,6 +43,12 @@ def test_the_same_data_and_code_give_the_same_to_the_bit(trained):
     # it is no further version, and no further run of its seed
     assert len(client.search_model_versions("name = 'poolnet'")) == 1
     assert [each.run_id for each in training_runs.search(client, ["0"])] == [trained.info.run_id]
+
+
+def test_a_run_of_an_earlier_version_is_compared_in_all_its_metrics(trained):
+    name_metrics_as_before()
+    result, _ = reproduced(trained.info.run_id)
+    assert (result["verdict"], result["compared"]["metrics"]) == ("bit-identical", 3 * 4 + 7)
 
 
 def test_neither_threads_nor_the_place_of_the_data_change_a_digit(trained, tmp_path):

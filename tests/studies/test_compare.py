@@ -119,7 +119,7 @@ def test_a_planted_effect_of_two_points_is_found_and_its_interval_holds_it(clien
     # the run in MLflow says the same
     comparison = mlflow.get_run(found["run_id"])
     assert comparison.info.status == "FINISHED"
-    assert comparison.data.metrics["effect_points"] == acc["estimate"]
+    assert comparison.data.metrics["compare/effect_points"] == acc["estimate"]
     assert found["sentence"] in comparison.data.tags["mlflow.note.content"]
     names = {file.path for file in client.list_artifacts(found["run_id"])}
     assert {"report.html", "comparison.json", "figures"} <= names
@@ -167,7 +167,7 @@ def test_mlflow_run_compares_in_the_run_that_it_made(client):
     path = write_study(2)
     finished = mlflow_run("-e", "compare", "-P", f"study={path.absolute()}")
     assert finished.returncode == 0, finished.stderr
-    found = [run for run in client.search_runs(["0"]) if "effect_points" in run.data.metrics]
+    found = [run for run in client.search_runs(["0"]) if "compare/effect_points" in run.data.metrics]
     assert len(found) == 1
     assert found[0].data.tags["mlflow.source.type"] == "PROJECT"
 
@@ -235,7 +235,7 @@ def refused(capsys, *arguments):
     code, out, err = run(capsys, "compare", *arguments)
     assert out == ""
     assert_refused(code, err)
-    assert not [run for run in mlflow.MlflowClient().search_runs(["0"]) if "effect_points" in run.data.metrics]
+    assert not [run for run in mlflow.MlflowClient().search_runs(["0"]) if "compare/effect_points" in run.data.metrics]
     return err
 
 

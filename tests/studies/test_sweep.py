@@ -30,7 +30,7 @@ from poolnet.training.config import TrainConfig
 pytestmark = pytest.mark.usefixtures("letters")
 posix = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals to process groups")
 DEAD = "http://127.0.0.1:9"  # where nobody listens
-SAME = ("train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc", "best_val_acc", "plateau_epoch")
+SAME = ("train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc", "best/val_acc", "best/plateau_epoch")
 STUDY = """question = "Which pooling loses less?"
 data = "letters.npz"
 seeds = [1, 2]
@@ -85,9 +85,9 @@ def test_a_sweep_trains_what_is_missing_and_each_child_equals_the_run_on_its_own
     new = [run for key, run in children.items() if key != ("avg", 2)]
     assert {run.data.tags["mlflow.parentRunId"] for run in new} == {parent.info.run_id}
     assert {run.info.status for run in [*new, parent]} == {"FINISHED"}
-    assert parent.data.metrics["runs_finished"] == 4
+    assert parent.data.metrics["sweep/runs_finished"] == 4
     mean = sum(children["max", seed].data.metrics["test_acc"] for seed in (1, 2)) / 2
-    assert parent.data.metrics["a_test_acc_mean"] == pytest.approx(mean, abs=1e-12)
+    assert parent.data.metrics["sweep/a_test_acc_mean"] == pytest.approx(mean, abs=1e-12)
     for run in children.values():
         assert run.info.run_id in parent.data.tags["mlflow.note.content"]
     again, _ = swept(study())
@@ -246,7 +246,7 @@ def test_a_child_that_fails_is_reported_and_never_counted(study):
     assert err.splitlines()[-1] == f"poolnet: error: missing runs: 4, see above; again with: poolnet sweep {path}"
     assert [run["status"] for run in result["runs"] if run not in failed] == ["FINISHED"] * 4
     (parent,) = mlflow.MlflowClient().search_runs(["0"], "tags.`poolnet.study` LIKE '%'")
-    assert (parent.info.status, parent.data.metrics["runs_finished"]) == ("FAILED", 4)
+    assert (parent.info.status, parent.data.metrics["sweep/runs_finished"]) == ("FAILED", 4)
 
 
 def test_without_a_server_the_children_are_on_disk_and_published_later(study, monkeypatch):

@@ -34,8 +34,8 @@ from poolnet.training.device import resolve_device
 
 EPOCHS = 3
 OPTIONS = {"pool": "avg", "epochs": EPOCHS, "batch_size": 32, "lr": 0.01}
-PER_EPOCH = {"train_loss", "train_acc", "val_loss", "val_acc", "epoch_seconds", "examples_per_second"}
-ONCE = {"test_loss", "test_acc", "best_val_acc", "best_val_epoch", "plateau_epoch"}
+PER_EPOCH = {"train_loss", "train_acc", "val_loss", "val_acc", "speed/epoch_seconds", "speed/examples_per_second"}
+ONCE = {"test_loss", "test_acc", "best/val_acc", "best/val_epoch", "best/plateau_epoch"}
 
 
 @pytest.fixture(scope="module", params=["sqlite", "http"])
@@ -471,5 +471,5 @@ def test_uncommitted_changes_are_kept_with_the_run(tmp_path, monkeypatch):
 
 def test_the_optimum_is_recorded():
     data = publish(journaled(optimum=True)).data
-    assert 0 < data.metrics["optimality_gap"] < data.metrics["train_loss"]
-    assert f"any weights reach: {data.metrics['optimum_train_loss']:.6f}" in data.tags["mlflow.note.content"]
+    assert 0 < data.metrics["optimum/gap"] < data.metrics["train_loss"]
+    assert f"any weights reach: {data.metrics['optimum/train_loss']:.6f}" in data.tags["mlflow.note.content"]

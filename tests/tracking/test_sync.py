@@ -16,7 +16,7 @@ import mlflow
 import numpy as np
 import pytest
 from conftest import assert_refused, inside, make_arrays, mlflow_run, poolnet, run, wait_for
-from finished_runs import CONFIG, journaled, publish
+from finished_runs import CONFIG, journaled, name_metrics_as_before, publish
 
 from poolnet import files, process
 from poolnet.runs import run_record, train_run
@@ -86,6 +86,13 @@ def test_a_run_of_a_newer_poolnet_does_not_keep_the_others_from_the_server(capsy
     assert publish(old).info.status == "FINISHED"
     refused = inside("train", "--resume", new.name)
     assert_refused(refused.returncode, refused.stderr, "found record format 9", "update poolnet")
+
+
+def test_a_run_that_an_earlier_version_published_lacks_nothing():
+    publish(journaled())
+    name_metrics_as_before()
+    assert [(row["found"], row["did"]) for row in synced()] == [("nothing", "nothing")]
+    assert [(row["found"], row["did"]) for row in synced("--prune")] == [("nothing", "checked, removed")]
 
 
 def test_two_at_once_publish_everything_once():
@@ -200,7 +207,7 @@ def test_resume_goes_on_in_the_same_run_and_ends_as_if_nothing_had_happened(caps
     assert re.findall(r"^Epoch (\d\d)", out, re.MULTILINE) == ["01", "02"]  # it was stopped before its checkpoint
     found = mlflow.get_run(run_id)
     assert found.info.status == "FINISHED"
-    for name in set(calm.data.metrics) - {"epoch_seconds", "examples_per_second"}:
+    for name in set(calm.data.metrics) - {"speed/epoch_seconds", "speed/examples_per_second"}:
         assert found.data.metrics[name] == calm.data.metrics[name]
     code, out, _ = run(capsys, "train", "--resume", left.name)
     assert code == 0
