@@ -7,8 +7,10 @@ process immediately.
 import _thread
 import os
 import signal
+import subprocess
 import sys
 import threading
+from typing import Any
 
 last_words = "interrupted"  # what the process says when it was stopped
 _stopping = False
@@ -62,6 +64,16 @@ def _send(signum: int) -> None:
         _thread.interrupt_main(signal.Signals(signum))
     else:
         signal.pthread_kill(threading.main_thread().ident or 0, signum)
+
+
+def detached(priority: int = 0) -> dict[str, Any]:
+    """Return options of `Popen` for a process that Ctrl-C does not reach.
+
+    `priority` is a flag of Windows.
+    """
+    if sys.platform == "win32":
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | priority}
+    return {"start_new_session": True}
 
 
 def cores() -> int:

@@ -21,10 +21,12 @@ from poolnet.cli.model_commands import (
     AS_JSON,
     DATA,
     FILE,
+    OPEN,
     SEED,
     STUDY,
     TIMEOUT,
     completed,
+    look_at,
     points,
     switch,
     tracking_server,
@@ -143,9 +145,18 @@ def train_options(command: Callable) -> Callable:
 @click.option("--resume", metavar="RUN", default="", help="Go on with a run that was interrupted, with its settings.")
 @click.option("--no-cache", is_flag=True, help="Pool the images anew, and keep no features on disk.")
 @switch("--optimum", help="Also find the lowest train loss there is.")
+@OPEN
 @TIMEOUT
 @click.pass_context
-def train(context: click.Context, resume: str, no_cache: bool, optimum: bool, timeout: float, **options: Any) -> None:
+def train(
+    context: click.Context,
+    resume: str,
+    no_cache: bool,
+    optimum: bool,
+    open_page: bool,
+    timeout: float,
+    **options: Any,
+) -> None:
     """Train one network and record it in MLflow."""
     from poolnet.tracking.train import train
 
@@ -158,11 +169,15 @@ def train(context: click.Context, resume: str, no_cache: bool, optimum: bool, ti
     server, run = trained.server, trained.run
     if model := f"poolnet/{server.version}" if server.version else server.model_id:
         echo(f"Model: models:/{model}")
-    if server.look:
-        echo(f"Look at it: {server.look}")
     if trained.trouble:
         where = f"the run is saved in {run.folder}; upload it later with: poolnet sync {run.name}"
-        context.exit(failed(f"{trained.trouble}; {where}", 3))
+        failed(f"{trained.trouble}; {where}", 3)
+    if server.experiment_id:
+        from poolnet.tracking import pages
+
+        page = pages.view(server.experiment_id, pages.view_of(run.record["data"]["sha256"]))
+        look_at(trained.uri, page, open_page)
+    context.exit(3 if trained.trouble else 0)
 
 
 @cli.command()
@@ -220,11 +235,19 @@ def _show(context: click.Context, rows: list, as_json: bool) -> None:
 @click.option("--data", default="", shell_complete=DATA, help="Another data set than the study's own.")
 @click.option("--workers", default="", help="Processes that train.  [default: one a core; one where conv takes part]")
 @click.option("--figures", is_flag=True, help="Draw the figures of each run too; later: poolnet figures RUN.")
+@OPEN
 @TIMEOUT
 @AS_JSON
 @click.pass_context
 def sweep(
-    context: click.Context, study: Path, data: str, workers: str, figures: bool, timeout: float, as_json: bool
+    context: click.Context,
+    study: Path,
+    data: str,
+    workers: str,
+    figures: bool,
+    open_page: bool,
+    timeout: float,
+    as_json: bool,
 ) -> None:
     """Train what is missing of a STUDY.
 
@@ -248,27 +271,32 @@ def sweep(
 
     from poolnet.studies import sweep as sweeps
     from poolnet.studies import sweep_results
+    from poolnet.tracking import pages
 
     lines = (lambda line: None) if as_json else echo
     under_way = sweeps.open_sweep(plan, lines, echo_warning)
     count = int(workers or sweeps.default_workers(plan))
     sweeps.carry_out(under_way, count, figures, timeout, lines, echo_warning)
     results = list(under_way.results.values())
+    page = pages.view(under_way.experiment_id, pages.view_of(under_way.data_sha256))
     if as_json:
-        summary = {"sweep": under_way.name, "data_sha256": under_way.data_sha256, "look": under_way.link}
+        look = pages.link(under_way.uri, page) if under_way.experiment_id else ""
+        summary = {"sweep": under_way.name, "data_sha256": under_way.data_sha256, "look": look}
         echo(to_json({**summary, "runs": results}))
     else:
         done, now = sum(result.done for result in results), sum(result.done and result.trained for result in results)
         echo(f"{under_way.name}: {done} of {len(results)} runs finished, {now} of them now")
         echo(sweep_results.table(under_way))
         echo(f"Compare: {pasted('poolnet', 'compare', '--study', *options)}")
-        if under_way.link:
-            echo(f"Look at it: {under_way.link}")
+    code = 0
     if under_way.missing:
-        context.exit(failed(f"missing runs: {len(under_way.missing)}, see above; again with: {again}", 1))
-    if under_way.publish_error:
+        code = failed(f"missing runs: {len(under_way.missing)}, see above; again with: {again}", 1)
+    elif under_way.publish_error:
         where = f"the runs are saved in {home()}; upload them later with: poolnet sync"
-        context.exit(failed(f"{under_way.publish_error}; {where}", 3))
+        code = failed(f"{under_way.publish_error}; {where}", 3)
+    if under_way.experiment_id:
+        look_at(under_way.uri, page, open_page, as_json)
+    context.exit(code)
 
 
 @cli.command()
@@ -308,6 +336,7 @@ def figures(context: click.Context, runs: tuple[str, ...], as_json: bool, timeou
 @click.option("--arms", nargs=2, help="With --by: the two values to compare, the second with the first.")
 @click.option("--margin", default="", help="Points within which arms are equivalent.  [default: the study's, or 0.5]")
 @SEED
+@OPEN
 @TIMEOUT
 @AS_JSON
 def compare(
@@ -319,6 +348,7 @@ def compare(
     arms: tuple[str, str] | None,
     margin: str,
     seed: int,
+    open_page: bool,
     timeout: float,
     as_json: bool,
 ) -> None:
@@ -340,7 +370,7 @@ def compare(
     with tracking_server(timeout):
         from poolnet.studies import compare, report
         from poolnet.studies import selection as select
-        from poolnet.tracking import servers
+        from poolnet.tracking import pages, servers
 
         client = servers.own_client()
         experiment_id = servers.experiment_named(client, experiment)
@@ -352,11 +382,12 @@ def compare(
             selected = select.of_runs(client, names)
         comparison = compare.of_selected(client, selected, plan.question if plan else "", within, seed)
         run_id = report.publish(client, client.uri, experiment_id, comparison)
-        look = servers.page_of(client.uri, experiment_id, run_id)
+        page = pages.artifact(experiment_id, run_id, "report.html")
     if as_json:
-        echo(to_json({**report.contents(comparison), "run_id": run_id, "look": look}))
+        echo(to_json({**report.contents(comparison), "run_id": run_id, "look": pages.link(client.uri, page)}))
     else:
-        echo(f"{report.table(comparison)}\nLook at it: {look}")
+        echo(report.table(comparison))
+    look_at(client.uri, page, open_page, as_json)
 
 
 for command in model_commands.COMMANDS:

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem
 
-from poolnet.errors import InputError
+from poolnet.errors import InputError, RunError
 from poolnet.files import home
 from poolnet.text import echo, echo_warning, failed, to_json
 from poolnet.training.config import POOLS
@@ -61,6 +61,25 @@ TIMEOUT = click.option(
 )
 
 
+OPEN = click.option("--open", "open_page", is_flag=True, help="Open the page in a browser.")
+
+
+def look_at(uri: str, page: str, open_page: bool, as_json: bool = False) -> None:
+    """Print the link to a page, or open it.
+
+    The link is not printed with `as_json`, whose object has it.
+    """
+    from poolnet.tracking import pages
+
+    if open_page:
+        try:
+            pages.show(uri, page, partial(echo, err=as_json))
+        except RunError as error:
+            echo_warning(error)
+    elif not as_json:
+        echo(f"Look at it: {pages.link(uri, page)}")
+
+
 @contextlib.contextmanager
 def tracking_server(timeout: float) -> Iterator[None]:
     """Use the tracking server, and report its errors briefly.
@@ -99,9 +118,10 @@ def points(option: str, text: str) -> float | None:
     "--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True, help="Part of the data."
 )
 @SEED
+@OPEN
 @TIMEOUT
 @AS_JSON
-def evaluate(model: str, data: str, split: str, seed: int, timeout: float, as_json: bool) -> None:
+def evaluate(model: str, data: str, split: str, seed: int, open_page: bool, timeout: float, as_json: bool) -> None:
     """Score a MODEL on a data set, with intervals.
 
     A model is models:/poolnet@champion, models:/poolnet/3, models:/m-..., runs:/RUN/model, or a folder. Nothing of its
@@ -112,18 +132,21 @@ def evaluate(model: str, data: str, split: str, seed: int, timeout: float, as_js
     """
     with tracking_server(timeout):
         from poolnet.models import evaluation_report
-        from poolnet.tracking import registry, servers
+        from poolnet.tracking import pages, registry, servers
 
         client = servers.own_client()
         report = evaluation_report.score(client, registry.load(model, check_export=True), data, split, seed)
         run_id = evaluation_report.publish(client, report)
-        look = servers.page_of(client.uri, client.get_run(run_id).info.experiment_id, run_id)
+        experiment_id, model_id = client.get_run(run_id).info.experiment_id, report.model.model_id
+        page = pages.model(experiment_id, model_id) if model_id else pages.run(experiment_id, run_id)
     if as_json:
+        look = pages.link(client.uri, page)
         echo(to_json({**evaluation_report.contents(report), "run_id": run_id, "look": look}))
     else:
-        echo(f"{evaluation_report.table(report)}\nLook at it: {look}")
+        echo(evaluation_report.table(report))
     if report.agrees is False:
         echo_warning(report.agreement)
+    look_at(client.uri, page, open_page, as_json)
 
 
 @click.command()
@@ -239,7 +262,7 @@ def reproduce(context: click.Context, run: str, data: str, timeout: float, as_js
 
     with Publisher(timeout) as publisher, tracking_server(timeout):
         from poolnet.models import reproduce
-        from poolnet.tracking import servers
+        from poolnet.tracking import pages, servers
 
         client = servers.own_client()
         original = reproduce.find(client, run)
@@ -247,15 +270,16 @@ def reproduce(context: click.Context, run: str, data: str, timeout: float, as_js
         result = reproduce.reproduce(original, data, publisher, progress, echo_warning)
         trouble = publisher.close()
         server_copy = publisher.server_copy
+        page = pages.run(server_copy.experiment_id, server_copy.run_id) if server_copy.run_id else ""
         if not trouble:
             reproduce.publish(client, result, server_copy.run_id)
     if as_json:
-        links = {"run_id": server_copy.run_id or None, "look": server_copy.look or None}
-        echo(to_json({**reproduce.contents(result), **links}))
+        look = pages.link(client.uri, page) if page else None
+        echo(to_json({**reproduce.contents(result), "run_id": server_copy.run_id or None, "look": look}))
     else:
         echo(result.sentence)
-        if server_copy.look:
-            echo(f"Look at it: {server_copy.look}")
+        if page:
+            look_at(client.uri, page, open_page=False)
     if trouble:
         again = f"poolnet sync {result.again.name}; this verdict is not, reproduce it again for that"
         failed(f"{trouble}; the run is saved in {result.again.folder}; upload it later with: {again}", 3)
@@ -280,18 +304,20 @@ def register(file: Path, pool: str, data: str, timeout: float, as_json: bool) ->
     """
     with tracking_server(timeout):
         from poolnet.models import import_weights
-        from poolnet.tracking import servers
+        from poolnet.tracking import pages, servers
 
         client = servers.own_client()
         registered = import_weights.register(client, file, pool, data)
-        look = servers.page_of(client.uri, registered.experiment_id, registered.run_id)
+        page = pages.run(registered.experiment_id, registered.run_id)
     if as_json:
         scores = {name: {"loss": each.loss, "acc": each.acc} for name, each in registered.scores.items()}
+        look = pages.link(client.uri, page)
         echo(to_json({"version": registered.version, "run_id": registered.run_id, "look": look, "scores": scores}))
         return
     for name, each in registered.scores.items():
         echo(f"{name}: loss={each.loss:.4f}, acc={each.acc:.4f}")
-    echo(f"Model: models:/poolnet/{registered.version}\nLook at it: {look}")
+    echo(f"Model: models:/poolnet/{registered.version}")
+    look_at(client.uri, page, open_page=False)
 
 
 COMMANDS = (evaluate, predict, promote, reproduce, register)  # in their order of use

@@ -22,7 +22,7 @@ from poolnet.stats.paired import Effect
 from poolnet.studies import comparison_figures
 from poolnet.studies.compare import Arm, Comparison
 from poolnet.text import aligned, marked, p_value, piped, spread, to_json
-from poolnet.tracking import names, result_runs, servers
+from poolnet.tracking import names, pages, result_runs
 from poolnet.tracking.training_runs import SAME_RUN
 
 WIDTH = 100  # columns of a terminal
@@ -291,7 +291,9 @@ def publish(client: MlflowClient, uri: str, experiment_id: str, c: Comparison) -
 
 def _write(c: Comparison, folder: Path, uri: str) -> None:
     """Write the run's artifacts: page, numbers and figures."""
-    links = {run.run_id: servers.page_of(uri, run.experiment_id, run.run_id) for arm in (c.a, c.b) for run in arm.runs}
+    links = {
+        run.run_id: pages.link(uri, pages.run(run.experiment_id, run.run_id)) for arm in (c.a, c.b) for run in arm.runs
+    }
     pngs = _drawn(c)
     (folder / "figures").mkdir()
     for name, content in pngs.items():

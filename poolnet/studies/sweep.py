@@ -25,7 +25,7 @@ from poolnet.studies.study import Study
 from poolnet.studies.sweep_results import Sweep
 from poolnet.studies.worker import Crew
 from poolnet.text import Echo, progress
-from poolnet.tracking import addresses, servers, sweep_run
+from poolnet.tracking import addresses, servers, sweep_run, views
 from poolnet.tracking.publisher import Publisher
 from poolnet.tracking.training_runs import SCORES
 
@@ -92,7 +92,7 @@ def carry_out(sweep: Sweep, workers: int, figures: bool, timeout: float, echo: E
             status = "FAILED"
             raise
         finally:
-            if status != "KILLED" or sweep.link:  # else it may have been stopped while it imported what that needs
+            if status != "KILLED" or sweep.experiment_id:  # else it may have been stopped during its imports
                 _update_parent(sweep, status, server_seconds, echo_warning)
 
 
@@ -117,8 +117,9 @@ def _update_parent(sweep: Sweep, status: str, seconds: float, echo_warning: Echo
         note, metrics = sweep_results.note(sweep, experiment_id), sweep_results.metrics(sweep)
         with servers.as_environment(sweep.uri):
             run_id = sweep_run.find_or_create(client, experiment_id, sweep.name, os.environ.get("MLFLOW_RUN_ID", ""))
-            sweep.link = servers.page_of(sweep.uri, experiment_id, run_id)
+            sweep.experiment_id = experiment_id
             sweep_run.describe(client, run_id, sweep.study.text, note, metrics, status)
+            views.keep(client, experiment_id, sweep.path.stem, sweep.data_sha256)
 
 
 def _train(

@@ -45,7 +45,7 @@ class Sweep:
     data_sha256: str
     uri: str  # of the tracking server
     results: dict[tuple, Result] = dataclasses.field(init=False)
-    link: str = ""  # to the parent run, once there is one
+    experiment_id: str = ""  # of the parent run, once there is one
     publish_error: str | None = None  # why the server does not have everything
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunInfo,
 from poolnet import files
 from poolnet.errors import RunError
 from poolnet.runs.run_record import RunRecord
-from poolnet.tracking import addresses, description, names, published, registry, server_runs, servers, sweep_run
+from poolnet.tracking import addresses, description, names, published, registry, server_runs, servers, sweep_run, views
 from poolnet.tracking.published import ServerCopy
 from poolnet.tracking.servers import Client
 
@@ -170,12 +170,12 @@ def find_or_create_run(publication: Publication) -> None:
     if publication.carrier not in ("", server_copy.run_id):
         server_runs.explain_carrier(client, publication.carrier, run, server_copy.run_id)
     publication.carrier = ""
+    views.keep(client, server_copy.experiment_id, run.record["data"]["name"], run.record["data"]["sha256"])
 
 
 def adopt(publication: Publication, info: RunInfo) -> None:
     """Remember this run on the server as the run's own."""
     server_copy, uri = publication.server_copy, publication.uri
-    server_copy.look = servers.page_of(uri, info.experiment_id, info.run_id)
     server_copy.run_id, server_copy.experiment_id = info.run_id, info.experiment_id
     if publication.run.record["tracking"]["experiment_id"] and server_runs.is_home(uri, publication.run):
         publication.published.experiment = publication.client.get_experiment(info.experiment_id).name

@@ -19,7 +19,6 @@ class ServerCopy:
 
     run_id: str = ""
     experiment_id: str = ""
-    look: str = ""  # the link to the run's page
     done: list = dataclasses.field(default_factory=list)  # names of steps, see `publication.steps`
     metrics: int = 0  # how many records
     status: dict | None = None  # how the run ended, as in `end.json`

@@ -16,8 +16,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
+from poolnet import process
 from poolnet.errors import InputError
 from poolnet.runs.run_record import RunRecord
 from poolnet.tracking import addresses, published
@@ -40,15 +40,13 @@ class Publisher:
         self.runs: list[RunRecord] = []
         self._asked = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the process
-        detached: dict[str, Any] = {"start_new_session": True}  # Ctrl-C is the training's to answer
-        if sys.platform == "win32":
-            detached = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.BELOW_NORMAL_PRIORITY_CLASS}
+        priority = getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0)  # on Windows
         self.process = subprocess.Popen(
             [sys.executable, "-m", "poolnet", "sync", "--follow", "--drain-timeout", str(drain_timeout)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            **detached,
+            **process.detached(priority),  # Ctrl-C is the training's to answer
         )
         assert self.process.stdin
         assert self.process.stdout

@@ -28,7 +28,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from poolnet import files
 from poolnet.errors import InputError, NoAnswer, RunError
 from poolnet.runs.run_record import RunRecord
-from poolnet.text import pasted
 from poolnet.tracking import addresses, names, published
 
 AWAY = ("Connection refused", "Read timed out", "Name or service not known", "Connection reset", "timed out")
@@ -443,18 +442,3 @@ def brief_errors(uri: str) -> Iterator[None]:
         away = isinstance(error, NoAnswer) or why in map(str.lower, AWAY)
         cure = "; start the server, correct MLFLOW_TRACKING_URI, or wait longer with --timeout" if away else ""
         raise RunError(f"{addresses.shown(uri)}: {why}{cure}") from None
-
-
-def page_of(uri: str, experiment_id: str, run_id: str) -> str:
-    """Return the link to a run's page.
-
-    If the address is not an HTTP server, the text is the command that serves the page, and the link.
-    """
-    page = f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
-    if uri.startswith(("http://", "https://")):
-        server = re.sub("//[^/@]*@", "//", addresses.shown(uri))
-        return f"{server.rstrip('/')}/{page}"
-    shown = '"$MLFLOW_TRACKING_URI"'  # of a database, whose password is not for the screen
-    if addresses.sqlite_file(uri):
-        shown = pasted(addresses.for_mlflow(uri))
-    return f"mlflow ui --backend-store-uri {shown}\nthen http://127.0.0.1:5000/{page}"

@@ -9,7 +9,7 @@ from poolnet.errors import InputError
 from poolnet.files import home
 from poolnet.runs.run_record import RunRecord
 from poolnet.text import Echo, echo_warning
-from poolnet.tracking import addresses
+from poolnet.tracking import addresses, published
 from poolnet.tracking.published import ServerCopy
 from poolnet.tracking.publisher import Publisher
 from poolnet.training.config import TrainConfig
@@ -21,6 +21,7 @@ class Trained:
 
     run: RunRecord
     server: ServerCopy
+    uri: str  # of the server
     trouble: str | None  # why the server does not have all of it yet
 
 
@@ -59,7 +60,9 @@ def train(
             run = train_run.run(config, optimum, cache, server, publisher.add, publisher.check, echo, echo_warning)
         echo("Uploading the run ...")
         trouble = publisher.close()
-        return Trained(run, publisher.server_copy, trouble)
+        shown, own = published.read(run).home, addresses.own()
+        uri = own if addresses.shown(own) == shown else shown  # the former has the password
+        return Trained(run, publisher.server_copy, uri, trouble)
 
 
 def look_ahead(echo_warning: Echo) -> None:

@@ -26,7 +26,7 @@ from poolnet.data.dataset import open_dataset
 from poolnet.errors import InputError
 from poolnet.runs import provenance, run_record
 from poolnet.runs.figures import of_run, save_all
-from poolnet.tracking import publisher, servers, sync, upload_process
+from poolnet.tracking import pages, publisher, servers, sync, upload_process
 from poolnet.tracking.publication import Publication, adopt
 from poolnet.training import fast_step, features
 from poolnet.training.config import TrainConfig
@@ -93,13 +93,15 @@ def test_metrics_are_those_of_the_library_and_of_the_screen(trained):
 
 def test_the_last_lines_say_where_to_look(trained):
     lines = trained.stdout.splitlines()[1:]
-    page = f"#/experiments/0/runs/{trained.run.info.run_id}?workflowType=machine_learning"
+    view = f"poolnet-{open_dataset(trained.path).sha256[:8]}"
+    assert f"mlflow.sharedViewState.{view}" in trained.client.get_experiment("0").tags
+    page = f"#/experiments/0/runs?workflowType=machine_learning&viewStateShareKey={view}&compareRunsMode=CHART"
     assert lines[EPOCHS + 1 : EPOCHS + 3] == ["Drawing the figures ...", "Uploading the run ..."]  # a second each
     assert lines[EPOCHS + 3].startswith("Model: models:/poolnet/")
     if trained.uri.startswith("http"):
         assert lines[EPOCHS + 4 :] == [f"Look at it: {trained.uri}/{page}"]
     else:
-        serve = f"Look at it: mlflow ui --backend-store-uri {trained.uri}"
+        serve = "Look at it: mlflow ui --backend-store-uri sqlite:///mlflow.db"  # short in the store's own folder
         assert lines[EPOCHS + 4 :] == [serve, f"then http://127.0.0.1:5000/{page}"]
     assert trained.stderr == ""
 
@@ -323,7 +325,9 @@ def test_passwords_do_not_reach_the_screen_or_the_disk(monkeypatch):
         publication = Publication(run, servers.home_of(run))
         assert publication.uri == uri  # as long as the environment has it
         adopt(publication, SimpleNamespace(experiment_id="7", run_id="4f"))
-        assert "http://127.0.0.1:5000/#/experiments/7/runs/4f?" in publication.server_copy.look
+        link = pages.link(publication.uri, pages.run("7", "4f"))
+        assert "http://127.0.0.1:5000/#/experiments/7/runs/4f?" in link
+        assert password not in link
         for path in run.folder.rglob("*"):
             assert path.is_dir() or password.encode() not in path.read_bytes()
 
