@@ -24,6 +24,7 @@ from poolnet.cli.commands import cli
 from poolnet.tracking import training_runs
 from poolnet.training.config import TrainConfig
 
+COMMANDS = {"main": "train"}  # of entry points that are called otherwise
 MLPROJECT = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -32,13 +33,14 @@ def test_defaults_are_the_same_everywhere():
     fields = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     options = {option.name: option for option in cli.commands["train"].params}
     declared = MLPROJECT["entry_points"]["main"]["parameters"]
-    assert [*fields, "resume"] == list(declared)
+    assert [*fields] == list(declared)
     # these change nothing of the training
-    assert set(options) - set(fields) == {"resume", "no_cache", "optimum", "timeout"}
+    assert set(options) - set(fields) == {"resume", "no_cache", "optimum", "open_page", "timeout"}
     assert (
         set(options) < training_runs.OPTIONS
     )  # or a run with one of them, by `mlflow run`, would be of another version
-    assert declared["resume"]["default"] == options["resume"].default == ""
+    for entry in MLPROJECT["entry_points"].values():  # an empty param says nothing where people look
+        assert all(parameter.get("default", "of the user's") != "" for parameter in entry["parameters"].values())
     for name, default in fields.items():
         assert options[name].default == default
         # as MLflow passes it: text, which the option must read back as the default; and which it records as it is
@@ -185,7 +187,8 @@ def test_the_commands_of_the_docs_are_such_that_can_be_typed():
                 declared = MLPROJECT["entry_points"][entry]["parameters"]
                 given = [word.partition("=")[0] for flag, word in pairwise(words) if flag == "-P"]
                 assert given
-                assert set(given) <= set(declared)
+                options = {text for each in cli.commands[COMMANDS.get(entry, entry)].params for text in each.opts}
+                assert all(name in declared or f"--{name}" in options for name in given), line
             case ["python", "-m", "pip" | "pytest", *_] | ["ruff" | "lint-imports" | "mypy", *_]:
                 pass
             case ["python", script, *_]:

@@ -324,6 +324,7 @@ def figures(context: click.Context, runs: tuple[str, ...], as_json: bool, timeou
 
 @cli.command()
 @click.argument("runs", nargs=-1, metavar="[RUN RUN]")
+@click.option("--runs", "by_option", default="", hidden=True, help="RUN RUN, as `mlflow run` passes them.")
 @click.option("--study", default="", shell_complete=STUDY, help="The two arms of this study, a .toml file.")
 @click.option("--data", default="", shell_complete=DATA, help="Runs on this data set; of a study, instead of its own.")
 @click.option("--experiment", default="", help="All runs of this experiment.  [default: the one in the environment]")
@@ -341,6 +342,7 @@ def figures(context: click.Context, runs: tuple[str, ...], as_json: bool, timeou
 @AS_JSON
 def compare(
     runs: tuple[str, ...],
+    by_option: str,
     study: str,
     data: str,
     experiment: str,
@@ -359,7 +361,7 @@ def compare(
     """
     from poolnet.studies.study import MARGIN, read
 
-    names = [name for text in runs for name in text.split()]  # `mlflow run` passes one text
+    names = [*runs, *by_option.split()]
     if experiment and not (names or study):
         by = by or "pool"
     if [bool(names), bool(study), bool(by)].count(True) != 1 or (names and len(names) != 2):

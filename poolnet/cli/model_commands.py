@@ -61,7 +61,7 @@ TIMEOUT = click.option(
 )
 
 
-OPEN = click.option("--open", "open_page", is_flag=True, help="Open the page in a browser.")
+OPEN = switch("--open", "open_page", help="Open the page in a browser.")
 
 
 def look_at(uri: str, page: str, open_page: bool, as_json: bool = False) -> None:
@@ -151,6 +151,7 @@ def evaluate(model: str, data: str, split: str, seed: int, open_page: bool, time
 
 @click.command()
 @click.argument("model", default="")
+@click.option("--model", "by_option", default="", hidden=True, help="MODEL, as `mlflow run` passes it.")
 @click.option(
     "--alias",
     default="champion",
@@ -158,7 +159,9 @@ def evaluate(model: str, data: str, split: str, seed: int, open_page: bool, time
     shell_complete=completed("champion", *(f"champion-{pool}" for pool in POOLS)),
     help="Of what: champion, champion-max, champion-avg.",
 )
-@click.option("--non-inferior", default="", metavar="M", help="Also if it is not worse by M points of accuracy.")
+@click.option(
+    "--non-inferior", "--non_inferior", default="", metavar="M", help="Also if it is not worse by M points of accuracy."
+)
 @switch("--force", help="Whatever the test says; recorded as such.")
 @switch("--rollback", help="Give the alias back to the champion before.")
 @TIMEOUT
@@ -167,6 +170,7 @@ def evaluate(model: str, data: str, split: str, seed: int, open_page: bool, time
 def promote(
     context: click.Context,
     model: str,
+    by_option: str,
     alias: str,
     non_inferior: str,
     force: bool,
@@ -180,7 +184,7 @@ def promote(
     same validation letters. The decision, with its numbers, is written on the model version. Exit code 1 if the
     champion stays.
     """
-    margin = points("--non-inferior", non_inferior)
+    margin, model = points("--non-inferior", non_inferior), model or by_option
     if rollback and (model or non_inferior or force):
         raise InputError("--rollback: found it with other options, expected --alias alone")
     with tracking_server(timeout):

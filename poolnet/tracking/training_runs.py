@@ -25,7 +25,7 @@ SAME_RUN = ("pool", "epochs", "batch_size", "lr", "seed")
 SCORES = ("val_acc", "val_loss", "test_acc", "test_loss")  # with the final weights
 # What `mlflow run` may record of a training, the last of which are no settings of it.
 OPTIONS = {field.name for field in dataclasses.fields(TrainConfig)}
-OPTIONS |= {"resume", "optimum", "no_cache", "timeout", "drain_timeout"}
+OPTIONS |= {"resume", "optimum", "no_cache", "open", "open_page", "timeout", "drain_timeout"}
 
 
 @dataclasses.dataclass(frozen=True)
