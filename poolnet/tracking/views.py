@@ -57,10 +57,11 @@ def _write_missing(client: Client, experiment_id: str, states: States, tail: str
     views = {key.removeprefix(TAG): _name(value) for key, value in tags.items() if key.startswith(TAG)}
     missing = {key: state for key, state in states.items() if key not in views}
     note, before = _note(experiment_id, views), tags.get(names.NOTE, "")
-    for key, (name, state) in missing.items():
+    now = time.time_ns() // 1_000_000
+    for place, (key, (name, state)) in enumerate(missing.items()):  # the menu lists the newest first
         name += f" ({tail})" * (name in views.values())  # of another data set with this name
         views[key] = name
-        client.set_experiment_tag(experiment_id, TAG + key, _tag(name, state))
+        client.set_experiment_tag(experiment_id, TAG + key, _tag(name, state, now - place))
     if missing and before in ("", note):
         client.set_experiment_tag(experiment_id, names.NOTE, _note(experiment_id, views))
 
@@ -139,11 +140,13 @@ def _card(kind: str, metric: str, section: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def _tag(name: str, state: dict[str, Any]) -> str:
-    """Return the value of a view's tag, which holds 5,000 characters."""
-    now = time.time_ns() // 1_000_000
+def _tag(name: str, state: dict[str, Any], t: int) -> str:
+    """Return the value of a view's tag, made at `t` (ms since 1970).
+
+    It is packed, since older servers hold 5,000 characters.
+    """
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
-    return json.dumps({"name": name, "createdAt": now, "updatedAt": now, "state": f"deflate;{packed}"})
+    return json.dumps({"name": name, "createdAt": t, "updatedAt": t, "state": f"deflate;{packed}"})
 
 
 def _name(tag: str) -> str:
