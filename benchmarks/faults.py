@@ -231,6 +231,11 @@ avg = {{ pool = "avg" }}
 """
 
 
+def stem(run: RunRecord) -> str:
+    """What a run's name says of its pool and seed."""
+    return run.name.rpartition("-")[0]
+
+
 def measure_sweep_kills(folder: Path, kills: int, seed: int, epochs: int, train: int) -> dict[str, object]:
     """So many sweeps, each killed at a random moment and begun again by two at once: complete, and nothing twice."""
     rng = random.Random(seed)
@@ -242,17 +247,17 @@ def measure_sweep_kills(folder: Path, kills: int, seed: int, epochs: int, train:
     calm.finish(command)
     duration, expected, wrong = time.perf_counter() - start, {}, []
     for run in calm.runs():
-        expected[run.stem] = (outcome(run), on_server(calm.uri, run)["metrics"])
+        expected[stem(run)] = (outcome(run), on_server(calm.uri, run)["metrics"])
     for index in range(kills):
         world, moment = World(folder / f"sweep{index}", data, epochs), rng.uniform(0, duration)
         killed(world, command, moment)
         finish_twice(world, command)
-        found = {run.stem: (outcome(run), on_server(world.uri, run)["metrics"]) for run in world.runs()}
+        found = {stem(run): (outcome(run), on_server(world.uri, run)["metrics"]) for run in world.runs()}
         twice = len(world.runs()) - len(found)
         parents = mlflow.MlflowClient(world.uri).search_runs(["0"], "tags.`poolnet.study` LIKE '%'")
         status = [parent.info.status for parent in parents]
         same = found.keys() == expected.keys() and not any(
-            differences(found[stem][0], expected[stem][0]) or found[stem][1] != expected[stem][1] for stem in found
+            differences(found[key][0], expected[key][0]) or found[key][1] != expected[key][1] for key in found
         )
         if not same or twice or status != ["FINISHED"]:
             wrong.append(f"sweep {index} at {moment:.2f} s: {sorted(found)}, {twice} twice, {status}")
@@ -345,7 +350,7 @@ def measure_model_kills(folder: Path, kills: int, seed: int) -> dict[str, object
     for pool in ("max", "avg"):
         template.finish([*template.command, "--pool", pool])
     template.finish([*POOLNET, "promote", "models:/poolnet/1"])
-    (run,) = (run for run in template.runs() if run.stem.startswith("max"))
+    (run,) = (run for run in template.runs() if run.name.startswith("max"))
     weights = folder / "weights.pt"
     tensors = {name: torch.from_numpy(array) for name, array in run.load_tensors("model").items() if name != "example"}
     torch.save(tensors, weights)

@@ -57,9 +57,10 @@ def check(folder: Path, seeds: int) -> None:
     for run in map(RunRecord, (folder / "home" / "runs").iterdir()):
         records = run.by_step()
         assert sorted(records) == list(range(EPOCHS + 1)), run.name
-        losses[run.stem] = records[EPOCHS]["train_loss"]
-        assert math.isfinite(losses[run.stem] + records[0]["test_loss"]), run.name
-        assert losses[run.stem] < records[1]["train_loss"], run.name
+        stem = run.name.rpartition("-")[0]  # pool and seed
+        losses[stem] = records[EPOCHS]["train_loss"]
+        assert math.isfinite(losses[stem] + records[0]["test_loss"]), run.name
+        assert losses[stem] < records[1]["train_loss"], run.name
     assert len(losses) == len(list((folder / "home" / "runs").iterdir())) == 2 * seeds
 
 

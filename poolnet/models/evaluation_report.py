@@ -90,7 +90,7 @@ class EvaluationReport:
     def agreement(self) -> str:
         if not self.trained:
             return "Not compared with its run, which this server does not have."
-        run = self.trained.data.tags.get(names.RUN) or self.trained.info.run_name
+        run = servers.name_of(self.trained)
         if self.recorded is None:
             other = self.trained.data.tags.get(names.DATA_SHA256) != self.splits.sha256
             why = "was on other data" if other else f"recorded no such figures of {self.split.name}"
@@ -111,7 +111,7 @@ def score(client: MlflowClient, model: Loaded, path: str, split: str, seed: int)
 
     The data set is the one at `path`. If `path` is empty, it is the one that the model was trained on.
     """
-    trained = servers.look_up(client, model.run_id) if model.run_id else None
+    trained = servers.get_run(client, model.run_id)
     splits = dataset.open_dataset(dataset.locate(path)) if path else _training_data(model.uri, trained)
     images = getattr(splits, split)
     if len(images) < 2:

@@ -12,7 +12,6 @@ import time
 import numpy as np
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet.errors import InputError
@@ -20,7 +19,7 @@ from poolnet.models import champions
 from poolnet.stats import paired
 from poolnet.stats.paired import Effect, McNemar
 from poolnet.text import marked, p_value
-from poolnet.tracking import names, registry, result_runs, training_runs
+from poolnet.tracking import names, registry, result_runs, servers, training_runs
 from poolnet.tracking.registry import NAME
 from poolnet.training.config import POOLS
 
@@ -211,12 +210,8 @@ def _paired(
 
 
 def _run(client: MlflowClient, version: ModelVersion) -> Run:
-    try:
-        if version.run_id:
-            return client.get_run(version.run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
+    if run := servers.get_run(client, version.run_id or ""):
+        return run
     raise InputError(f"{NAME} version {version.version}: its run {version.run_id} is not on the server")
 
 

@@ -96,8 +96,6 @@ def find(client: MlflowClient, name: str) -> Original:
     Everything that is to be compared is fetched too. Raises `InputError` if the server lacks some of it.
     """
     run = servers.look_up(client, name)
-    if not run:
-        raise InputError(f"{name}: no such run on the tracking server")
     if not training_runs.is_training_run(run):
         raise InputError(f"{name}: found a run that is none of poolnet train")
     if run.info.status != "FINISHED":

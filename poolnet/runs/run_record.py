@@ -35,8 +35,11 @@ from filelock import FileLock, Timeout
 
 from poolnet.errors import InputError, RunError
 from poolnet.files import Locked, home, locked, read_json, replacing, write_json
-from poolnet.runs import metrics_file, record_form, tensors
+from poolnet.runs import metrics_file, record_form, run_name, tensors
 from poolnet.runs.metrics_file import Step
+
+NAME = re.compile(r"\w+-seed\d+-[0-9a-f]{4}(?:[0-9a-f]{4})?")  # so it cannot be a path out of the folder of runs
+TRIES = 20  # of names for a new run
 
 
 class RunRecord:
@@ -49,7 +52,6 @@ class RunRecord:
     def __init__(self, folder: Path):
         self.folder, self.name = folder, folder.name
         self.record = record_form.read(folder)
-        self.stem = self.name.rpartition("-")[0]  # what it shares with the other runs of its pool and seed
         self._metrics_path = folder / "metrics.jsonl"
         # These two are for the process that trains.
         self._steps: dict[int, Step] = {}
@@ -254,19 +256,33 @@ class RunRecord:
 def create(stem: str, record: dict[str, Any], diff: bytes = b"") -> RunRecord:
     """Create the record of a new run.
 
-    The run is named `STEM-` and eight random hexadecimal digits. `record` is completed with the format and the start
+    The run is named `STEM-` and four random hexadecimal digits. `record` is completed with the format and the start
     time. Raises `InputError` if the record cannot be written.
     """
-    path = folder() / f"{stem}-{uuid.uuid4().hex[:8]}"
+    path = None
     try:
-        path.mkdir(parents=True)
+        path = _new_folder(stem)
         if diff:
             (path / "git.diff").write_bytes(diff)
         write_json(path / "record.json", {"format": record_form.FORMAT, "started": now(), **record})
     except OSError as error:
-        shutil.rmtree(path, ignore_errors=True)
-        raise InputError(f"{path}: the record cannot be written ({error}); set POOLNET_HOME elsewhere") from None
+        if path:
+            shutil.rmtree(path, ignore_errors=True)
+        place = path or folder()
+        raise InputError(f"{place}: the record cannot be written ({error}); set POOLNET_HOME elsewhere") from None
     return RunRecord(path)
+
+
+def _new_folder(stem: str) -> Path:
+    """Make a folder with a name that no other run here has."""
+    for _ in range(TRIES):
+        path = folder() / f"{stem}-{uuid.uuid4().hex[:4]}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    path = folder() / f"{stem}-{uuid.uuid4().hex[:8]}"  # nearly all shorter names are taken
+    path.mkdir(parents=True)
+    return path
 
 
 def names() -> list[str]:
@@ -278,17 +294,33 @@ def names() -> list[str]:
     return sorted(times, key=times.__getitem__)
 
 
-def find(run: str) -> RunRecord | None:
-    """Find a run by name or MLflow run id, or return None."""
-    is_name = re.fullmatch(r"\w+-seed\d+-[0-9a-f]{8}", run)  # so it cannot be a path out of the folder of runs
-    if is_name and (folder() / run / "record.json").exists():
-        return RunRecord(folder() / run)
-    for name in names():
+def find(text: str) -> RunRecord | None:
+    """Find a run by its name, a beginning of it, or MLflow's run id.
+
+    The result is None if there is no such run. Raises `InputError` if several names begin so.
+    """
+    name = find_name(text)
+    return RunRecord(folder() / name) if name else None
+
+
+def find_name(text: str) -> str | None:
+    """Return the name of the run that `find` finds.
+
+    Its record may be damaged.
+    """
+    if NAME.fullmatch(text) and (folder() / text / "record.json").exists():
+        return text
+
+    def search(beginning: str, more: bool) -> dict[str, str]:
+        return {name: name for name in known if name.startswith(beginning) and (more or name == beginning)}
+
+    known = names()[::-1]  # newest first
+    for name in known:
         servers = read_json(folder() / name / "published.json").get("servers")
         servers = servers.values() if isinstance(servers, dict) else ()
-        if any(isinstance(server, dict) and server.get("run_id") == run for server in servers):
-            return RunRecord(folder() / name)
-    return None
+        if any(isinstance(server, dict) and server.get("run_id") == text for server in servers if text):
+            return name
+    return run_name.choose(text, search)
 
 
 def resume_command(name: str) -> str:

@@ -57,7 +57,7 @@ def run(
 
 
 def resume(
-    name: str,
+    old: RunRecord,
     given: Mapping[str, object],
     cache: bool,
     begun: Begun = lambda run: None,
@@ -67,15 +67,9 @@ def resume(
 ) -> RunRecord:
     """Continue a run, to the same result.
 
-    `name` is the name or the MLflow run id of the run. The result is the same as if the run had not stopped. Raises
-    `InputError` if there is no such run, or if the `given` options contradict its record.
+    The result is the same as if the run had not stopped. Raises `InputError` if the `given` options contradict its
+    record.
     """
-    old = run_record.find(name)
-    if not old:
-        raise InputError(
-            f"{name}: no such run in {run_record.folder()}; if its folder is gone, train it anew with the "
-            "command in the run's description in MLflow"
-        )
     if os.environ.get("MLFLOW_RUN_ID"):  # `mlflow run` passes its defaults on as if the user had typed them
         defaults = {**dataclasses.asdict(TrainConfig()), "optimum": False}
         given = {option: value for option, value in given.items() if value != defaults[option]}

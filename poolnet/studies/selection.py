@@ -148,12 +148,10 @@ def of_experiment(
 
 
 def of_runs(client: MlflowClient, names: Sequence[str]) -> Selected:
-    """Select two runs by run id or record name."""
+    """Select two runs by name or run id, see `servers.look_up`."""
     runs = []
     for name in names:
         run = servers.look_up(client, name)
-        if not run:
-            raise InputError(f"{name}: no such run on the tracking server")
         if not training_runs.is_training_run(run):
             raise InputError(f"{name}: found a run that is none of poolnet train")
         runs.append(training_runs.of(run))

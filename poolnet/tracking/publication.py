@@ -208,7 +208,7 @@ def log_start(publication: Publication) -> None:
     if record["code"]["commit"]:
         tags[names.COMMIT] = record["code"]["commit"]
     if RANDOM_NAME.fullmatch(server_run.info.run_name):
-        tags[names.TITLE] = server_runs.title(run)
+        tags[names.TITLE] = run.name
     client.log_batch(server_copy.run_id, params=params, tags=[RunTag(*tag) for tag in tags.items()])
 
 

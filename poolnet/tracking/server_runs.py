@@ -26,7 +26,7 @@ def find(client: Client, run_id: str) -> Run | None:
 
     Raises `RunError` if the run was deleted.
     """
-    server_run = _get(client, run_id)
+    server_run = servers.get_run(client, run_id)
     if server_run:
         _refuse_deleted(client, server_run)
     return server_run
@@ -41,12 +41,13 @@ def find_or_create(client: Client, run: RunRecord, experiment: str) -> Run:
     server_run = _made_by_mlflow_run(client, run)
     if not server_run:
         experiment_id = _experiment_id(client, run, experiment)
-        query = f"tags.`{names.RUN}` = '{run.name}'"
+        # another machine may have a run of this name, but begun at another time
+        query = f"tags.`{names.RUN}` = '{run.name}' AND attributes.start_time = {run.record['started']}"
         if earlier := client.search_runs([experiment_id], query, ViewType.ALL, max_results=1):
             server_run = earlier[0]
         else:
             tags = {names.RUN: run.name, **names.source("train", run.record["environment"]["user"])}
-            server_run = client.create_run(experiment_id, run.record["started"], tags, title(run))
+            server_run = client.create_run(experiment_id, run.record["started"], tags, run.name)
     _refuse_deleted(client, server_run)
     return server_run
 
@@ -54,11 +55,6 @@ def find_or_create(client: Client, run: RunRecord, experiment: str) -> Run:
 def is_home(uri: str, run: RunRecord) -> bool:
     """Whether the run was begun on this server."""
     return addresses.shown(uri) == servers.recorded_home(run.record)
-
-
-def title(run: RunRecord) -> str:
-    """Return a run's name in MLflow if nobody chose one."""
-    return f"{run.stem} again" if run.record.get("reproduces") else run.stem
 
 
 def explain_carrier(client: Client, carrier: str, run: RunRecord, run_id: str) -> None:
@@ -87,15 +83,6 @@ def agrees(raw: str, value: str | int | float | bool) -> bool:
     return False
 
 
-def _get(client: Client, run_id: str) -> Run | None:
-    try:
-        return client.get_run(run_id) if run_id else None
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
-
-
 def _refuse_deleted(client: Client, server_run: Run) -> None:
     if server_run.info.lifecycle_stage == "deleted":
         where = addresses.shown(client.uri)
@@ -109,7 +96,7 @@ def _made_by_mlflow_run(client: Client, run: RunRecord) -> Run | None:
     `MLFLOW_RUN_ID` still names it, this raises `Refused` instead.
     """
     run_id = run.record["tracking"]["run_id"]
-    server_run = _get(client, run_id) if is_home(client.uri, run) else None
+    server_run = servers.get_run(client, run_id) if is_home(client.uri, run) else None
     problem = _contradiction(server_run, run) if server_run else ""
     if problem and os.environ.get("MLFLOW_RUN_ID") == run_id:
         raise Refused(f"run {run_id}: {problem}; unset MLFLOW_RUN_ID, then: poolnet sync {run.name}")

@@ -7,6 +7,7 @@ import _thread
 import contextlib
 import functools
 import gc
+import itertools
 import logging
 import math
 import os
@@ -20,13 +21,14 @@ from urllib.parse import quote
 
 import mlflow
 import mlflow.db
-from mlflow.entities import Experiment, ViewType
+from mlflow.entities import Experiment, Run, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from poolnet import files
 from poolnet.errors import InputError, NoAnswer, RunError
+from poolnet.runs import run_name
 from poolnet.runs.run_record import RunRecord
 from poolnet.tracking import addresses, names, published
 
@@ -379,21 +381,72 @@ def experiments(client: MlflowClient) -> list[Experiment]:
     return all_pages
 
 
-def look_up(client: MlflowClient, name: str) -> mlflow.entities.Run | None:
-    """Find a run on the server by id or name.
+def get_run(client: MlflowClient, run_id: str) -> Run | None:
+    """Return the run with this id, deleted or not, or None."""
+    try:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
 
-    The name is that of its record. All experiments are searched. The result is None if there is no such run.
+
+def look_up(client: MlflowClient, text: str) -> Run:
+    """Find the run on the server that a text names.
+
+    The text is the name of its record, the name that MLflow shows, a beginning of one, or MLflow's run id, see
+    `run_name.choose`. By name, only runs that have a model are found. All experiments are searched. Raises `InputError`
+    if there is no such run, or if there are several.
     """
-    if re.fullmatch("[0-9a-f]{32}", name):
-        with contextlib.suppress(MlflowException):
-            return client.get_run(name)
-    ids = [each.experiment_id for each in experiments(client)]
-    quoted = name.replace("'", "")
-    for start in range(0, len(ids), 500):  # databases bind so many values only
-        some = ids[start : start + 500]
-        if runs := client.search_runs(some, f"tags.`{names.RUN}` = '{quoted}'", max_results=1):
-            return runs[0]
-    return None
+    run = find_run(client, text)
+    if not run:
+        raise InputError(f"{text}: no such run on the tracking server")
+    return run
+
+
+def find_run(client: MlflowClient, text: str) -> Run | None:
+    """Find a run as `look_up` does, or return None."""
+    if re.fullmatch("[0-9a-f]{32}", text) and (run := get_run(client, text)):
+        if run.info.lifecycle_stage == "deleted":
+            raise InputError(f"run {text} was deleted; restore it with: mlflow runs restore --run-id {text}")
+        return run
+    experiment_ids = [each.experiment_id for each in experiments(client)] if text else []
+    runs: dict[str, Run] = {}
+
+    def search(beginning: str, more: bool) -> dict[str, str]:
+        for field in (f"tags.`{names.RUN}`", "attributes.run_name"):
+            found = _with_name(client, experiment_ids, field, beginning, more)
+            runs.update((run.info.run_id, run) for run in itertools.islice(found, run_name.LISTED + 1))
+        return {run_id: name_of(run) for run_id, run in runs.items()}
+
+    run_id = run_name.choose(text, search)
+    return runs[run_id] if run_id else None
+
+
+def name_of(run: Run) -> str:
+    """Return the name of a run's record, or the one that MLflow shows."""
+    return run.data.tags.get(names.RUN) or run.info.run_name
+
+
+def _with_name(
+    client: MlflowClient, experiment_ids: list[str], field: str, beginning: str, more: bool
+) -> Iterator[Run]:
+    """Yield the runs with a model whose name begins so, newest first.
+
+    `field` is the name's in MLflow's search. If not `more`, `beginning` is the whole name.
+    """
+    # LIKE has no way to quote its wildcards, and MLflow none to quote quotes: "_" stands for any character
+    pattern = re.sub(r"[^\w .-]", "_", beginning) + "%" * more
+    for start in range(0, len(experiment_ids), 500):  # databases bind so many values only
+        some, token = experiment_ids[start : start + 500], None
+        while token is None or token:
+            page = client.search_runs(some, f"{field} LIKE '{pattern}'", max_results=100, page_token=token)
+            for run in page:
+                name = run.info.run_name if field == "attributes.run_name" else run.data.tags[names.RUN]
+                fits = name.startswith(beginning) if more else name == beginning
+                if fits and run.data.tags.keys() & {names.RUN, names.WEIGHTS}:
+                    yield run
+            token = page.token or ""
 
 
 def reason(error: Exception) -> str:

@@ -3,6 +3,7 @@
 This is for runs that are not being trained: it publishes what a server lacks, and removes local folders.
 """
 
+import contextlib
 import dataclasses
 import filecmp
 import shutil
@@ -50,15 +51,27 @@ def one_line(error: Exception, where: str = "") -> str:
     return f"{where}: {servers.reason(error)}" if where else servers.reason(error)
 
 
-def find(name: str) -> RunRecord:
-    """Find a run by name or MLflow run id.
+def find(text: str) -> RunRecord:
+    """Find a run by name, a beginning of it, or MLflow's run id.
 
-    Raises `InputError` if there is no such run.
+    The name may also be the one that MLflow shows. Raises `InputError` if there is no such run.
     """
-    run = run_record.find(name)
-    if not run:
-        raise InputError(f"{name}: no such run in {run_record.folder()}")
-    return run
+    return RunRecord(run_record.folder() / find_name(text))
+
+
+def find_name(text: str) -> str:
+    """Return the name of the run that `find` finds.
+
+    Its record may be damaged.
+    """
+    name = run_record.find_name(text)
+    if not name:
+        with contextlib.suppress(MlflowException, NoAnswer, RunError):  # then only names on disk are known
+            run = servers.find_run(servers.own_client(), text)  # somebody may have renamed it there
+            name = run_record.find_name(run.info.run_id) if run else None
+    if not name:
+        raise InputError(f"{text}: no such run in {run_record.folder()}")
+    return name
 
 
 # --- poolnet sync ----------------------------------------------------------------------------------------------------
@@ -100,13 +113,14 @@ def sync(name: str, to: str | None = None, dry_run: bool = False, prune: bool = 
     return row
 
 
-def check_input(runs: Iterable[str], to: str | None) -> None:
-    """Raise `InputError` for an unknown run or a wrong address."""
-    for name in runs:
-        if not (run_record.folder() / name / "record.json").exists():  # else its row says whether it can be read
-            find(name)
+def checked_names(runs: Iterable[str], to: str | None) -> list[str]:
+    """Return the names of the runs, as `find` finds them.
+
+    Raises `InputError` for an unknown run or a wrong address.
+    """
     if to:
         addresses.check(to, "--to")
+    return [find_name(run) for run in runs]
 
 
 def table(rows: list[Row]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from poolnet.errors import InputError
 from poolnet.files import home
+from poolnet.runs import run_record
 from poolnet.runs.run_record import RunRecord
 from poolnet.text import Echo, echo_warning
 from poolnet.tracking import addresses, published
@@ -44,17 +45,18 @@ def train(
     if optimum and config.pool == "conv":
         raise InputError("--optimum: found pool conv, expected max or avg, whose loss has a single minimum")
     home()  # first of all, since nothing goes without it
-    if not resume:
+    old = _recorded(resume, timeout) if resume else None
+    if not old:
         look_ahead(echo_warning)
     with Publisher(timeout) as publisher:  # its imports take seconds, beside ours
-        if not resume:
+        if not old:
             publisher.ask()
         from poolnet.runs import train_run
 
-        if resume:
+        if old:
             carrier = os.environ.get("MLFLOW_RUN_ID", "")  # a run that `mlflow run` made only for this
             begun = functools.partial(publisher.add, carrier=carrier)
-            run = train_run.resume(resume, given, cache, begun, publisher.check, echo, echo_warning)
+            run = train_run.resume(old, given, cache, begun, publisher.check, echo, echo_warning)
         else:
             server = addresses.environment()
             run = train_run.run(config, optimum, cache, server, publisher.add, publisher.check, echo, echo_warning)
@@ -63,6 +65,20 @@ def train(
         shown, own = published.read(run).home, addresses.own()
         uri = own if addresses.shown(own) == shown else shown  # the former has the password
         return Trained(run, publisher.server_copy, uri, trouble)
+
+
+def _recorded(text: str, timeout: float) -> RunRecord:
+    """Return the record of the run that a text names."""
+    if run := run_record.find(text):
+        return run
+    from poolnet.tracking import servers, sync  # and with them MLflow, which takes seconds
+
+    try:
+        with servers.within(timeout):
+            return sync.find(text)
+    except InputError as error:
+        cure = "if its folder is gone, train it anew with the command in the run's description in MLflow"
+        raise InputError(f"{error}; {cure}") from None
 
 
 def look_ahead(echo_warning: Echo) -> None:

@@ -31,7 +31,7 @@ def test_the_same_data_and_code_give_the_same_to_the_bit(trained):
     assert result["compared"] == {"metrics": 3 * 4 + 7, "logits": (90 + 110) * 10, "weights": 500}
     client = mlflow.MlflowClient()
     again = client.get_run(result["run_id"])
-    assert (again.info.status, again.info.run_name) == ("FINISHED", "avg-seed42 again")
+    assert (again.info.status, again.info.run_name) == ("FINISHED", result["run"])
     assert again.data.tags["poolnet.reproduces"] == trained.info.run_id
     assert again.data.tags["poolnet.reproduction"] == "bit-identical"
     assert trained.info.run_id in again.data.tags["mlflow.note.content"]

@@ -57,11 +57,12 @@ def state(number):
 def test_a_new_run_has_a_name_of_its_own_and_a_format(run):
     other = run_record.create("max-seed42", RECORD)
     assert run.name != other.name
-    assert run.name.startswith("max-seed42-")
+    assert re.fullmatch("max-seed42-[0-9a-f]{4}", run.name)
     assert run.record["format"] == 1
     assert run_record.names() == [run.name, other.name]
     assert run_record.find(run.name).record == run.record
-    assert run_record.find("max-seed42") is None
+    with pytest.raises(InputError, match="max-seed42: found 2 runs"):
+        run_record.find("max-seed42")
     assert run_record.find("../runs/" + run.name) is None
 
 
@@ -455,7 +456,7 @@ def test_what_is_damaged_of_a_finished_run_is_named_and_made_again_by_resuming_i
         named = f"{path.name}: .*damaged; made again by: poolnet train --resume {run.name}"
         with pytest.raises(RunError, match=named):
             run.check_results()
-        train_run.resume(run.name, {}, False, echo=lambda line: None)
+        train_run.resume(run, {}, False, echo=lambda line: None)
         run.check_results()
         assert run.finished
         assert without_times(run) == expected

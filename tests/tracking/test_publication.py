@@ -109,7 +109,8 @@ def test_the_last_lines_say_where_to_look(trained):
 def test_tags_status_and_name(trained):
     tags = trained.run.data.tags
     assert trained.run.info.status == "FINISHED"
-    assert trained.run.info.run_name == "avg-seed42"
+    assert re.fullmatch("avg-seed42-[0-9a-f]{4}", trained.run.info.run_name)
+    assert tags["poolnet.run"] == trained.run.info.run_name
     assert tags["poolnet.data_sha256"] == open_dataset(trained.path).sha256
     assert tags["poolnet.device"] == resolve_device("auto")
     commit, dirty, _ = provenance.code_state()
@@ -234,7 +235,7 @@ def test_an_adopted_run_keeps_its_raw_params_and_gets_the_missing_ones(monkeypat
     run = publish(journaled())
     assert run.info.run_id == run_id
     assert run.data.params == raw | {"pool": "max", "batch_size": "128", "device": "auto"}
-    assert run.info.run_name == "max-seed42"
+    assert run.info.run_name == run.data.tags["poolnet.run"]
     assert [step for step, _ in history(mlflow.MlflowClient(), run_id, "val_loss")] == [1, 2]
 
 
