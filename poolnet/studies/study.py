@@ -6,6 +6,7 @@ question = "Which pooling loses less?"
 data = "glyphs"                # as for `poolnet train --data`
 seeds = [1, 2, 3]              # the same for each arm, so that runs are compared in pairs
 margin = 0.5                   # points of accuracy: within this margin, the arms count as equivalent
+register = false               # whether the model of each run becomes a version of `poolnet`
 
 [grid]                         # options of `poolnet train`, each with one value or a list of values
 pool = ["max", "avg"]
@@ -31,7 +32,7 @@ from poolnet.training.config import TrainConfig
 
 SIZE, RUNS = 1_000_000, 10_000  # bytes of a file, and its runs: more is a mistake
 MARGIN = 0.5  # points: a difference that nobody would change a model for
-KEYS = ("question", "data", "seeds", "margin", "grid", "arms")
+KEYS = ("question", "data", "seeds", "margin", "register", "grid", "arms")
 OPTIONS: dict[str, Any] = {
     field.name: field.type for field in dataclasses.fields(TrainConfig) if field.name not in ("data", "seed")
 }
@@ -112,6 +113,7 @@ def _checked(path: Path, text: str, raw: dict, data: str) -> Study:
             raise InputError(f"{key}: missing; see `poolnet sweep --help` for what a study holds")
     grid, arms = _table(raw, "grid"), _table(raw, "arms")
     _refuse_unknown("grid.", grid, OPTIONS)
+    register = {"register": (_typed("register", raw.get("register", False), bool),)}
     study = Study(
         path,
         text,
@@ -119,7 +121,7 @@ def _checked(path: Path, text: str, raw: dict, data: str) -> Study:
         _typed("data", data or raw.get("data", TrainConfig.data), str),
         _values("seeds", raw["seeds"], int),
         _typed("margin", raw.get("margin", MARGIN), float),
-        {option: _values(f"grid.{option}", values, OPTIONS[option]) for option, values in grid.items()},
+        register | {option: _values(f"grid.{option}", values, OPTIONS[option]) for option, values in grid.items()},
         {_typed("arms", name, str): _arm(name, arm, grid) for name, arm in arms.items()},
     )
     if not 0 < study.margin < 100:

@@ -36,9 +36,20 @@ def test_every_combination_comes_once_seed_by_seed(tmp_path):
     assert [config.seed for config in configs] == [3] * 4 + [1] * 4
     expected = [("max", 0.01), ("max", 1.0), ("avg", 0.01), ("avg", 1.0)]
     assert [(config.pool, config.lr) for config in configs[:4]] == expected
-    fixed = {"data": "letters.npz", "epochs": 2}
+    fixed = {"data": "letters.npz", "epochs": 2, "register": False}
     assert found.arm("fast, avg") == [TrainConfig(pool="avg", lr=1.0, seed=seed, **fixed) for seed in (3, 1)]
     assert set(found.arm("slow")) < set(configs)
+
+
+@pytest.mark.parametrize(
+    ("top", "grid", "expected"),
+    [("", "", False), ("register = true", "", True), ("register = true", "register = false", False)],
+)
+def test_models_are_registered_only_if_the_study_says_so(tmp_path, top, grid, expected):
+    """In its grid, as studies of earlier versions do, or at its top."""
+    found = read(tmp_path, WHOLE.replace("[grid]", f"{top}\n[grid]\n{grid}"))
+    assert {config.register for config in (*found.configs(), *found.arm("slow"))} == {expected}
+    assert set(found.arm("slow")) < set(found.configs())
 
 
 def test_another_data_set_takes_the_place_of_the_studys_own(tmp_path):
@@ -68,6 +79,7 @@ def test_the_shipped_studies_have_ten_seeds_and_two_arms(path):
         ("seeds = [3, 1]", "seeds = [1]\nmargin = 0", ["margin: found 0.0"]),
         ("seeds = [3, 1]", "seeds = [1]\nmargin = nan", ["margin: found nan"]),
         ("seeds = [3, 1]", "seeds = [1]\nmargins = 1", ["margins: unknown; did you mean margin?"]),
+        ("seeds = [3, 1]", "seeds = [1]\nregister = 1", ["register: found 1, expected true or false"]),
         ("lr = [0.01, 1]", 'lr = ["0.01"]', ["grid.lr: found '0.01', expected a number"]),
         ("lr = [0.01, 1]", "lr = [-1]", ["lr: found -1.0"]),
         ("lr = [0.01, 1]", "learning_rate = 1", ["grid.learning_rate: unknown", "batch_size"]),
