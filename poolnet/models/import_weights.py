@@ -23,6 +23,7 @@ from poolnet.errors import InputError
 from poolnet.files import home, locked, regular
 from poolnet.text import coded, printable
 from poolnet.tracking import names, publication, registry, result_runs, servers
+from poolnet.tracking.model_card import Card
 from poolnet.training.evaluation import Evaluation, evaluate
 from poolnet.training.model import SimpleConvNet, SimplePoolNet, build_model
 
@@ -122,13 +123,13 @@ def register(client: MlflowClient, path: Path, pool: str, source: str) -> Regist
         title = f"{pool} from {params['file']}"
         with result_runs.run(client, experiment_id, "register", title, begun, {names.WEIGHTS: same}) as run_id:
             run = client.get_run(run_id)
-            model_id = registry.log(client, run, {**params, "epochs": 0}, arrays)
+            model_id, is_new = registry.log(client, run, title, {**params, "epochs": 0}, arrays)
             _log(client, run_id, model_id, params, splits, scores)
-            tags = {"pool": pool, "source": params["file"]}
+            card = Card(pool, file=params["file"])
             if splits:
-                tags |= {f"{name}_acc": repr(evaluation.acc) for name, evaluation in scores.items()}
-                tags["data_sha256"] = splits.sha256
-            version = registry.register(client, run_id, model_id, tags)
+                val, test = scores["val"].acc, scores["test"].acc
+                card = Card(pool, "", params["file"], splits.name, splits.sha256, val, test, len(splits.test))
+            version = registry.register(client, run_id, model_id, card, is_new)
     return Registered(version, run_id, run.info.experiment_id, scores)
 
 

@@ -26,6 +26,7 @@ from poolnet import files
 from poolnet.errors import RunError
 from poolnet.runs.run_record import RunRecord
 from poolnet.tracking import addresses, description, names, published, registry, server_runs, servers, sweep_run, views
+from poolnet.tracking.model_card import Card
 from poolnet.tracking.published import ServerCopy
 from poolnet.tracking.servers import Client
 
@@ -41,6 +42,7 @@ class Publication:
     """
 
     server_run: Run  # as `find_or_create_run` found it, before the steps
+    model_is_new = False  # whether its model was logged for the first time, by this process
 
     def __init__(self, run: RunRecord, uri: str, carrier: str = ""):
         self.run, self.uri, self.carrier = run, uri, carrier
@@ -274,8 +276,9 @@ def log_model(publication: Publication) -> None:
     run = publication.run
     arrays = run.load_tensors("model")
     assert arrays  # `steps` has this one only if the results are whole
-    config = run.record["config"]
-    publication.server_copy.model_id = registry.log(publication.client, publication.server_run, config, arrays)
+    server_run, config = publication.server_run, run.record["config"]
+    model_id, publication.model_is_new = registry.log(publication.client, server_run, run.name, config, arrays)
+    publication.server_copy.model_id = model_id
 
 
 def log_scores(publication: Publication) -> None:
@@ -297,15 +300,18 @@ def log_scores(publication: Publication) -> None:
 def register_model(publication: Publication) -> None:
     """Register the model as a version of `poolnet`."""
     run, server_copy = publication.run, publication.server_copy
-    records, config = run.by_step(), run.record["config"]
-    tags = {
-        "pool": config["pool"],
-        "seed": str(config["seed"]),
-        "val_acc": repr(records[max(records)]["val_acc"]),
-        "test_acc": repr(records[0]["test_acc"]),
-        "data_sha256": run.record["data"]["sha256"],
-    }
-    server_copy.version = registry.register(publication.client, server_copy.run_id, server_copy.model_id, tags)
+    records, config, data = run.by_step(), run.record["config"], run.record["data"]
+    card = Card(
+        pool=config["pool"],
+        seed=str(config["seed"]),
+        data=data["name"],
+        data_sha256=data["sha256"],
+        val_acc=records[max(records)]["val_acc"],
+        test_acc=records[0]["test_acc"],
+        n_test=next(split["shape"][0] for split in data["splits"] if split["name"] == "test"),
+    )
+    new, publication.model_is_new = publication.model_is_new, False  # a second attempt looks for what the first made
+    server_copy.version = registry.register(publication.client, server_copy.run_id, server_copy.model_id, card, new)
 
 
 def describe(publication: Publication) -> None:

@@ -23,25 +23,30 @@ from mlflow.tracking.client import MlflowClient
 
 from poolnet.errors import InputError
 from poolnet.text import echo_warning
-from poolnet.tracking import names, programs, servers
+from poolnet.tracking import model_card, names, programs, servers
+from poolnet.tracking.model_card import Card
 
 if TYPE_CHECKING:  # torch only where a network is made
     from poolnet.training.model import SimpleConvNet, SimplePoolNet
 
 NAME = "poolnet"  # the registered model
-MODEL = "model"  # the logged model of a run
+MODEL = "model"  # the logged model of a run, as earlier versions named it, and in addresses of any run's own
 
 
-def log(client: MlflowClient, run: Run, config: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> str:
+def log(
+    client: MlflowClient, run: Run, name: str, config: Mapping[str, Any], arrays: dict[str, np.ndarray]
+) -> tuple[str, bool]:
     """Create or complete the logged model of a run.
 
-    `arrays` is as for `programs.export`. Returns the id of the logged model.
+    `name` is that of the run. `arrays` is as for `programs.export`. Returns the id of the logged model, and whether it
+    is new.
     """
     run_id = run.info.run_id
-    model = logged(client, run)
+    model = known = logged(client, run)
     if not model:
-        params = {name: str(value) for name, value in config.items()}
-        model = client.create_logged_model(run.info.experiment_id, MODEL, run_id, params=params)
+        params, tags = {key: str(value) for key, value in config.items()}, {names.RUN: name}
+        allowed = re.sub(r"""[/:.%"']""", "-", name)  # by MLflow
+        model = client.create_logged_model(run.info.experiment_id, allowed, run_id, tags, params)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / MODEL
         programs.export(arrays, config["pool"], run_id, model, path)
@@ -50,34 +55,53 @@ def log(client: MlflowClient, run: Run, config: Mapping[str, Any], arrays: dict[
     if model.model_id not in [output.model_id for output in outputs]:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, config["epochs"])])
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-    return model.model_id
+    return model.model_id, not known
 
 
 def logged(client: MlflowClient, run: Run) -> LoggedModel | None:
-    query = f"source_run_id = '{run.info.run_id}' AND name = '{MODEL}'"
-    models = client.search_logged_models([run.info.experiment_id], query, max_results=1)
-    return models[0] if models else None
+    """Return the model that poolnet logged for a run, if any."""
+    return _own(_models(client, run))
 
 
-def register(client: MlflowClient, run_id: str, model_id: str, tags: dict[str, str]) -> int:
+def _models(client: MlflowClient, run: Run) -> list[LoggedModel]:
+    """Return all logged models of a run, of which some may be a user's."""
+    return client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+
+
+def _own(models: list[LoggedModel]) -> LoggedModel | None:
+    earlier = [model for model in models if model.name == MODEL]
+    return next(iter([model for model in models if names.RUN in (model.tags or {})] + earlier), None)
+
+
+def register(client: MlflowClient, run_id: str, model_id: str, card: Card, is_new: bool = False) -> int:
     """Register a run's logged model as a `poolnet` version.
 
-    If the model is a version already, no new one is made. Returns the number of the version.
+    If the model is a version already, no new one is made. `is_new` says that it was logged just now, so that it can be
+    none. Returns the number of the version.
     """
-    version = version_of(client, run_id, model_id)
+    version = None if is_new else version_of(client, run_id, model_id)
     if not version:
-        create = partial(client.create_model_version, NAME, f"models:/{model_id}", run_id, tags, model_id=model_id)
+        source, text = f"models:/{model_id}", card.sentence
+        create = partial(client.create_model_version, NAME, source, run_id, card.tags, description=text)
         try:
-            version = int(create().version)
+            version = int(create(model_id=model_id).version)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             with contextlib.suppress(MlflowException):  # of which one says that another process was faster
-                client.create_registered_model(NAME)
-            version = int(create().version)
+                client.create_registered_model(NAME, description=model_card.DESCRIPTION)
+            version = int(create(model_id=model_id).version)
+        else:
+            _describe(client)
     # what the model's own page goes by
     client.set_logged_model_tags(model_id, {names.MODEL_VERSIONS: json.dumps([{"name": NAME, "version": version}])})
     return version
+
+
+def _describe(client: MlflowClient) -> None:
+    """Describe the registered model if nobody has."""
+    if not client.get_registered_model(NAME).description:
+        client.update_registered_model(NAME, model_card.DESCRIPTION)
 
 
 def version_of(client: MlflowClient, run_id: str, model_id: str) -> int | None:
@@ -118,9 +142,9 @@ class Loaded:
 
 
 def load_model(uri: str) -> "SimplePoolNet | SimpleConvNet":
-    """Load the network at an address in MLflow.
+    """Load the network at an address in MLflow, or of a run.
 
-    The address may be any that MLflow resolves, see `load`.
+    The address may be any that MLflow resolves, or the name of a run, see `load`.
     """
     return load(uri).net
 
@@ -128,7 +152,8 @@ def load_model(uri: str) -> "SimplePoolNet | SimpleConvNet":
 def load(uri: str, check_export: bool = False) -> Loaded:
     """Load a model from MLflow or from a folder.
 
-    `uri` is any address that MLflow resolves, such as `models:/poolnet@champion`, or a folder.
+    `uri` is any address that MLflow resolves, such as `models:/poolnet@champion`, or a folder, or names a run as
+    `servers.look_up` takes it.
 
     The weights are read. Nothing is unpickled or executed. Raises `InputError` if that would be needed, or if nothing
     is found. With `check_export`, it also raises `InputError` if MLflow would serve another network. If this cannot be
@@ -140,12 +165,10 @@ def load(uri: str, check_export: bool = False) -> Loaded:
             model_id, version = _identify(client, uri)
             if uri.startswith("models:/") and version:  # by its number, since an alias may have moved on
                 place = f"models:/{version.name}/{version.version}"
-            elif uri and Path(uri).is_dir():
-                place = Path(uri).absolute().as_uri()
-            elif ":/" not in uri:
-                raise ValueError("no such folder")
+            elif model_id:
+                place = f"models:/{model_id}"
             else:
-                place = f"models:/{model_id}" if model_id else uri.rstrip("/")
+                place = uri.rstrip("/") if ":/" in uri else Path(uri).absolute().as_uri()
             with servers.answering(client.uri):
                 _fetch(place, Path(scratch), uri)
         except (MlflowException, ImportError, OSError, ValueError) as error:  # s3:// asks for a library, say
@@ -154,7 +177,7 @@ def load(uri: str, check_export: bool = False) -> Loaded:
             if isinstance(error, MlflowException) and error.error_code not in MISSING and SCHEME not in str(error):
                 raise
             why = servers.reason(error).rstrip(".")  # MLflow's own is a sentence
-            raise InputError(f"{uri}: {why}; expected a model, as in models:/{NAME}/1") from None
+            raise InputError(f"{uri}: {why}; expected a model, as in models:/{NAME}/1, or a run") from None
         pool, net, run_id = _read(Path(scratch), uri, check_export)
     return Loaded(uri, pool, net, (version.run_id if version else run_id) or "", model_id, version)
 
@@ -203,12 +226,21 @@ def _identify(client: MlflowClient, uri: str) -> tuple[str, ModelVersion | None]
         else:
             version = client.get_model_version(name, number)
         return logged_id(version) or "", version
-    elif match := re.fullmatch(rf"runs:/([0-9a-f]{{32}})/{MODEL}/?", uri):  # a run may have logged others too
-        run_id = match[1]
-        model = logged(client, client.get_run(run_id))
+    elif match := re.fullmatch(r"runs:/([0-9a-f]{32})/([^/]+)/?", uri):
+        run_id, name = match.groups()
+        models = _models(client, client.get_run(run_id))
+        model = next((model for model in models if model.name == name), _own(models) if name == MODEL else None)
         model_id = model.model_id if model else ""
     elif uri.startswith("models:"):
         raise ValueError("no address of a model")
+    elif ":/" not in uri and not Path(uri).is_dir():
+        run = servers.find_run(client, uri)
+        if not run:
+            raise ValueError("no such folder, and no such run on the tracking server")
+        model = logged(client, run)
+        if not model:
+            raise ValueError("found no model of this run on the tracking server")
+        run_id, model_id = run.info.run_id, model.model_id
     else:
         return "", None
     number = version_of(client, run_id, model_id) if run_id else None

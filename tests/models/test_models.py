@@ -43,7 +43,7 @@ def addresses(run):
         "latest": "models:/poolnet/latest",
         "alias": "models:/poolnet@champion",
         "logged model": f"models:/{model.model_id}",
-        "run": f"runs:/{run.info.run_id}/model",
+        "run": f"runs:/{run.info.run_id}/{run.info.run_name}",
         "folder": folder,
     }
 
@@ -59,6 +59,35 @@ def test_a_model_is_found_at_every_address_that_mlflow_resolves(alone):
         assert (loaded.version and int(loaded.version.version)) == (None if kind == "folder" else 1), kind
         served = mlflow.pyfunc.load_model(uri).predict(test.images(slice(None)))
         assert np.allclose(served, scored.logits, atol=1e-5), kind
+
+
+def test_a_runs_name_is_enough_for_its_model(capsys, alone):
+    """As is its address in earlier versions, whose models were all called `model`."""
+    client, own = mlflow.MlflowClient(), f"runs:/{alone.info.run_id}/model"
+    assert registry.logged(client, alone).name == alone.info.run_name
+    for place in (alone.info.run_name, alone.info.run_name[:-1], alone.info.run_id, own, f"{own}/"):
+        loaded = registry.load(place)
+        assert (loaded.run_id, int(loaded.version.version)) == (alone.info.run_id, 1), place
+    # one that somebody else logged in the run is found by its own name, and not taken for the run's
+    other = client.create_logged_model("0", "model", alone.info.run_id)
+    assert registry.logged(client, alone).name == alone.info.run_name
+    code, _, err = run(capsys, "evaluate", own)
+    assert_refused(code, err, own)
+    client.delete_logged_model(other.model_id)
+    Path(alone.info.run_name).mkdir()  # a folder comes first
+    code, _, err = run(capsys, "evaluate", alone.info.run_name)
+    assert_refused(code, err, "found no model of MLflow's there")
+
+
+def test_the_model_of_a_run_of_an_earlier_version_is_found(alone):
+    """Which is called `model`, and has no tag."""
+    client = mlflow.MlflowClient()
+    made = client.create_run("0", tags={"poolnet.run": "avg-seed1-8702c031"}, run_name="avg-seed1")
+    model = client.create_logged_model("0", "model", made.info.run_id)
+    folder = mlflow.artifacts.download_artifacts(artifact_uri="models:/poolnet/1", dst_path="copy")
+    client.log_model_artifacts(model.model_id, folder)
+    for place in (f"runs:/{made.info.run_id}/model", "avg-seed1", "avg-seed1-8702c031"):
+        assert registry.load(place).model_id == model.model_id
 
 
 @pytest.mark.parametrize(
@@ -458,7 +487,9 @@ def test_weights_of_the_notebook_become_a_version_that_says_the_same(capsys, let
     assert printed["scores"]["test"]["acc"] == (expected.argmax(1) == test.y).mean()
     version = mlflow.MlflowClient().get_model_version("poolnet", "1")
     assert version.tags["pool"] == "avg"
-    assert float(version.tags["test_acc"]) == printed["scores"]["test"]["acc"]
+    assert version.tags["test_acc"] == f"{printed['scores']['test']['acc']:.4f}"
+    assert version.description.startswith("avg pooling, weights from notebook.pt, scored on letters: accuracy 0.")
+    assert "95 % interval" in version.description
     assert scored(capsys, "models:/poolnet/1")[0]["agrees"] is True
 
 

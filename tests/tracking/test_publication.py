@@ -21,6 +21,7 @@ from finished_runs import journaled, publish
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from PIL import Image
+from scipy.stats import binomtest
 
 from poolnet.data.dataset import open_dataset
 from poolnet.errors import InputError
@@ -177,13 +178,19 @@ def test_the_registered_version_is_tagged_and_linked(trained):
     assert version.tags == {
         "pool": "avg",
         "seed": "42",
-        "val_acc": repr(metrics["val_acc"]),
-        "test_acc": repr(metrics["test_acc"]),
-        "data_sha256": trained.run.data.tags["poolnet.data_sha256"],
+        "val_acc": f"{metrics['val_acc']:.4f}",
+        "test_acc": f"{metrics['test_acc']:.4f}",
+        "data_sha256": trained.run.data.tags["poolnet.data_sha256"][:12],
     }
+    n, acc = 110, metrics["test_acc"]
+    low, high = binomtest(round(acc * n), n).proportion_ci(method="wilson")
+    assert version.description == (
+        f"avg pooling, seed 42, trained on letters: accuracy {metrics['val_acc']:.4f} on val and {acc:.4f} on test, "
+        f"95 % interval {low:.4f} to {high:.4f} (110 test letters)."
+    )
     assert f"Model: models:/poolnet/{version.version}" in trained.stdout
     model = trained.client.get_logged_model(version.source.removeprefix("models:/"))
-    assert model.name == "model"
+    assert model.name == trained.run.info.run_name
     scores = {metric.key: metric for metric in model.metrics if metric.dataset_name == "letters"}
     assert {name: scores[name].value for name in scores} == {name: metrics[name] for name in ("test_loss", "test_acc")}
 
