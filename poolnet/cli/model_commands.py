@@ -124,8 +124,8 @@ def points(option: str, text: str) -> float | None:
 def evaluate(model: str, data: str, split: str, seed: int, open_page: bool, timeout: float, as_json: bool) -> None:
     """Score a MODEL on a data set, with intervals.
 
-    A model is models:/poolnet@champion, models:/poolnet/3, models:/m-..., runs:/RUN/model, or a folder. Nothing of its
-    file is unpickled or executed.
+    A model is models:/poolnet@champion, models:/poolnet/3, models:/m-..., runs:/RUN/model, a folder, or the name of a
+    run. Nothing of its file is unpickled or executed.
 
     Loss, accuracy, precision, recall, F1, calibration and confusions, with intervals, also as a run in MLflow; and
     whether they are what its training recorded.
@@ -180,23 +180,28 @@ def promote(
 ) -> None:
     """Make a MODEL champion if it is better.
 
-    Without MODEL the newest version. An exact McNemar test at 5 % decides, on what both models' runs predicted of the
-    same validation letters. The decision, with its numbers, is written on the model version. Exit code 1 if the
-    champion stays.
+    Without MODEL the newest version. The name of a run means its model, which becomes a version if it is none. An exact
+    McNemar test at 5 % decides, on what both models' runs predicted of the same validation letters. The decision, with
+    its numbers, is written on the model version. Exit code 1 if the champion stays.
     """
     margin, model = points("--non-inferior", non_inferior), model or by_option
     if rollback and (model or non_inferior or force):
         raise InputError("--rollback: found it with other options, expected --alias alone")
     with tracking_server(timeout):
         from poolnet.models import promote
-        from poolnet.tracking import servers
+        from poolnet.tracking import pages, registry, servers
 
-        decision = promote.promote(servers.own_client(), model, alias, margin, force, rollback)
+        client = servers.own_client()
+        decision = promote.promote(client, model, alias, margin, force, rollback)
+        page = pages.version(registry.NAME, decision.version)
     refused = decision.kind == "refused"
     if as_json:
-        echo(to_json({**vars(decision), "promoted": decision.promoted, "sentence": decision.sentence}))
-    elif not refused:
+        look = pages.link(client.uri, page)
+        more = {"promoted": decision.promoted, "sentence": decision.sentence, "look": look}
+        echo(to_json({**vars(decision), **more}))
+    elif not refused:  # else it is an error, and the last line
         echo(decision.sentence)
+    look_at(client.uri, page, open_page=False, as_json=as_json)
     if refused:
         context.exit(failed(decision.sentence, 1))
 
@@ -256,9 +261,9 @@ def predict(
 def reproduce(context: click.Context, run: str, data: str, timeout: float, as_json: bool) -> None:
     """Train a recorded RUN again and compare all figures.
 
-    RUN is its name or MLflow id. Data must be the same; other code, packages or machines are named. Every metric of
-    every step, the predictions and the weights are compared: bit-identical, within tolerance, or different, and then
-    exit code 1.
+    RUN is its name, a beginning of it, or its MLflow id. Data must be the same; other code, packages or machines are
+    named. Every metric of every step, the predictions and the weights are compared: bit-identical, within tolerance, or
+    different, and then exit code 1.
     """
     home()
 

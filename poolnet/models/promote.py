@@ -19,7 +19,7 @@ from poolnet.models import champions
 from poolnet.stats import paired
 from poolnet.stats.paired import Effect, McNemar
 from poolnet.text import marked, p_value
-from poolnet.tracking import names, registry, result_runs, servers, training_runs
+from poolnet.tracking import model_card, names, registry, result_runs, servers, training_runs
 from poolnet.tracking.registry import NAME
 from poolnet.training.config import POOLS
 
@@ -118,33 +118,26 @@ def promote(client: MlflowClient, uri: str, alias: str, margin: float | None, fo
 def decide(client: MlflowClient, uri: str, alias: str, margin: float | None, force: bool) -> Decision:
     """Decide whether a model becomes champion of the alias.
 
-    The model is the one at `uri`, or the newest version if `uri` is empty. Nothing is changed yet.
+    The model is the one at `uri`, which may also name a run, or the newest version if `uri` is empty. A model that is
+    no version of `poolnet` yet becomes one, unless this raises. Nothing else is changed yet.
 
-    Raises `InputError` if the model is no version of `poolnet` or cannot be loaded without pickle, if it has another
-    pool than the alias names, or if it was trained on other data than the champion. With `force`, other data are no
-    error.
+    Raises `InputError` if the model is none that `poolnet train` or `poolnet register` logged, or cannot be loaded
+    without pickle, if it has another pool than the alias names, or if it was trained on other data than the champion.
+    With `force`, other data are no error.
     """
     _check_alias(alias)
     pool = alias.removeprefix("champion-")
     newest = "" if uri else registry.newest(client, pool=pool if pool in POOLS else "").version
-    loaded = registry.load(uri or f"models:/{NAME}/{newest}", check_export=True)
-    challenger = loaded.version
-    if not challenger or challenger.name != NAME:
-        raise InputError(f"{loaded.uri}: found no version of {NAME}, expected a registered one, as in models:/{NAME}/1")
-    own = registry.logged(client, _run(client, challenger))
-    if not own or own.model_id != loaded.model_id:  # it is the run's predictions that are compared
-        raise InputError(f"{loaded.uri}: found a model that is not the one its run was scored with, expected that")
-    if pool in POOLS and pool != alias and pool != loaded.pool:
-        raise InputError(
-            f"--alias {alias}: found a {loaded.pool} model in version {challenger.version}, expected {pool}"
-        )
-    version, champion = int(challenger.version), champions.holder(client, alias)
+    challenger = _challenger(client, uri or f"models:/{NAME}/{newest}")
+    if pool in POOLS and pool != alias and pool != challenger.pool:
+        raise InputError(f"--alias {alias}: found a {challenger.pool} model in {challenger.title}, expected {pool}")
+    champion = champions.holder(client, alias)
     earlier = tuple(champions.before(client, alias, champion))
     if not champion:
-        return Decision(alias, "first", version, None, margin, earlier=earlier)
+        return Decision(alias, "first", _registered(client, challenger), None, margin, earlier=earlier)
     over = int(champion.version)
-    if over == version:
-        return Decision(alias, "unchanged", version, over, margin, earlier=earlier)
+    if over == challenger.version:
+        return Decision(alias, "unchanged", over, over, margin, earlier=earlier)
     val = test = None
     try:
         val = _paired(client, champion, challenger, "val", margin)
@@ -157,7 +150,47 @@ def decide(client: MlflowClient, uri: str, alias: str, margin: float | None, for
         kind = "better" if val.better else "not worse"
     else:
         kind = "forced" if force else "refused"
-    return Decision(alias, kind, version, over, margin, val, test, (*earlier, over))
+    return Decision(alias, kind, _registered(client, challenger), over, margin, val, test, (*earlier, over))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Challenger:
+    """A model that may become champion, with its run."""
+
+    pool: str
+    run: Run
+    model_id: str
+    version: int | None  # None if it is not registered yet
+
+    @property
+    def title(self) -> str:
+        return f"version {self.version}" if self.version else servers.name_of(self.run)
+
+
+def _challenger(client: MlflowClient, uri: str) -> _Challenger:
+    loaded = registry.load(uri, check_export=True)
+    if not loaded.model_id or (loaded.version and loaded.version.name != NAME):
+        raise InputError(
+            f"{uri}: found no version of {NAME}, expected a registered one, as in models:/{NAME}/1, or a run"
+        )
+    title = f"{NAME} version {loaded.version.version}" if loaded.version else uri
+    run = _run(client, loaded.run_id, title)
+    own = registry.logged(client, run)
+    if not own or own.model_id != loaded.model_id:  # it is the run's predictions that are compared
+        raise InputError(f"{uri}: found a model that is not the one its run was scored with, expected that")
+    version = int(loaded.version.version) if loaded.version else None
+    if not version and run.info.status != "FINISHED":
+        raise InputError(f"{uri}: found its run {run.info.status}, expected a finished one")
+    return _Challenger(loaded.pool, run, loaded.model_id, version)
+
+
+def _registered(client: MlflowClient, challenger: _Challenger) -> int:
+    """Return the challenger's version, which is made if missing."""
+    if challenger.version:
+        return challenger.version
+    run = challenger.run
+    card = model_card.of_run(run, challenger.pool, run.data.params.get("seed", ""))
+    return registry.register(client, run.info.run_id, challenger.model_id, card)
 
 
 def _check_alias(alias: str) -> None:
@@ -170,21 +203,21 @@ def _check_alias(alias: str) -> None:
 
 
 def _paired(
-    client: MlflowClient, champion: ModelVersion, challenger: ModelVersion, split: str, margin: float | None
+    client: MlflowClient, champion: ModelVersion, challenger: _Challenger, split: str, margin: float | None
 ) -> Paired:
     """Compare the predictions of both models example by example.
 
     These are the predictions that the runs of the two models logged.
     """
-    runs = [_run(client, version) for version in (champion, challenger)]
+    runs = [_run(client, champion.run_id, f"{NAME} version {champion.version}"), challenger.run]
     digests = [run.data.tags.get(names.DATA_SHA256, "") for run in runs]
     if not all(digests) or digests[0] != digests[1]:
         raise InputError(
-            f"version {challenger.version}: found data SHA-256 {digests[1][:16] or 'unknown'}, but that of the "
+            f"{challenger.title}: found data SHA-256 {digests[1][:16] or 'unknown'}, but that of the "
             f"champion, version {champion.version}, is {digests[0][:16] or 'unknown'}; train both on the same data, or "
             "decide without a test: --force"
         )
-    titles = [f"{NAME} version {version.version}" for version in (champion, challenger)]
+    titles = [f"version {champion.version}", challenger.title]
     (a, y), (b, other_y) = (
         training_runs.predictions(client, run.info.run_id, title, split)
         for run, title in zip(runs, titles, strict=True)
@@ -209,10 +242,10 @@ def _paired(
     )
 
 
-def _run(client: MlflowClient, version: ModelVersion) -> Run:
-    if run := servers.get_run(client, version.run_id or ""):
+def _run(client: MlflowClient, run_id: str | None, title: str) -> Run:
+    if run := servers.get_run(client, run_id or ""):
         return run
-    raise InputError(f"{NAME} version {version.version}: its run {version.run_id} is not on the server")
+    raise InputError(f"{title}: its run {run_id} is not on the server")
 
 
 def rollback(client: MlflowClient, alias: str) -> Decision:
@@ -260,18 +293,27 @@ def enact(client: MlflowClient, decision: Decision) -> None:
 def _tags(decision: Decision) -> dict[str, str]:
     """Return the decision and its numbers as version tags.
 
-    They are few, because the page of the registry shows them all.
+    They are few and rounded, because the page of the registry shows them all.
     """
-    tags: dict[str, object] = {"decision": decision.kind, "over": decision.over or "none"}
-    if decision.val:
-        points = decision.val.points
-        tags |= {"n": decision.val.n, "points": points.estimate, "points_low": points.low, "points_high": points.high}
-        tags["p"] = decision.val.mcnemar.p
-    if decision.val and decision.margin:
-        tags |= {"margin_points": decision.margin, "p_inferior": decision.val.p_inferior}
+    tags = {"decision": decision.kind, "over": str(decision.over or "none")}
+    for key, value in _numbers(decision).items():
+        plain = "n" if key in ("n", "margin_points") else key.partition("_")[0]
+        tags[key] = {"n": f"{value:g}", "p": p_value(value)}.get(plain, f"{value:+.2f}")
+    return {f"{decision.alias}.{key}": value for key, value in tags.items()}
+
+
+def _numbers(decision: Decision) -> dict[str, float]:
+    """Return the numbers that the decision rests on."""
+    val, numbers = decision.val, dict[str, float]()
+    if val:
+        points = val.points
+        numbers |= {"n": val.n, "points": points.estimate, "points_low": points.low, "points_high": points.high}
+        numbers["p"] = val.mcnemar.p
+    if val and val.p_inferior is not None and decision.margin:
+        numbers |= {"margin_points": decision.margin, "p_inferior": val.p_inferior}
     if decision.test:
-        tags["test_points"] = decision.test.points.estimate
-    return {f"{decision.alias}.{key}": str(value) for key, value in tags.items()}
+        numbers["test_points"] = decision.test.points.estimate
+    return numbers
 
 
 def publish(client: MlflowClient, decision: Decision) -> None:
@@ -282,8 +324,9 @@ def publish(client: MlflowClient, decision: Decision) -> None:
     """
     if not os.environ.get("MLFLOW_RUN_ID"):
         return
-    tags = {names.PROMOTION: decision.kind, names.NOTE: marked(decision.sentence)}
-    numbers = {key.partition(".")[2]: value for key, value in _tags(decision).items()}
-    metrics = {key: float(value) for key, value in numbers.items() if key not in ("decision", "over")}
-    with result_runs.run(client, "", "promote", f"{decision.alias}: version {decision.version}") as run_id:
-        result_runs.log(client, run_id, metrics=metrics, params={"version": str(decision.version)}, tags=tags)
+    name, note = f"version {decision.version} is {decision.alias}", marked(decision.sentence)
+    if decision.kind == "refused":  # the exit code makes it a failed run, which must say why
+        name, note = f"Refused: version {decision.version} as {decision.alias}", f"Refused: {note}"
+    tags, params = {names.PROMOTION: decision.kind, names.NOTE: note}, {"version": str(decision.version)}
+    with result_runs.run(client, "", "promote", name) as run_id:
+        result_runs.log(client, run_id, metrics=_numbers(decision), params=params, tags=tags)

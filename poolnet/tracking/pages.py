@@ -35,6 +35,11 @@ def model(experiment_id: str, model_id: str) -> str:
     return f"experiments/{experiment_id}/models/{model_id}?{TRAINING}"
 
 
+def version(name: str, number: int) -> str:
+    """Return the page of a registered model's version."""
+    return f"models/{name}/versions/{number}"
+
+
 def view_of(data_sha256: str) -> str:
     """Return the key of the view of max against avg on a data set."""
     return f"poolnet-{data_sha256[:8]}"

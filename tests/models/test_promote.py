@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 
 from poolnet.errors import RunError
 from poolnet.models import champions, promote
+from poolnet.text import p_value
 from poolnet.tracking import programs, registry
 
 WEAK, STRONG = {"epochs": 1, "lr": 1e-5}, {"epochs": 6, "lr": 0.05}
@@ -95,10 +96,11 @@ def test_a_better_challenger_wins_and_says_why(capsys, client):
     assert val["n"] == 90
     # the version says the same, test beside it
     tags, text = (getattr(client.get_model_version("poolnet", "2"), name) for name in ("tags", "description"))
-    assert float(tags["champion.points"]) == val["points"]["estimate"]
-    assert float(tags["champion.p"]) == val["mcnemar"]["p"]
+    assert tags["champion.points"] == f"{val['points']['estimate']:+.2f}"
+    assert tags["champion.p"] == p_value(val["mcnemar"]["p"])
+    assert max(len(text) for key, text in tags.items() if key != "champion.since") <= 12
     assert (tags["champion.decision"], tags["champion.over"]) == ("better", "1")
-    assert float(tags["champion.test_points"]) == decision["test"]["points"]["estimate"]
+    assert tags["champion.test_points"] == f"{decision['test']['points']['estimate']:+.2f}"
     assert decision["sentence"] in text
     assert client.get_model_version("poolnet", "1").tags["champion.replaced_by"] == "2"
 
@@ -107,7 +109,10 @@ def test_a_better_challenger_wins_and_says_why(capsys, client):
 def test_a_challenger_that_is_not_better_is_refused_with_numbers(capsys, client, challenger):
     promoted(capsys, "models:/poolnet/2")
     code, out, err = run(capsys, "promote", f"models:/poolnet/{challenger}")
-    assert (code, out) == (1, "")
+    assert code == 1
+    assert out.splitlines()[-1] == f"then http://127.0.0.1:5000/#/models/poolnet/versions/{challenger}"
+    assert out.startswith("Look at it: mlflow ui --backend-store-uri ")
+    assert out.count("\n") == 2
     assert err.count("\n") == 1
     assert f"Version {challenger} is not champion: it is not shown to be better than version 2" in err
     assert "+0.00 points" in err if challenger == 3 else "points, 95 % interval -" in err
@@ -197,6 +202,87 @@ def test_an_alias_set_by_hand_is_respected_and_comes_back(capsys, client):
     client.set_registered_model_alias("poolnet", "champion", "2")
     assert promoted(capsys, "models:/poolnet/1", code=1)["over"] == 2
     assert promoted(capsys, "--rollback")["version"] == champion(client) == 1
+
+
+# --- runs that are no version yet ------------------------------------------------------------------------------------
+
+
+def unregistered(**options):
+    """The name of a finished run, whose model is no version."""
+    return publish(journaled(dataclasses.replace(REGISTERED, register=False, **options))).info.run_name
+
+
+def count(client):
+    return len(client.search_model_versions("name = 'poolnet'"))
+
+
+def test_a_run_is_registered_by_its_name(capsys, client):
+    promoted(capsys, "models:/poolnet/1")
+    before, name = count(client), unregistered(**STRONG)
+    decision = promoted(capsys, name)
+    assert (decision["kind"], decision["over"], champion(client)) == ("better", 1, decision["version"])
+    assert count(client) == before + 1
+    assert promoted(capsys, name)["kind"] == "unchanged"
+    made, trained = (client.get_model_version("poolnet", str(number)) for number in (decision["version"], 2))
+    plain = {"pool", "seed", "val_acc", "test_acc", "data_sha256"}
+    assert {key: made.tags[key] for key in plain} == {key: trained.tags[key] for key in plain}
+    paragraphs = made.description.split("\n\n")
+    assert decision["sentence"] in paragraphs[0]
+    metrics = client.get_run(made.run_id).data.metrics
+    assert paragraphs[1].startswith(
+        f"avg pooling, seed 42, trained on letters: accuracy {metrics['val_acc']:.4f} on val and "
+        f"{metrics['test_acc']:.4f} on test, 95 % interval"
+    )
+
+
+def test_only_what_the_test_refuses_becomes_a_version(capsys, client):
+    promoted(capsys, "models:/poolnet/2")
+    np.savez("other.npz", **make_arrays(seed=9))
+    before, other, weak = count(client), unregistered(data="other.npz"), unregistered(**WEAK)
+    for options, words in (
+        ([other], [f"{other}: found data SHA-256", "--force"]),
+        ([weak, "--alias", "champion-max"], [f"model in {weak}, expected max"]),
+        ([weak, "--alias", "v1"], ["--alias"]),
+    ):
+        code, _, err = run(capsys, "promote", *options)
+        assert_refused(code, err, *words)
+    client.set_terminated(client.search_runs(["0"], f"attributes.run_name = '{weak}'")[0].info.run_id, "KILLED")
+    code, _, err = run(capsys, "promote", weak)
+    assert_refused(code, err, f"{weak}: found its run KILLED, expected a finished one")
+    assert count(client) == before
+    client.set_terminated(client.search_runs(["0"], f"attributes.run_name = '{weak}'")[0].info.run_id, "FINISHED")
+    decision = promoted(capsys, weak, code=1)
+    assert (decision["kind"], count(client), champion(client)) == ("refused", before + 1, 2)
+    assert "is not champion" in client.get_model_version("poolnet", str(decision["version"])).description
+
+
+@pytest.mark.parametrize("challenger", [1, 2])
+def test_the_run_of_mlflow_run_says_what_was_decided(capsys, client, monkeypatch, challenger):
+    promoted(capsys, f"models:/poolnet/{3 - challenger}")
+    made = client.create_run("0").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    decision = promoted(capsys, f"models:/poolnet/{challenger}", code=int(challenger == 1))
+    kept = client.get_run(made)
+    note = kept.data.tags["mlflow.note.content"]
+    if challenger == 1:
+        assert kept.info.run_name == "Refused: version 1 as champion"
+        assert note.startswith("Refused: Version 1 is not champion: it is not shown to be better than version 2")
+    else:
+        assert kept.info.run_name == "version 2 is champion"
+        assert note.startswith("Version 2 is champion instead of version 1")
+    val = decision["val"]  # to the last digit
+    assert (kept.data.metrics["points"], kept.data.metrics["p"]) == (val["points"]["estimate"], val["mcnemar"]["p"])
+    assert decision["look"].endswith(f"/#/models/poolnet/versions/{challenger}")
+
+
+def test_the_registered_model_is_described_unless_somebody_has_done_so(client):
+    ours = client.get_registered_model("poolnet").description
+    for words in ("letter, A to J", "exact McNemar", 'poolnet.load_model("models:/poolnet@champion")'):
+        assert words in ours
+    for text, expected in (("Ours, do not touch", "Ours, do not touch"), ("", ours)):  # none in earlier versions
+        client.update_registered_model("poolnet", text)
+        version(**WEAK)
+        assert client.get_registered_model("poolnet").description == expected
 
 
 # --- at the same time -------------------------------------------------------------------------------------------------
