@@ -126,14 +126,14 @@ def on_server(uri: str, run: RunRecord) -> dict[str, object]:
     versions = client.search_model_versions(f"run_id = '{run_id}'")
     artifacts = [entry for entry in client.list_artifacts(run_id) if not entry.is_dir]
     artifacts += [file for name in ("predictions", "figures") for file in client.list_artifacts(run_id, name)]
-    own = ("poolnet.run", "mlflow.note.content")
+    own = ("poolnet.run", "mlflow.runName", "mlflow.note.content")
     note = only.data.tags.get("mlflow.note.content", "")
     for own_version in versions:
         note = note.replace(f"models:/poolnet/{own_version.version}", "models:/poolnet/N")
     return {
         "status": only.info.status,
         "times": (only.info.start_time == run.record["started"], only.info.end_time == run.ended()["t"]),
-        "name": only.info.run_name,
+        "named as the record": only.info.run_name == run.name and {m.name for m in models} == {run.name},
         "params": only.data.params,
         "tags": {key: value for key, value in only.data.tags.items() if key not in own},
         "description": note,
@@ -143,7 +143,7 @@ def on_server(uri: str, run: RunRecord) -> dict[str, object]:
         },
         "inputs": sorted((i.dataset.name, i.dataset.digest, i.tags[0].value) for i in only.inputs.dataset_inputs),
         "artifacts": sorted((file.path, file.file_size) for file in artifacts if file.path != "record.json"),
-        "models": [(m.name, str(m.status), len(only.outputs.model_outputs), m.params) for m in models],
+        "models": [(str(m.status), len(only.outputs.model_outputs), m.params) for m in models],
         "model metrics": sorted((m.key, m.dataset_name) for model in models for m in model.metrics),
         "versions": [(v.name, v.tags) for v in versions],
     }

@@ -23,7 +23,7 @@ from poolnet.stats import scores
 from poolnet.stats.scores import Scores, Share
 from poolnet.text import aligned, coded, marked, piped, to_json
 from poolnet.tracking import names, publication, result_runs, servers, training_runs
-from poolnet.tracking.registry import Loaded
+from poolnet.tracking.registry import NAME, Loaded
 from poolnet.training.evaluation import Evaluation, evaluate
 
 MEASURES = ("precision", "recall", "f1")  # of each letter
@@ -66,6 +66,15 @@ class EvaluationReport:
         place = uri if ":/" in uri else Path(uri).name
         model = f"{version.name} version {version.version}" if version else place
         return f"{model} ({self.model.pool}) on {self.splits.name}, {self.split.name}: {self.scores.n:,} letters"
+
+    @property
+    def name(self) -> str:
+        """Name the evaluation, so that it can be told from others."""
+        loaded, version = self.model, self.model.version
+        model = servers.name_of(self.trained) if self.trained and loaded.model_id else Path(loaded.uri).absolute().name
+        if version:
+            model = f"version {version.version}" if version.name == NAME else f"{version.name} {version.version}"
+        return f"{model} on {self.splits.name} {self.split.name}"
 
     @property
     def tolerance(self) -> LossAcc:
@@ -268,7 +277,7 @@ def publish(client: MlflowClient, report: EvaluationReport) -> str:
         (folder / "predictions").mkdir()
         np.savez(folder / "predictions" / f"{split}.npz", logits=evaluation.logits, y=evaluation.y)
         figures.save_all(folder / "figures", drawn)
-        with result_runs.run(client, experiment_id, "evaluate", f"{pool} on {report.splits.name} {split}") as run_id:
+        with result_runs.run(client, experiment_id, "evaluate", report.name) as run_id:
             client.log_inputs(run_id, [dataset], [LoggedModelInput(model_id)] if model_id else [])
             result_runs.log(
                 client,

@@ -15,6 +15,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking.client import MlflowClient
 
 from poolnet.errors import InputError
+from poolnet.files import home, locked
 from poolnet.models import champions
 from poolnet.stats import paired
 from poolnet.stats.paired import Effect, McNemar
@@ -190,7 +191,8 @@ def _registered(client: MlflowClient, challenger: _Challenger) -> int:
         return challenger.version
     run = challenger.run
     card = model_card.of_run(run, challenger.pool, run.data.params.get("seed", ""))
-    return registry.register(client, run.info.run_id, challenger.model_id, card)
+    with locked(home() / "promote.lock", champions.LOCK_SECONDS):  # of two at once, the second finds the version
+        return registry.register(client, run.info.run_id, challenger.model_id, card)
 
 
 def _check_alias(alias: str) -> None:

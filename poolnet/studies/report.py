@@ -284,7 +284,7 @@ def publish(client: MlflowClient, uri: str, experiment_id: str, c: Comparison) -
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         _write(c, folder, uri)
-        with result_runs.run(client, experiment_id, "compare", f"{c.b.name} vs {c.a.name}") as run_id:
+        with result_runs.run(client, experiment_id, "compare", c.name) as run_id:
             result_runs.log(client, run_id, metrics=_metrics(c), params=params, tags=tags, folder=folder)
     return run_id
 

@@ -90,6 +90,17 @@ def test_the_model_of_a_run_of_an_earlier_version_is_found(alone):
         assert registry.load(place).model_id == model.model_id
 
 
+def test_an_evaluation_is_named_after_its_model(capsys, letters):
+    """By the run or the folder, where it is no version."""
+    client, trained = mlflow.MlflowClient(), publish(journaled(dataclasses.replace(REGISTERED, register=False)))
+    model = registry.logged(client, trained)
+    mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{model.model_id}", dst_path="copy")
+    name = f"{trained.info.run_name} on letters test"
+    for place, expected in ((trained.info.run_name[:-1], name), (f"models:/{model.model_id}", name), ("copy", "copy")):
+        report, _ = scored(capsys, place, "--data", "letters.npz")
+        assert client.get_run(report["run_id"]).info.run_name.startswith(expected)
+
+
 @pytest.mark.parametrize(
     ("uri", "word"),
     [
@@ -124,7 +135,7 @@ def test_evaluate_agrees_with_the_training_and_is_kept_with_model_and_data(capsy
     assert report["loss"]["low"] < report["loss"]["estimate"] < report["loss"]["high"]
     assert np.array(report["confusion"]).sum() == report["n"] == len(getattr(open_dataset("letters.npz"), split))
     kept = client.get_run(report["run_id"])
-    assert kept.info.status == "FINISHED"
+    assert (kept.info.status, kept.info.run_name) == ("FINISHED", f"version 1 on letters {split}")
     assert kept.data.tags["poolnet.evaluation"] == "agrees"
     assert [entry.model_id for entry in kept.inputs.model_inputs] == [registry.logged(client, trained).model_id]
     (dataset,) = [entry.dataset for entry in kept.inputs.dataset_inputs]

@@ -118,7 +118,7 @@ def test_a_planted_effect_of_two_points_is_found_and_its_interval_holds_it(clien
     assert found["sentence"].startswith("avg is better than max on letters")
     # the run in MLflow says the same
     comparison = mlflow.get_run(found["run_id"])
-    assert comparison.info.status == "FINISHED"
+    assert (comparison.info.status, comparison.info.run_name) == ("FINISHED", "avg vs max, letters, 6 seeds")
     assert comparison.data.metrics["compare/effect_points"] == acc["estimate"]
     assert found["sentence"] in comparison.data.tags["mlflow.note.content"]
     names = {file.path for file in client.list_artifacts(found["run_id"])}
@@ -158,8 +158,21 @@ def test_two_runs_are_compared_over_examples_and_the_verdict_says_so(client):
     names = [plant(client, one), plant(client, other, pool="avg")]
     found = compared(*names)
     assert (found["verdict"], found["winner"], found["varied"]) == ("better", "avg", "examples")
+    assert client.get_run(found["run_id"]).info.run_name == "avg vs max, letters, seed 1"
     assert "1 seed," in found["sentence"]
     assert any("another seed" in caveat for caveat in found["caveats"])
+
+
+def test_two_runs_are_found_by_the_names_on_the_screen(client):
+    """Also by one with blanks, where `mlflow run` passes both names as one text."""
+    (one,), (other,) = predictions(1, 0.80), predictions(1, 0.86)
+    plant(client, one)
+    second = plant(client, other, seed=2)
+    (renamed,) = client.search_runs(["0"], f"tags.`poolnet.run` = '{second}'")
+    client.update_run(renamed.info.run_id, name="it is monday")
+    for arguments in (("max-seed1", "it is monday"), ("max-seed1 'it is monday'",), ("max-seed1 max-seed2",)):
+        found = compared(*arguments)
+        assert client.get_run(found["run_id"]).info.run_name == "seed 2 vs seed 1, letters"
 
 
 def test_mlflow_run_compares_in_the_run_that_it_made(client):
