@@ -253,8 +253,9 @@ def sweep(
 
     That is each combination of its grid and seeds. Cut off, the same command goes on.
 
-    A study is a .toml file with question, data, seeds and margin (in points of accuracy); under [grid] options of
-    `poolnet train`, each a value or a list; under [arms] the two that are compared, as in: max = { pool = "max" }
+    A study is a .toml file with question, data, seeds, margin (in points of accuracy) and register (of the models, by
+    default false); under [grid] options of `poolnet train`, each a value or a list; under [arms] the two that are
+    compared, as in: max = { pool = "max" }
     """
     from poolnet.studies.study import read
 
