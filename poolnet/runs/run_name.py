@@ -34,5 +34,5 @@ def _listed(names: Mapping[str, str]) -> str:
     """List runs by name, and by id too where names are equal."""
     times = Counter(names.values())
     labels = [name if times[name] == 1 else f"{name} (run {number})" for number, name in names.items()]
-    count = f"{len(labels)} runs" if len(labels) <= LISTED else f"more than {LISTED} runs, among them"
-    return f"{count} {', '.join(labels[:LISTED])}"
+    count = f"{len(labels)} runs" if len(labels) <= LISTED else f"more than {LISTED} runs"
+    return f"{count}: {', '.join(labels[:LISTED])}"

@@ -20,7 +20,7 @@ METRICS = {
 RECORDED = {metric: name for name, metric in METRICS.items()}
 
 # of a training
-RUN = "poolnet.run"  # the name of its record
+RUN = "poolnet.run"  # the name of its record; also on its logged model
 SWEEP = "poolnet.sweep"  # the name of the sweep that it is part of
 DATA_SHA256 = "poolnet.data_sha256"
 DEVICE = "poolnet.device"
