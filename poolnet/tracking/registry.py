@@ -69,8 +69,12 @@ def _models(client: MlflowClient, run: Run) -> list[LoggedModel]:
 
 
 def _own(models: list[LoggedModel]) -> LoggedModel | None:
-    earlier = [model for model in models if model.name == MODEL]
-    return next(iter([model for model in models if names.RUN in (model.tags or {})] + earlier), None)
+    """Return the model that poolnet logged, if any.
+
+    It has a tag. In earlier versions it had none, and this name.
+    """
+    tagged = [model for model in models if names.RUN in (model.tags or {})]
+    return next(iter(tagged + [model for model in models if model.name == MODEL]), None)
 
 
 def register(client: MlflowClient, run_id: str, model_id: str, card: Card, is_new: bool = False) -> int:
@@ -233,7 +237,7 @@ def _identify(client: MlflowClient, uri: str) -> tuple[str, ModelVersion | None]
         model_id = model.model_id if model else ""
     elif uri.startswith("models:"):
         raise ValueError("no address of a model")
-    elif ":/" not in uri and not Path(uri).is_dir():
+    elif ":/" not in uri and not (uri and Path(uri).is_dir()):
         run = servers.find_run(client, uri)
         if not run:
             raise ValueError("no such folder, and no such run on the tracking server")

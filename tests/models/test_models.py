@@ -109,7 +109,8 @@ def test_an_evaluation_is_named_after_its_model(capsys, letters):
         ("models:/other/1", "not found"),
         ("models:/m-" + "0" * 32, "not found"),
         ("runs:/" + "0" * 32 + "/model", "not found"),
-        ("nowhere", "no such"),
+        ("nowhere", "no such folder, and no such run"),
+        ("", "no such folder, and no such run"),
         ("xyz:/model", "xyz"),
     ],
 )

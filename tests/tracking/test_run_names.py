@@ -63,6 +63,19 @@ def test_a_name_is_text_and_no_query(client, name):
         found(client, f"{name}%")
 
 
+def test_a_server_answers_as_a_store_does(server, letters, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    client = servers.own_client()
+    wanted = {name: begun(client, f"max-seed{number}-fade", name) for number, name in enumerate(ODD)}
+    assert {name: found(client, name) for name in ODD} == wanted
+    ours = journaled()
+    theirs = begun(client, ours.name)
+    created = publish(ours).info.run_id
+    assert created != theirs
+    (ours.folder / "published.json").unlink()
+    assert server_runs.find_or_create(client, ours, "").info.run_id == created
+
+
 def test_several_runs_are_listed_with_what_tells_them_apart(client):
     for tail in "ab":
         begun(client, f"avg-seed42-000{tail}", "avg-seed42")
