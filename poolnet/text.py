@@ -19,12 +19,18 @@ Echo = Callable[[object], object]  # prints a line, as `echo` and `echo_warning`
 def pasted(*words: object, windows: bool = os.name == "nt") -> str:
     """Quote a command, to be pasted into a shell.
 
-    On Windows that is PowerShell or cmd. Double quotes mean the same to both, unless the text contains a sign that
-    PowerShell would replace, or that would end the text there. Such a word is quoted for PowerShell only. In `%NAME%`,
-    cmd replaces the name of a variable that is set.
+    The text suits bash, PowerShell and cmd, unless a word contains a sign that some shell would replace in double
+    quotes, or that would end the text there. Such a word is quoted for the shells of this system: on Windows that is
+    PowerShell only. In `%NAME%`, cmd replaces the name of a variable that is set.
     """
-    texts = map(str, words)
-    return " ".join(map(_quoted_on_windows, texts)) if windows else shlex.join(texts)
+    return " ".join(map(_quoted_on_windows if windows else _quoted_on_posix, map(str, words)))
+
+
+def _quoted_on_posix(word: str) -> str:
+    quoted = shlex.quote(word)
+    if quoted == word and "," not in word:  # which would be an array to PowerShell
+        return word
+    return quoted if re.search('["$`\\\\!\u201c-\u201e]', word) else f'"{word}"'
 
 
 def _quoted_on_windows(word: str) -> str:

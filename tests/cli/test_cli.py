@@ -224,6 +224,11 @@ def test_a_printed_command_is_what_a_posix_shell_reads():
     assert finished.stdout == f"{WORDS!a}\n"
 
 
+@pytest.mark.parametrize("word", ["sqlite:///mlflow.db", "sqlite:////home/ada/my runs/mlflow.db", "a,b", "it's", "x&y"])
+def test_a_printed_command_of_usual_signs_suits_all_shells(word):
+    assert pasted(word, windows=False) == pasted(word, windows=True)
+
+
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
