@@ -14,17 +14,19 @@ from poolnet.stats import scores
 from poolnet.text import marked
 from poolnet.tracking import names
 
+# The ends of lines are shown as they are, but for those that are escaped here.
 DESCRIPTION = """\
-Networks of two 2x2 poolings, ReLU and one linear classifier. They say which letter, A to J, is on an image of 28x28
+Networks of two 2x2 poolings, ReLU and one linear classifier. They say which letter, A to J, is on an image of 28x28 \
 pixels. The baseline `pool=conv` has convolutions in place of the poolings.
 
-`champion` is the version to use. `poolnet promote` gives this alias to another version if an exact McNemar test on the
-same validation letters shows at 5 % that it is better. `champion-max` and `champion-avg` are the best of one pooling.
+`champion` is the version to use. `poolnet promote` gives this alias to another version if an exact McNemar test on \
+the same validation letters shows at 5 % that it is better. `champion-max` and `champion-avg` are the best of one \
+pooling.
 
 ```python
 import poolnet
 model = poolnet.load_model("models:/poolnet@champion")
-logits = model(images)  # float32 (N, 1, 28, 28) from 0 to 1; logits (N, 10) of A to J
+logits = model(images)  # float32 (N, 1, 28, 28) in 0..1 -> (N, 10)
 ```
 """
 

@@ -18,8 +18,10 @@ from poolnet.tracking.servers import Client
 from poolnet.training.config import POOLS
 
 TAG = "mlflow.sharedViewState."  # and the key of the view
-NOTE = """Is average or max pooling better for letters? These are the runs of poolnet: trainings, sweeps with their runs
-below them, comparisons with `report.html` among their artifacts, and evaluations of models."""
+NOTE = (  # in one line, whose ends MLflow shows
+    "Is average or max pooling better for letters? These are the runs of poolnet: trainings, sweeps with their runs "
+    "below them, comparisons with `report.html` among their artifacts, and evaluations of models."
+)
 CURVES = ("val_acc", "val_loss", "train_acc", "train_loss")
 SCORES = ("test_acc", "test_loss")
 COLUMNS = {  # of the table of runs, with their widths in pixels
