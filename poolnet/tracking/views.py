@@ -163,9 +163,9 @@ def _name(tag: str) -> str:
 def _note(experiment_id: str, views: dict[str, str]) -> str:
     """Return the experiment's description.
 
-    It begins with links to our views, since MLflow folds all but its first line.
+    It begins with our views, since MLflow folds all but its first line.
     """
     links = [
         f"[{marked(name)}](#/{pages.view(experiment_id, key)})" for key, name in views.items() if pages.is_view(key)
     ]
-    return f"{' · '.join(links)}\n\n{NOTE}" if links else ""
+    return f"Runs of poolnet: {' · '.join(links)}\n\n{NOTE}" if links else ""
