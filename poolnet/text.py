@@ -8,12 +8,16 @@ import re
 import shlex
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 
 Echo = Callable[[object], object]  # prints a line, as `echo` and `echo_warning` do
+WIDTH = 60  # columns of tables and sentences on a terminal
+DIGITS = 12  # of a checksum, for a person; the whole of it is in the tags
+SHARE, POINTS, NATS = ".4f", "+.2f", "+.4f"  # accuracies and losses; differences in accuracy and in loss
 
 
 def pasted(*words: object, windows: bool = os.name == "nt") -> str:
@@ -89,10 +93,18 @@ def _plain(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], gap: int = 2) -> list[str]:
     """Return the lines of a table for a terminal."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return [(" " * gap).join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def wrapped(text: str, indent: str = "") -> list[str]:
+    """Return the lines of a text for a terminal.
+
+    The lines after the first begin with `indent`.
+    """
+    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def marked(text: str) -> str:
@@ -118,7 +130,12 @@ def spread(values: Sequence[float]) -> str:
     """Format mean and, of several values, standard deviation."""
     if not values:
         return "none"
-    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):{SHARE}}" + (f" ± {statistics.stdev(values):{SHARE}}" if len(values) > 1 else "")
+
+
+def interval(low: float, high: float, form: str = SHARE) -> str:
+    """Format the two ends of an interval."""
+    return f"{low:{form}} to {high:{form}}"
 
 
 def p_value(p: float) -> str:

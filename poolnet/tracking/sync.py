@@ -88,6 +88,18 @@ class Row:
     did: str = "nothing"
     ok: bool = True
 
+    @property
+    def published(self) -> bool:
+        """Whether the server has the whole run now."""
+        return self.ok and (self.found == "nothing" or self.did.startswith("published"))
+
+    @property
+    def news(self) -> str:
+        """What was outstanding and what became of it, if anything."""
+        parts = [self.found] * (self.found not in ("", "nothing"))
+        parts += [self.did] * (self.did not in ("nothing", "would do nothing"))
+        return ": ".join(parts)
+
 
 def sync(name: str, to: str | None = None, dry_run: bool = False, prune: bool = False) -> Row:
     """Publish everything that a server lacks of a run.
@@ -124,12 +136,28 @@ def checked_names(runs: Iterable[str], to: str | None) -> list[str]:
 
 
 def table(rows: list[Row]) -> str:
-    """Return the rows as a table for the terminal."""
+    """Return the rows as lines for the terminal.
+
+    One line for each server says how many runs it has. Only runs with something outstanding have lines of their own.
+    """
     if not rows:
         return f"No runs in {run_record.folder()}"
-    heads = ("run", "state", "outstanding", "done", "server")
-    lines = [heads, *((row.run, row.state, row.found, row.did, row.server) for row in rows)]
-    return "\n".join(aligned(lines))
+    lines = []
+    for server in sorted({row.server for row in rows}):
+        group = [row for row in rows if row.server == server]
+        if server:
+            lines.append(f"{_counted(group)} on {server}")
+        if shown := [row for row in group if row.news]:
+            lines += aligned([("run", "state", "outstanding"), *((row.run, row.state, row.news) for row in shown)])
+    return "\n".join(lines)
+
+
+def _counted(rows: list[Row]) -> str:
+    """Say how many of a server's runs it has completely."""
+    total, published = len(rows), sum(row.published for row in rows)
+    if published < total:
+        return f"{published:,} of {total:,} runs published"
+    return f"{total:,} runs, all published" if total > 1 else "1 run, published"
 
 
 def _open(row: Row, run: RunRecord, to: str | None) -> Publication:

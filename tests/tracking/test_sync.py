@@ -18,7 +18,7 @@ import pytest
 from conftest import assert_refused, inside, make_arrays, mlflow_run, poolnet, run, wait_for
 from finished_runs import CONFIG, journaled, name_metrics_as_before, publish
 
-from poolnet import files, process
+from poolnet import files, process, text
 from poolnet.runs import run_record, train_run
 from poolnet.tracking import addresses, published, servers, sync
 from poolnet.tracking.publication import Publication, is_complete, upload_new
@@ -55,7 +55,9 @@ def test_a_run_whose_process_died_is_marked_and_published(capsys):
     left = interrupted()
     code, out, _ = run(capsys, "sync", "--dry-run")
     assert code == 0
-    assert [line.split()[:2] for line in out.splitlines()] == [["run", "state"], [left.name, "KILLED"]]
+    heading, *lines = out.splitlines()
+    assert heading == f"0 of 1 runs published on {servers.home_of(left)}"
+    assert [line.split()[:2] for line in lines] == [["run", "state"], [left.name, "KILLED"]]
     assert left.ended() is None
     assert not (left.folder / "published.json").exists()
     code, out, _ = run(capsys, "sync")
@@ -64,6 +66,24 @@ def test_a_run_whose_process_died_is_marked_and_published(capsys):
     (found,) = mlflow.MlflowClient().search_runs(["0"])
     assert (found.info.status, found.info.end_time) == ("KILLED", left.ended()["t"])
     assert [row["found"] for row in synced(left.name)] == ["nothing"]
+
+
+def test_a_store_that_has_everything_is_one_line_and_else_each_run_that_lacks_something(capsys):
+    whole = [journaled(), journaled()]
+    for each in whole:
+        publish(each)
+    for option in ("--dry-run", None):
+        code, out, _ = run(capsys, "sync", *filter(None, [option]))
+        assert (code, out) == (0, f"2 runs, all published on {servers.home_of(whole[0])}\n")
+    assert [row["run"] for row in synced("--dry-run")] == sorted(
+        (each.name for each in whole), key=run_record.names().index
+    )
+    left = journaled()
+    code, out, _ = run(capsys, "sync", "--dry-run")
+    heading, _, line = out.splitlines()
+    assert heading == f"2 of 3 runs published on {servers.home_of(left)}"
+    assert line == f"{left.name}  FINISHED  everything: would publish it"
+    assert len(line) <= text.WIDTH
 
 
 def test_nothing_to_publish_is_said(capsys):
