@@ -340,7 +340,9 @@ def figures(context: click.Context, runs: tuple[str, ...], as_json: bool, timeou
 @OPEN
 @TIMEOUT
 @AS_JSON
+@click.pass_context
 def compare(
+    context: click.Context,
     runs: tuple[str, ...],
     by_option: str,
     study: str,
@@ -383,7 +385,7 @@ def compare(
         else:
             selected = select.of_runs(client, names)
         comparison = compare.of_selected(client, selected, plan.question if plan else "", within, seed)
-        run_id = report.publish(client, client.uri, experiment_id, comparison)
+        run_id = report.publish(client, client.uri, experiment_id, comparison, _typed(context))
         page = pages.artifact(experiment_id, run_id, "report.html")
     if as_json:
         echo(to_json({**report.contents(comparison), "run_id": run_id, "look": pages.link(client.uri, page)}))
@@ -398,6 +400,20 @@ def _words(text: str) -> list[str]:
         return shlex.split(text)
     except ValueError:  # a name with one quote
         return text.split()
+
+
+def _typed(context: click.Context) -> str:
+    """Return the command with the options that were typed.
+
+    Empty values, which `mlflow run` passes on, are left out.
+    """
+    words: list[object] = ["poolnet", context.info_name]
+    for param in context.command.params:
+        value = context.params[param.name or ""]
+        if value and context.get_parameter_source(param.name or "") == ParameterSource.COMMANDLINE:
+            words += [param.opts[0]] if isinstance(param, click.Option) else []
+            words += value if isinstance(value, tuple) else [] if value is True else [value]
+    return pasted(*words)
 
 
 for command in model_commands.COMMANDS:

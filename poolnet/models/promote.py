@@ -19,7 +19,7 @@ from poolnet.files import home, locked
 from poolnet.models import champions
 from poolnet.stats import paired
 from poolnet.stats.paired import Effect, McNemar
-from poolnet.text import marked, p_value
+from poolnet.text import NATS, POINTS, interval, marked, p_value
 from poolnet.tracking import model_card, names, registry, result_runs, servers, training_runs
 from poolnet.tracking.registry import NAME
 from poolnet.training.config import POOLS
@@ -52,9 +52,9 @@ class Paired:
     def __str__(self) -> str:
         points, nats, test = self.points, self.nats, self.mcnemar
         return (
-            f"{points.estimate:+.2f} points, 95 % interval {points.low:+.2f} to {points.high:+.2f} ({test.only_b} "
-            f"right by it alone, {test.only_a} by the champion alone, exact McNemar p {p_value(test.p)}), and "
-            f"{nats.estimate:+.4f} nats, {nats.low:+.4f} to {nats.high:+.4f}"
+            f"{points.estimate:{POINTS}} points, 95 % interval {interval(points.low, points.high, POINTS)} "
+            f"({test.only_b} right by it alone, {test.only_a} by the champion alone, exact McNemar p "
+            f"{p_value(test.p)}), and {nats.estimate:{NATS}} nats, {interval(nats.low, nats.high, NATS)}"
         )
 
 
@@ -98,7 +98,7 @@ class Decision:
             p = self.val.p_inferior
             text += "." if p is None else f"; p of being worse by the margin {p_value(p)}."
         if self.test:
-            text += f" On test, which decides nothing: {self.test.points.estimate:+.2f} points."
+            text += f" On test, which decides nothing: {self.test.points.estimate:{POINTS}} points."
         return text
 
 

@@ -16,6 +16,7 @@ from poolnet.stats.paired import Calibration, ClassEffect, Effect, McNemar
 from poolnet.studies import selection
 from poolnet.studies.selection import Selected
 from poolnet.studies.study import MARGIN, read
+from poolnet.text import NATS, POINTS, interval
 from poolnet.tracking import servers, training_runs
 from poolnet.tracking.training_runs import TrainingRun
 
@@ -114,10 +115,10 @@ class Comparison:
         else:
             says = f"Inconclusive whether {b} is better than {a}"
         return (
-            f"{says} on {self.data}: {b} minus {a} is {acc.estimate:+.2f} points of test accuracy, 95 % interval "
-            f"{acc.low:+.2f} to {acc.high:+.2f}, and {nll.estimate:+.4f} nats of test loss, {nll.low:+.4f} to "
-            f"{nll.high:+.4f} ({_count(len(self.seeds), 'seed')}, {_count(len(self.y), 'example')}; what varied: "
-            f"{self.varied})."
+            f"{says} on {self.data}: {b} minus {a} is {acc.estimate:{POINTS}} points of test accuracy, 95 % interval "
+            f"{interval(acc.low, acc.high, POINTS)}, and {nll.estimate:{NATS}} nats of test loss, "
+            f"{interval(nll.low, nll.high, NATS)} ({_count(len(self.seeds), 'seed')}, "
+            f"{_count(len(self.y), 'example')}; what varied: {self.varied})."
         )
 
 

@@ -4,10 +4,12 @@ They are text for a terminal, Markdown, a self-contained HTML page, JSON, and a 
 """
 
 import base64
+import dataclasses
+import importlib.metadata
 import math
 import statistics
 import tempfile
-import textwrap
+import time
 from pathlib import Path
 
 import jinja2
@@ -21,11 +23,23 @@ from poolnet.runs.figures import png
 from poolnet.stats.paired import Effect
 from poolnet.studies import comparison_figures
 from poolnet.studies.compare import Arm, Comparison
-from poolnet.text import aligned, marked, p_value, piped, spread, to_json
-from poolnet.tracking import names, pages, result_runs
+from poolnet.text import (
+    DIGITS,
+    NATS,
+    POINTS,
+    aligned,
+    coded,
+    interval,
+    marked,
+    p_value,
+    piped,
+    spread,
+    to_json,
+    wrapped,
+)
+from poolnet.tracking import addresses, names, pages, result_runs
 from poolnet.tracking.training_runs import SAME_RUN
 
-WIDTH = 100  # columns of a terminal
 HOW = {  # the figures' titles, and how to read them
     "seeds": (
         "Each training",
@@ -55,12 +69,31 @@ HOW = {  # the figures' titles, and how to read them
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """When and how a report was made, and who serves its links."""
+
+    when: str = ""  # as in "2026-11-29 10:31 UTC"
+    command: str = ""  # to paste; empty from Python
+    serve: str = ""  # the command that serves the pages of the runs; empty for a server
+
+    @property
+    def line(self) -> str:
+        version = importlib.metadata.version("poolnet")
+        return f"Made {self.when} by poolnet {version}{', with' if self.command else '.'}"
+
+
 # --- the same numbers for all forms -----------------------------------------------------------------------------------
 
 
 def _arms(c: Comparison) -> list[list[str]]:
-    heads = ["arm", "n", "test accuracy", "test loss", "val accuracy", "ECE"]
-    return [heads, *([arm.name, str(len(arm.runs)), *map(spread, _scores(arm).values())] for arm in (c.a, c.b))]
+    rows = [["arm", "n", "test accuracy", "test loss", "val accuracy"]]
+    for arm in (c.a, c.b):
+        scores = _scores(arm)
+        rows.append(
+            [arm.name, str(len(arm.runs)), *(spread(scores[key]) for key in ("test_acc", "test_loss", "val_acc"))]
+        )
+    return rows
 
 
 def _scores(arm: Arm) -> dict[str, list[float]]:
@@ -79,38 +112,44 @@ def _scores(arm: Arm) -> dict[str, list[float]]:
 def _named_effects(c: Comparison) -> dict[str, tuple[str, Effect]]:
     """Return each effect by name, with a label.
 
-    The label says what the effect is about. The first two effects are those of the verdict.
+    The first two effects are those of the verdict. The label of another says what alone varies.
     """
-    effects = {
-        "acc": (f"accuracy, points: other {c.varied}", c.acc),
-        "nll": (f"loss, nats: other {c.varied}", c.nll),
-    }
+    effects = {"acc": ("accuracy, points", c.acc), "nll": ("loss, nats", c.nll)}
     if c.acc_over_seeds and c.nll_over_seeds:
         effects |= {
-            "acc_over_seeds": ("accuracy, points: other seeds", c.acc_over_seeds),
-            "nll_over_seeds": ("loss, nats: other seeds", c.nll_over_seeds),
-            "acc_over_examples": ("accuracy, points: other examples", c.acc_over_examples),
-            "nll_over_examples": ("loss, nats: other examples", c.nll_over_examples),
+            "acc_over_seeds": ("points, other seeds", c.acc_over_seeds),
+            "nll_over_seeds": ("nats, other seeds", c.nll_over_seeds),
+            "acc_over_examples": ("points, other examples", c.acc_over_examples),
+            "nll_over_examples": ("nats, other examples", c.nll_over_examples),
         }
     return effects
 
 
 def _effects(c: Comparison) -> list[list[str]]:
-    rows = [["what another draw would change", "difference", "95 % interval", "p"]]
+    rows = [["difference", "mean", "95 % interval", "p"]]
     for name, (label, effect) in _named_effects(c).items():
-        digits = 2 if name.startswith("acc") else 4
-        interval = f"{effect.low:+.{digits}f} to {effect.high:+.{digits}f}"
-        rows.append([label, f"{effect.estimate:+.{digits}f}", interval, p_value(effect.p)])
+        rows.append([label, *_cells(effect, POINTS if name.startswith("acc") else NATS)])
     return rows
+
+
+def _cells(effect: Effect, form: str) -> list[str]:
+    return [f"{effect.estimate:{form}}", interval(effect.low, effect.high, form), p_value(effect.p)]
+
+
+def _effects_note(c: Comparison) -> str:
+    alone = ", or about those that a row names" if len(c.seeds) > 1 else ""
+    return f"{c.b.name} minus {c.a.name}. Intervals and p are about other {c.varied}{alone}."
 
 
 def _tests(c: Comparison) -> list[str]:
     lines = [
         f"Equivalence within ±{c.margin:g} points, two one-sided tests: p {p_value(c.equivalence_p)}",
-        f"Smallest difference that such a design finds four times in five: {c.smallest_effect:.2f} points",
+        f"Smallest difference that such a design finds four times in five: ±{c.smallest_effect:.2f} points",
     ]
     if c.sign_flip_p is not None:
         lines.append(f"Exact sign-flip test over {len(c.seeds)} seeds, accuracy: p {p_value(c.sign_flip_p)}")
+    ece = ", ".join(f"{arm.name} {spread(_scores(arm)['ece'])}" for arm in (c.a, c.b))
+    lines.append(f"Expected calibration error (ECE): {ece}")
     ps, only_a, only_b = (
         sorted(values) for values in zip(*((m.p, m.only_a, m.only_b) for m in c.mcnemar), strict=True)
     )
@@ -136,9 +175,8 @@ def _classes(c: Comparison) -> list[list[str]]:
         if math.isnan(effect.estimate):
             rows.append([LETTERS[of_class.label], str(of_class.n), "-", "-", "-", "-"])
         else:
-            interval = f"{effect.low:+.2f} to {effect.high:+.2f}"
-            p = [p_value(effect.p), p_value(of_class.p_holm)]
-            rows.append([LETTERS[of_class.label], f"{of_class.n:,}", f"{effect.estimate:+.2f}", interval, *p])
+            row = [LETTERS[of_class.label], f"{of_class.n:,}", *_cells(effect, POINTS), p_value(of_class.p_holm)]
+            rows.append(row)
     return rows
 
 
@@ -156,7 +194,7 @@ def _design(c: Comparison) -> list[str]:
     return [
         f"The arms differ in: {'; '.join(arms)}.",
         f"Equal in both: {', '.join(equal)}, device {runs[0].device}{'' if 'seed' in values else f'; {pairs}'}.",
-        f"Data: {c.data}, SHA-256 {c.data_sha256}, {len(c.y):,} test examples, the same for all runs.",
+        f"Data: {c.data}, SHA-256 {c.data_sha256[:DIGITS]}, {len(c.y):,} test examples, the same for all runs.",
         f"Code: commit {', '.join(commits)}.",
         "Nothing was chosen by the test split here: both arms are scored with their final weights.",
     ]
@@ -169,33 +207,36 @@ def table(c: Comparison) -> str:
     """Return the report as text for a terminal."""
     return "\n".join(
         [
+            *wrapped(c.sentence),
+            "",
             *aligned(_arms(c)),
             "",
             *aligned(_effects(c)),
+            *wrapped(_effects_note(c)),
             "",
-            *(line for test in _tests(c) for line in textwrap.wrap(test, WIDTH, subsequent_indent="  ")),
-            *(line for note in c.caveats for line in textwrap.wrap(f"Note: {note}", WIDTH, subsequent_indent="  ")),
-            "",
-            *textwrap.wrap(c.sentence, WIDTH),
+            *(line for test in _tests(c) for line in wrapped(test, "  ")),
+            *(line for note in c.caveats for line in wrapped(f"Note: {note}", "  ")),
         ]
     )
 
 
-def markdown(c: Comparison) -> str:
+def markdown(c: Comparison, origin: Origin = Origin()) -> str:
     """Return the report in Markdown.
 
-    It is the description of the run in MLflow.
+    It is the description of the run in MLflow, which shows the first lines only until it is unfolded.
     """
     runs = [
         f"[{run.name}](#/experiments/{run.experiment_id}/runs/{run.run_id})" for arm in (c.a, c.b) for run in arm.runs
     ]
-    lines = [f"**{marked(c.sentence)}**", "", marked(c.question), ""]
-    lines += [*piped(_arms(c)), "", *piped(_effects(c)), ""]
-    lines += [f"- {marked(line)}" for line in (*_tests(c), *_design(c), *c.caveats)]
-    return "\n".join([*lines, "", "The whole of it, with figures, is the artifact `report.html`.", "", ", ".join(runs)])
+    lines = [f"**{marked(c.sentence)}**", "", *piped(_arms(c)), "", *piped(_effects(c)), "", marked(_effects_note(c))]
+    lines += ["", marked(c.question), "The whole of it, with figures, is the artifact `report.html`."]
+    if origin.when:
+        lines.append(f"{origin.line} {coded(origin.command)}" if origin.command else origin.line)
+    lines += ["", *(f"- {marked(line)}" for line in (*_tests(c), *_design(c), *c.caveats))]
+    return "\n".join([*lines, "", ", ".join(runs)])
 
 
-def html(c: Comparison, pngs: dict[str, bytes], links: dict[str, str]) -> str:
+def html(c: Comparison, pngs: dict[str, bytes], links: dict[str, str], origin: Origin = Origin()) -> str:
     """Return the report as a self-contained HTML page.
 
     `pngs` are the figures by name, as PNG. `links` are the addresses of run pages by run id.
@@ -211,12 +252,14 @@ def html(c: Comparison, pngs: dict[str, bytes], links: dict[str, str]) -> str:
         arms=_arms(c),
         arms_note="Mean and standard deviation over seeds." if len(c.seeds) > 1 else "One training an arm.",
         effects=_effects(c),
+        effects_note=_effects_note(c),
         tests=_tests(c),
         classes=_classes(c),
         figures=figures,
         disagreements=[] if "disagreements" in pngs else _disagreements(c),
         design=_design(c),
         links=links,
+        origin=origin,
     )
 
 
@@ -274,31 +317,32 @@ def contents(c: Comparison) -> dict:
 # --- the run in MLflow ------------------------------------------------------------------------------------------------
 
 
-def publish(client: MlflowClient, uri: str, experiment_id: str, c: Comparison) -> str:
+def publish(client: MlflowClient, uri: str, experiment_id: str, c: Comparison, command: str = "") -> str:
     """Save the comparison as a run in MLflow.
 
-    Returns the id of this run.
+    `command` is what the user typed. Returns the id of this run.
     """
-    tags = {names.COMPARISON: c.verdict, names.DATA_SHA256: c.data_sha256, names.NOTE: markdown(c)}
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    origin = Origin(when, addresses.hidden(command), pages.serving(uri))
+    tags = {names.COMPARISON: c.verdict, names.DATA_SHA256: c.data_sha256, names.NOTE: markdown(c, origin)}
     params = {"arm_a": c.a.name, "arm_b": c.b.name, "verdict": c.verdict}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        _write(c, folder, uri)
+        _write(c, folder, uri, origin)
         with result_runs.run(client, experiment_id, "compare", c.name) as run_id:
             result_runs.log(client, run_id, metrics=_metrics(c), params=params, tags=tags, folder=folder)
     return run_id
 
 
-def _write(c: Comparison, folder: Path, uri: str) -> None:
+def _write(c: Comparison, folder: Path, uri: str, origin: Origin) -> None:
     """Write the run's artifacts: page, numbers and figures."""
-    links = {
-        run.run_id: pages.link(uri, pages.run(run.experiment_id, run.run_id)) for arm in (c.a, c.b) for run in arm.runs
-    }
+    runs = (*c.a.runs, *c.b.runs)
+    links = {run.run_id: pages.address(uri, pages.run(run.experiment_id, run.run_id)) for run in runs}
     pngs = _drawn(c)
     (folder / "figures").mkdir()
     for name, content in pngs.items():
         (folder / "figures" / f"{name}.png").write_bytes(content)
-    (folder / "report.html").write_text(html(c, pngs, links), encoding="utf-8")
+    (folder / "report.html").write_text(html(c, pngs, links, origin), encoding="utf-8")
     (folder / "comparison.json").write_text(to_json(contents(c), indent=1), encoding="utf-8")
 
 

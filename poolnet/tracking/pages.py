@@ -61,20 +61,33 @@ def link(uri: str, page: str) -> str:
 
     If the address is not an HTTP server, the text is the command that serves the page, and the link.
     """
+    command = serving(uri)
+    return f"{command}\nthen {address(uri, page)}" if command else address(uri, page)
+
+
+def address(uri: str, page: str) -> str:
+    """Return the link to a page, for a browser.
+
+    If the address is not an HTTP server, the page is there while `serving` runs.
+    """
+    server = "http://127.0.0.1:5000" if serving(uri) else re.sub("//[^/@]*@", "//", addresses.shown(uri))
+    return f"{server.rstrip('/')}/#/{page}"
+
+
+def serving(uri: str) -> str:
+    """Return the command that serves the pages of a store.
+
+    It is empty for an HTTP server, which serves its own.
+    """
     if uri.startswith(("http://", "https://")):
-        server = re.sub("//[^/@]*@", "//", addresses.shown(uri))
-        return f"{server.rstrip('/')}/#/{page}"
-    return f"mlflow ui --backend-store-uri {_store(uri)}\nthen http://127.0.0.1:5000/#/{page}"
-
-
-def _store(uri: str) -> str:
-    """Return the address of a store as it is typed in a shell."""
+        return ""
     path = addresses.sqlite_file(uri)
     if path and path.parent == Path.cwd():
         uri = addresses.of_file(Path(path.name))
-    elif not path and addresses.shown(uri) != uri:  # the password is not for the screen
-        return "$env:MLFLOW_TRACKING_URI" if os.name == "nt" else '"$MLFLOW_TRACKING_URI"'
-    return pasted(addresses.for_mlflow(uri))
+    shown = pasted(addresses.for_mlflow(uri))
+    if not path and addresses.shown(uri) != uri:  # the password is not for the screen
+        shown = "$env:MLFLOW_TRACKING_URI" if os.name == "nt" else '"$MLFLOW_TRACKING_URI"'
+    return f"mlflow ui --backend-store-uri {shown}"
 
 
 def show(uri: str, page: str, echo: Echo) -> None:
@@ -83,8 +96,8 @@ def show(uri: str, page: str, echo: Echo) -> None:
     A store that has no server is served on a free port of this machine until Ctrl-C. Raises `RunError` if the server
     does not start.
     """
-    if uri.startswith(("http://", "https://")):
-        _browse(link(uri, page), echo)
+    if not serving(uri):
+        _browse(address(uri, page), echo)
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -121,6 +134,6 @@ def _wait_for(server: subprocess.Popen, port: int) -> None:
     raise RunError("`mlflow ui` did not start; start it with the command that is printed without --open")
 
 
-def _browse(address: str, echo: Echo) -> None:
-    opened = webbrowser.open(address)
-    echo(f"Opened {address}" if opened else f"Found no browser here; open {address}")
+def _browse(place: str, echo: Echo) -> None:
+    opened = webbrowser.open(place)
+    echo(f"Opened {place}" if opened else f"Found no browser here; open {place}")

@@ -1,6 +1,7 @@
 """Comparisons: what is found in planted runs, and what is refused. The runs are made as a server records them."""
 
 import json
+import re
 import tempfile
 import uuid
 from pathlib import Path
@@ -13,6 +14,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 
 from poolnet.data.dataset import open_dataset
 from poolnet.studies import compare, report, selection, study
+from poolnet.text import pasted
 from poolnet.tracking import servers
 from poolnet.training.device import resolve_device
 
@@ -123,10 +125,15 @@ def test_a_planted_effect_of_two_points_is_found_and_its_interval_holds_it(clien
     assert found["sentence"] in comparison.data.tags["mlflow.note.content"]
     names = {file.path for file in client.list_artifacts(found["run_id"])}
     assert {"report.html", "comparison.json", "figures"} <= names
-    # and once more, to the byte
+    # and once more, to the byte, but for the time
     again = compared("--study", path)
-    pages = [Path(client.download_artifacts(each["run_id"], "report.html")).read_bytes() for each in (found, again)]
+    pages = [
+        Path(client.download_artifacts(each["run_id"], "report.html")).read_text("utf-8") for each in (found, again)
+    ]
+    pages, times = zip(*(re.subn(r"Made \d{4}-\d\d-\d\d \d\d:\d\d UTC by", "", page) for page in pages), strict=True)
     assert pages[0] == pages[1]
+    assert times == (1, 1)
+    assert f"<code>{pasted('poolnet', 'compare', '--study', path, '--json')}</code>" in pages[0]
     volatile = {"run_id", "look"}
     assert {k: v for k, v in found.items() if k not in volatile} == {
         k: v for k, v in again.items() if k not in volatile

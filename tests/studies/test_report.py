@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from matplotlib.text import Text
 from poolnet.stats import paired
 from poolnet.studies import compare, comparison_figures, report
 from poolnet.studies.compare import Arm, Comparison
-from poolnet.text import to_json
+from poolnet.text import WIDTH, to_json
 from poolnet.tracking.training_runs import TrainingRun
 from poolnet.training.config import TrainConfig
 
@@ -100,15 +101,37 @@ def test_markdown_tables_have_as_many_cells_in_each_row(c):
     lines = report.markdown(c).splitlines()
     assert lines[0] == f"**{c.sentence}**"
     tables = [line for line in lines if line.startswith("|")]
-    assert {line.count("|") for line in tables} == {7, 5}
+    assert {line.count("|") for line in tables} == {6, 5}
     for run in (*c.a.runs, *c.b.runs):
         assert f"[{run.name}](#/experiments/7/runs/{run.run_id})" in lines[-1]
 
 
-def test_the_terminal_gets_lines_that_fit_and_the_verdict_last(c):
+def test_the_terminal_gets_lines_that_fit_and_the_verdict_first(c):
     lines = report.table(c).splitlines()
-    assert max(map(len, lines)) <= report.WIDTH
-    assert " ".join(report.table(c).split()).endswith(c.sentence)
+    assert max(map(len, lines)) <= WIDTH
+    assert " ".join(report.table(c).split()).startswith(c.sentence)
+
+
+def test_the_description_has_the_table_before_all_else_and_no_long_number(c):
+    origin = report.Origin("2026-11-29 10:31 UTC", "poolnet compare --study 'a b.toml'", "mlflow ui")
+    lines = report.markdown(c, origin).splitlines()
+    assert lines[2].startswith("| arm | n | test accuracy |")
+    assert re.search(r"\d{13}", report.markdown(c)) is None
+    made = [line for line in lines if line.startswith("Made 2026-11-29 10:31 UTC by poolnet ")]
+    assert [line.endswith(", with `poolnet compare --study 'a b.toml'`") for line in made] == [True]
+
+
+def test_the_page_says_how_it_was_made_and_who_serves_its_links(c):
+    links = {run.run_id: f"http://127.0.0.1:5000/#/{run.run_id}" for each in (c.a, c.b) for run in each.runs}
+    origin = report.Origin(
+        "2026-11-29 10:31 UTC", "poolnet compare --study <b>.toml", "mlflow ui --backend-store-uri x"
+    )
+    page = report.html(c, {}, links, origin)
+    assert "Made 2026-11-29 10:31 UTC by poolnet" in page
+    assert "<code>poolnet compare --study &lt;b&gt;.toml</code>" in page
+    assert "work while this serves them: <code>mlflow ui --backend-store-uri x</code>" in page
+    assert page.count('target="_blank" rel="noopener"') == len(links)
+    assert page.index(c.sentence) < page.index("The arms") < page.index("The difference") < page.index("Tests")
 
 
 @pytest.mark.parametrize("classes", [10, 9])
