@@ -166,7 +166,7 @@ def table(arrays: dict[str, np.ndarray], counts: dict[str, dict]) -> str:
     rows.append(("", *SPLITS))
     columns = [LETTERS, *([f"{n:,}" for n in per_letter(arrays, name)] for name in SPLITS)]
     rows += zip(*columns, strict=True)
-    lines = [f"{name:34}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in rows]
+    lines = [f"{name:33}" + "".join(f"{cell:>9}" for cell in cells) for name, *cells in rows]
     sizes = (f"{name} {len(arrays[f'y_{name}']):,}" for name in SPLITS)
     return "\n".join([*lines, "splits: " + ", ".join(sizes)])
 

@@ -21,7 +21,7 @@ from poolnet.errors import InputError
 from poolnet.runs import figures
 from poolnet.stats import scores
 from poolnet.stats.scores import Scores, Share
-from poolnet.text import aligned, coded, marked, piped, to_json
+from poolnet.text import DIGITS, SHARE, aligned, coded, interval, marked, piped, to_json, wrapped
 from poolnet.tracking import names, publication, result_runs, servers, training_runs
 from poolnet.tracking.registry import NAME, Loaded
 from poolnet.training.evaluation import Evaluation, evaluate
@@ -75,6 +75,14 @@ class EvaluationReport:
         if version:
             model = f"version {version.version}" if version.name == NAME else f"{version.name} {version.version}"
         return f"{model} on {self.splits.name} {self.split.name}"
+
+    @property
+    def sentence(self) -> str:
+        acc, loss = self.scores.acc, self.scores.loss
+        return (
+            f"{self.title}: accuracy {acc.estimate:{SHARE}}, 95 % interval {interval(acc.low, acc.high)}, and loss "
+            f"{loss.estimate:{SHARE}}, {interval(loss.low, loss.high)}."
+        )
 
     @property
     def tolerance(self) -> LossAcc:
@@ -167,10 +175,8 @@ def _training_data(uri: str, trained: Run | None) -> Dataset:
 
 def table(report: EvaluationReport) -> str:
     """Return the report as text for a terminal."""
-    lines = [report.title, ""]
-    for rows in (_summary(report.scores), _letters(report.scores), _confusion(report.scores)):
-        lines += [*aligned(rows), ""]
-    return "\n".join([*lines, report.agreement])
+    lines = [*wrapped(report.sentence), *wrapped(report.agreement), "", *aligned(_summary(report.scores)), ""]
+    return "\n".join([*lines, *aligned(_letters(report.scores)), "", *aligned(_confusion(report.scores), gap=1)])
 
 
 def markdown(report: EvaluationReport) -> str:
@@ -178,11 +184,11 @@ def markdown(report: EvaluationReport) -> str:
 
     It becomes the description of the run in MLflow.
     """
-    lines = [f"**{marked(report.title)}**", "", marked(report.agreement), ""]
-    lines += [*piped(_summary(report.scores)), "", *piped(_letters(report.scores)), ""]
+    lines = [f"**{marked(report.sentence)}**", "", *piped(_summary(report.scores)), "", marked(report.agreement), ""]
+    lines += [*piped(_letters(report.scores)), ""]
     lines += [
         f"- Model: {coded(report.model.uri)}",
-        f"- Data: {coded(report.splits.name)}, SHA-256 `{report.splits.sha256}`",
+        f"- Data: {coded(report.splits.name)}, SHA-256 `{report.splits.sha256[:DIGITS]}`",
         "- Intervals say what other examples would change: Wilson's for shares, bootstrap for the loss. A model whose "
         "probabilities are true has an ECE below that of chance in 95 % of samples of this size.",
     ]
@@ -194,26 +200,25 @@ def _summary(s: Scores) -> list[list[str]]:
     beyond = "above" if ece > s.ece_if_calibrated else "within"
     return [
         ["score", "estimate", "95 % interval"],
-        ["loss, nats", f"{s.loss.estimate:.4f}", f"{s.loss.low:.4f} to {s.loss.high:.4f}"],
-        ["accuracy", f"{s.acc.estimate:.4f}", f"{s.acc.low:.4f} to {s.acc.high:.4f}"],
-        ["ECE", f"{ece:.4f}", f"{beyond} the {s.ece_if_calibrated:.4f} of chance"],
+        ["accuracy", f"{s.acc.estimate:{SHARE}}", interval(s.acc.low, s.acc.high)],
+        ["loss, nats", f"{s.loss.estimate:{SHARE}}", interval(s.loss.low, s.loss.high)],
+        ["ECE", f"{ece:{SHARE}}", f"{beyond} the {s.ece_if_calibrated:{SHARE}} of chance"],
     ]
 
 
 def _letters(s: Scores) -> list[list[str]]:
-    rows = [["letter", "n", "precision", "recall", "F1"]]
+    rows = [["letter", "n", *MEASURES[:2], "F1", "its 95 % interval"]]
     for letter in s.per_class:
-        row = [LETTERS[letter.label], f"{letter.n:,}"]
-        for share in (letter.precision, letter.recall, letter.f1):
-            interval = f"{share.estimate:.3f} ({share.low:.3f} to {share.high:.3f})"
-            row.append("-" if math.isnan(share.estimate) else interval)
-        rows.append(row)
+        shares = [getattr(letter, name) for name in MEASURES]
+        estimates = ["-" if math.isnan(share.estimate) else f"{share.estimate:{SHARE}}" for share in shares]
+        reach = "-" if math.isnan(letter.f1.estimate) else interval(letter.f1.low, letter.f1.high)
+        rows.append([LETTERS[letter.label], f"{letter.n:,}", *estimates, reach])
     return rows
 
 
 def _confusion(s: Scores) -> list[list[str]]:
     rows = s.confusion.tolist()
-    return [["true, said", *LETTERS], *([letter, *map(str, row)] for letter, row in zip(LETTERS, rows, strict=True))]
+    return [["true", *LETTERS], *([letter, *map(str, row)] for letter, row in zip(LETTERS, rows, strict=True))]
 
 
 def contents(report: EvaluationReport) -> dict[str, object]:
@@ -230,6 +235,7 @@ def contents(report: EvaluationReport) -> dict[str, object]:
         "data_sha256": report.splits.sha256,
         "split": report.split.name,
         "n": s.n,
+        "sentence": report.sentence,
         "loss": Share(s.loss.estimate, s.loss.low, s.loss.high),
         "acc": s.acc,
         "ece": s.calibration.ece,

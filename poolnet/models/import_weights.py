@@ -21,8 +21,8 @@ from poolnet.data import dataset
 from poolnet.data.dataset import Dataset
 from poolnet.errors import InputError
 from poolnet.files import home, locked, regular
-from poolnet.text import coded, printable
-from poolnet.tracking import names, publication, registry, result_runs, servers
+from poolnet.text import DIGITS, coded, printable
+from poolnet.tracking import description, names, publication, registry, result_runs, servers
 from poolnet.tracking.model_card import Card
 from poolnet.training.evaluation import Evaluation, evaluate
 from poolnet.training.model import SimpleConvNet, SimplePoolNet, build_model
@@ -145,12 +145,14 @@ def _log(
 
     The names are those that a training run uses.
     """
-    note = f"Weights from {coded(params['file'])}, SHA-256 `{params['sha256']}`, trained elsewhere"
+    note = f"Weights from {coded(params['file'])}, SHA-256 `{params['sha256'][:DIGITS]}`, trained elsewhere"
     if not splits:
         note += "; not scored on any data, so that `poolnet promote` has nothing to decide on."
         result_runs.log(client, run_id, metrics={}, params=params, tags={names.NOTE: note})
         return
     note += f"; scored on {coded(splits.name)}. Whether its test images took part in the training is not known here."
+    final = {name: (evaluation.acc, evaluation.loss) for name, evaluation in scores.items()}
+    note = "\n".join([*description.answer(final, len(splits.test)), "", note])
     tags = {names.DATA_SHA256: splits.sha256, names.NOTE: note}
     inputs = publication.datasets(splits.summary())
     with tempfile.TemporaryDirectory() as scratch:

@@ -17,7 +17,7 @@ import torch
 from poolnet.data import letter_image
 from poolnet.data.dataset import LETTERS, as_images
 from poolnet.errors import InputError
-from poolnet.text import aligned, printable
+from poolnet.text import SHARE, aligned, printable
 from poolnet.training.evaluation import threads
 
 BATCH = 256  # images given to the model at once
@@ -81,12 +81,11 @@ def table(predictions: Iterable[Prediction]) -> str:
 
     It has one line for each image.
     """
-    rows = [("image", "letter", "probability", "or", "probability", "")]
+    rows = [("image", "letter", "sure", "or", "sure", "")]
     for p in predictions:
+        sure, less_sure = f"{p.probability:{SHARE}}", f"{p.runner_up_probability:{SHARE}}"
         turned = "dark on bright" if p.inverted else ""
-        rows.append(
-            (printable(p.path), p.letter, f"{p.probability:.4f}", p.runner_up, f"{p.runner_up_probability:.4f}", turned)
-        )
+        rows.append((printable(p.path), p.letter, sure, p.runner_up, less_sure, turned))
     return "\n".join(aligned(rows))
 
 

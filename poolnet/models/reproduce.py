@@ -20,7 +20,7 @@ from poolnet import process
 from poolnet.errors import InputError
 from poolnet.runs import provenance, record_form, run_record, train_run
 from poolnet.runs.run_record import RunRecord
-from poolnet.text import Echo
+from poolnet.text import Echo, marked
 from poolnet.tracking import addresses, names, registry, servers, training_runs
 from poolnet.tracking.publisher import Publisher
 from poolnet.training import train_loop
@@ -85,9 +85,12 @@ class Reproduction:
 
     @property
     def sentence(self) -> str:
-        counts = [f"{count:,} {what}" for what, count in self.compared.items()]
-        text = f"{self.verdict}: {self.again.name} and {self.original.name}, {', '.join(counts)} compared"
+        text = f"{self.verdict}: {self.again.name} and {self.original.name}, {self.counts} compared"
         return f"{text}; first difference: {self.first}" if self.first else text
+
+    @property
+    def counts(self) -> str:
+        return ", ".join(f"{count:,} {what}" for what, count in self.compared.items())
 
 
 def find(client: MlflowClient, name: str) -> Original:
@@ -266,7 +269,8 @@ def publish(client: MlflowClient, reproduction: Reproduction, run_id: str) -> No
     """
     original = reproduction.original.run.info
     link = f"[{reproduction.original.name}](#/experiments/{original.experiment_id}/runs/{original.run_id})"
-    lines = [f"**Reproduction of {link}.** {reproduction.sentence}."]
+    lines = [f"**Reproduction of {link}: {reproduction.verdict}**, {reproduction.counts} compared.", ""]
+    lines += [f"- First difference: {marked(reproduction.first)}"] if reproduction.first else []
     lines += [f"- The original was trained with {difference}" for difference in reproduction.circumstances]
     before = client.get_run(run_id).data.tags.get(names.NOTE, "")
     client.set_tag(run_id, names.NOTE, "\n".join([*lines, "", before]))

@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 
 from poolnet.studies.study import Study
-from poolnet.text import aligned, coded, marked, pasted, piped, spread
+from poolnet.text import DIGITS, aligned, coded, marked, pasted, piped, spread
 from poolnet.tracking import names, sweep_run, training_runs
 from poolnet.tracking.training_runs import SCORES
 from poolnet.training.config import TrainConfig
@@ -124,15 +124,15 @@ def note(sweep: Sweep, experiment_id: str) -> str:
         values = [str(getattr(result.config, option)) for option in (*options, "seed")]
         runs.append([name, *map(marked, (*values, result.error or result.status))])
     lines = [
-        f"**{marked(study.question)}**",
-        "",
-        f"{len(sweep.results) - len(sweep.missing)} of {len(sweep.results)} runs are finished, on "
-        f"{coded(sweep.path.stem)}, SHA-256 `{sweep.data_sha256}`.",
-        "",
         *piped(arms),
         "",
-        "Mean and standard deviation over seeds. What they say: "
+        f"{len(sweep.results) - len(sweep.missing)} of {len(sweep.results)} runs are finished, on "
+        f"{coded(sweep.path.stem)}. Mean and standard deviation over seeds.",
+        "",
+        f"**{marked(study.question)}** "
         + coded(pasted("poolnet", "compare", "--study", study.path.as_posix(), "--data", study.data)),
+        "",
+        f"SHA-256 of the data `{sweep.data_sha256[:DIGITS]}`.",
         "",
         *piped(runs, cell=str),
     ]

@@ -1,11 +1,14 @@
 """Describe a run for MLflow's user interface, in Markdown.
 
-The text has the result, what the result is based on, and how to use and repeat it.
+The text has the result, what the result is based on, and how to use and repeat it. MLflow folds it after some six
+lines, so the result comes first.
 """
+
+from collections.abc import Mapping
 
 from poolnet.runs.run_record import RunRecord
 from poolnet.stats import scores
-from poolnet.text import coded, pasted
+from poolnet.text import DIGITS, SHARE, coded, interval, pasted, piped
 from poolnet.tracking import registry
 from poolnet.training.config import PLATEAU_MARGIN
 
@@ -17,25 +20,20 @@ def of_run(run: RunRecord, version: int | None) -> str:
     """
     record, records = run.record, run.by_step()
     once, last = records[0], records[max(records)]
-    data, environment = record["data"], record["environment"]
+    data, code, environment = record["data"], record["code"], record["environment"]
     sizes = {split["name"]: split["shape"][0] for split in data["splits"]}
-    acc = scores.wilson(round(once["test_acc"] * sizes["test"]), sizes["test"])
+    final = {"train, last epoch": (last["train_acc"], last["train_loss"]), "val": (last["val_acc"], last["val_loss"])}
     options = [word for name, value in record["config"].items() for word in (f"--{name}", value)]
     lines = [
-        f"**Test accuracy {once['test_acc']:.4f}**, 95 % interval over the {sizes['test']:,} test letters "
-        f"{acc.low:.4f} to {acc.high:.4f} (Wilson; other seeds vary as well). Test loss {once['test_loss']:.4f}.",
+        *answer(final | {"test": (once["test_acc"], once["test_loss"])}, sizes["test"]),
         "",
-        "| final weights | train, last epoch | val | test |",
-        "|---|---|---|---|",
-        f"| loss | {last['train_loss']:.4f} | {last['val_loss']:.4f} | {once['test_loss']:.4f} |",
-        f"| accuracy | {last['train_acc']:.4f} | {last['val_acc']:.4f} | {once['test_acc']:.4f} |",
-        "",
-        f"- Best validation accuracy: {once['best_val_acc']:.4f} in epoch {once['best_val_epoch']}; "
+        "- The interval (Wilson's) is about other letters; other seeds vary as well",
+        f"- Best validation accuracy: {once['best_val_acc']:{SHARE}} in epoch {once['best_val_epoch']}; "
         f"within {PLATEAU_MARGIN} of it from epoch {once['plateau_epoch']} on",
         f"- Data: {coded(data['name'])}, train / val / test {' / '.join(f'{size:,}' for size in sizes.values())}, "
-        f"SHA-256 `{data['sha256']}`"
+        f"SHA-256 `{data['sha256'][:DIGITS]}`"
         + (f". **{data['overlap']:,} test images also occur in train.**" if data["overlap"] else ""),
-        f"- Code: commit `{record['code']['commit'] or 'unknown'}`, uncommitted changes: {record['code']['dirty']}",
+        f"- Code: commit `{(code['commit'] or 'unknown')[:DIGITS]}`, uncommitted changes: {code['dirty']}",
         f"- Machine: {record['device']}, torch {environment['torch']} ({environment['threads']} threads), "
         f"Python {environment['python']}, {environment['system']} {environment['machine']}",
         f"- Again: {coded(pasted('poolnet', 'train', *options))}",
@@ -49,3 +47,16 @@ def of_run(run: RunRecord, version: int | None) -> str:
         model = f"models:/{registry.NAME}/{version}"
         lines.append(f'- Use: `poolnet evaluate {model}`, or in Python `poolnet.load_model("{model}")`')
     return "\n".join(lines)
+
+
+def answer(final: Mapping[str, tuple[float, float]], n: int) -> list[str]:
+    """Return the first lines: test accuracy, and a table.
+
+    `final` has the accuracy and the loss of each split with the final weights. There are `n` test letters.
+    """
+    acc = final["test"][0]
+    share = scores.wilson(round(acc * n), n)
+    rows = [["final weights", *final]]
+    rows += [[name, *(f"{each[i]:{SHARE}}" for each in final.values())] for i, name in enumerate(("accuracy", "loss"))]
+    sentence = f"**Test accuracy {acc:{SHARE}}**, 95 % interval {interval(share.low, share.high)} over {n:,} letters."
+    return [sentence, "", *piped(rows)]

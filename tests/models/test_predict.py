@@ -146,8 +146,8 @@ def test_json_is_plain():
 
 def test_the_table_has_a_line_for_each_image():
     header, line = predict.table([AWKWARD]).splitlines()
-    assert header.split() == ["image", "letter", "probability", "or", "probability"]
-    assert line == 'a "big", blue.png  A       0.7500       B   0.1250       dark on bright'
+    assert header.split() == ["image", "letter", "sure", "or", "sure"]
+    assert line == 'a "big", blue.png  A       0.7500  B   0.1250  dark on bright'
 
 
 def test_names_that_a_terminal_would_obey_are_escaped():
