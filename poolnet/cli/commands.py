@@ -27,15 +27,17 @@ from poolnet.cli.model_commands import (
     STUDY,
     TIMEOUT,
     completed,
+    data_option,
     look_at,
     points,
+    present_data,
     switch,
     tracking_server,
 )
 from poolnet.errors import InputError, RunError
 from poolnet.files import FULL, expanded, home, writable
 from poolnet.text import echo, echo_warning, failed, pasted, progress, to_json
-from poolnet.training.config import POOLS, TrainConfig
+from poolnet.training.config import POOLS, SAME_RUN, TrainConfig
 
 SETTINGS = {  # of MLflow, in our own processes, where the user has not decided otherwise
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -137,6 +139,7 @@ def train_options(command: Callable) -> Callable:
             show_default=True,
             help=field.metadata["help"],
             shell_complete=COMPLETED.get(field.name),
+            callback=present_data if field.name == "data" else None,
         )(command)
     return command
 
@@ -181,9 +184,19 @@ def train(
     context.exit(3 if trained.trouble else 0)
 
 
+def _address(context: click.Context, option: click.Parameter, uri: str | None) -> str | None:
+    if uri:
+        from poolnet.tracking import addresses
+
+        addresses.check(uri, "--to")
+    return uri
+
+
 @cli.command()
 @click.argument("runs", nargs=-1, metavar="[RUN]...")
-@click.option("--to", metavar="URI", help="Publish to this tracking server, and from now on to it alone.")
+@click.option(
+    "--to", metavar="URI", callback=_address, help="Publish to this tracking server, and from now on to it alone."
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--prune", is_flag=True, help="Remove local folders of finished runs that the server holds completely.")
 @AS_JSON
@@ -218,7 +231,7 @@ def sync(
             os.nice(10)  # the training comes first
         context.exit(upload_process.run(sys.stdin, timeout, echo=lambda line: failed(line, 0), reply=echo))
     servers.limit(timeout)
-    with progress(sync.checked_names(runs, to) or run_record.names(), label="Publishing") as names:
+    with progress(sync.checked_names(runs) or run_record.names(), label="Publishing") as names:
         rows = [sync.sync(name, to, dry_run, prune) for name in names]
     _show(context, rows, as_json)
 
@@ -232,7 +245,7 @@ def _show(context: click.Context, rows: list, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("study", type=FILE, shell_complete=STUDY)
-@click.option("--data", default="", shell_complete=DATA, help="Another data set than the study's own.")
+@data_option(help="Another data set than the study's own.")
 @click.option("--workers", default="", help="Processes that train.  [default: one a core; one where conv takes part]")
 @click.option("--figures", is_flag=True, help="Draw the figures of each run too; later: poolnet figures RUN.")
 @OPEN
@@ -257,9 +270,14 @@ def sweep(
     default false); under [grid] options of `poolnet train`, each a value or a list; under [arms] the two that are
     compared, as in: max = { pool = "max" }
     """
+    from poolnet.data import dataset
     from poolnet.studies.study import read
+    from poolnet.training import device as devices
 
     plan = read(study, data)
+    dataset.check(plan.data)
+    for device in plan.grid.get("device", ()):
+        devices.check(device)
     if workers and not (workers.isdecimal() and 0 < int(workers[:5]) < 1000):
         raise InputError(f"--workers: found {workers!r}, expected a whole number from 1 to 999")
     from poolnet.tracking.train import look_ahead
@@ -315,11 +333,17 @@ def figures(context: click.Context, runs: tuple[str, ...], as_json: bool, timeou
 
     servers.limit(timeout)
     rows = []
-    with progress(sync.checked_names(runs, None), label="Drawing") as names:
+    with progress(sync.checked_names(runs), label="Drawing") as names:
         for name in names:
             train_run.draw(sync.find(name), lambda line: None)
             rows.append(sync.sync(name))
     _show(context, rows, as_json)
+
+
+def _option_of_arms(context: click.Context, option: click.Parameter, name: str) -> str:
+    if name and name not in SAME_RUN[:-1]:
+        raise InputError(f"--by: found {name!r}, expected one of {', '.join(SAME_RUN[:-1])}")
+    return name
 
 
 @cli.command()
@@ -331,7 +355,8 @@ def figures(context: click.Context, runs: tuple[str, ...], as_json: bool, timeou
 @click.option(
     "--by",
     default="",
-    shell_complete=completed(*(field.name for field in dataclasses.fields(TrainConfig))),
+    shell_complete=completed(*SAME_RUN[:-1]),
+    callback=_option_of_arms,
     help="With --experiment: the option that tells the arms apart, such as pool.",
 )
 @click.option("--arms", nargs=2, help="With --by: the two values to compare, the second with the first.")
@@ -368,6 +393,9 @@ def compare(
         by = by or "pool"
     if [bool(names), bool(study), bool(by)].count(True) != 1 or (names and len(names) != 2):
         raise InputError("compare: expected one of --study STUDY.toml, --experiment NAME --by OPTION, or two runs")
+    if arms and (not by or arms[0] == arms[1]):
+        found = f"found {arms[0]} twice" if by else "found it without --by"
+        raise InputError(f"--arms: {found}, expected two values of {by or 'the option that --by names'}")
     plan = read(Path(study), data) if study else None
     within = points("--margin", margin) or (plan.margin if plan else MARGIN)
 

@@ -5,6 +5,7 @@ They parse, call and print, as in `commands.py`.
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from poolnet.errors import InputError, RunError
-from poolnet.files import home
+from poolnet.files import home, regular
+from poolnet.models import WEIGHTS_FILE
 from poolnet.text import echo, echo_warning, failed, to_json
 from poolnet.training.config import POOLS
 
@@ -40,6 +42,18 @@ def completed(*words: str, suffix: str = "") -> Callable[..., list[CompletionIte
 
 DATA = completed("glyphs", "notmnist", suffix=".npz")
 STUDY = completed(suffix=".toml")
+
+
+def present_data(context: click.Context, option: click.Parameter, data: str) -> str:
+    """Refuse a data set that is not there, before the long imports."""
+    if data != option.default:
+        from poolnet.data import dataset
+
+        dataset.check(data)
+    return data
+
+
+data_option = partial(click.option, "--data", default="", shell_complete=DATA, callback=present_data)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the bootstraps.")
 switch = partial(click.option, type=bool, is_flag=False, flag_value=True, default=False)  # `mlflow run` gives a value
@@ -111,9 +125,17 @@ def points(option: str, text: str) -> float | None:
     return value
 
 
+def _model(context: click.Context, argument: click.Parameter, uri: str) -> str:
+    """Refuse a folder that is not there, before the long imports."""
+    is_path = ":/" not in uri and {"/", os.sep} & set(uri)
+    if is_path and not Path(uri).is_dir():
+        raise InputError(f"{uri}: no such folder; expected a model, as in models:/poolnet/1")
+    return uri
+
+
 @click.command()
-@click.argument("model")
-@click.option("--data", default="", shell_complete=DATA, help="The data set.  [default: what the model was trained on]")
+@click.argument("model", callback=_model)
+@data_option(help="The data set.  [default: what the model was trained on]")
 @click.option(
     "--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True, help="Part of the data."
 )
@@ -149,13 +171,23 @@ def evaluate(model: str, data: str, split: str, seed: int, open_page: bool, time
     look_at(client.uri, page, open_page, as_json)
 
 
+def _alias(context: click.Context, option: click.Parameter, name: str) -> str:
+    """Refuse an alias that MLflow would not accept, by its own rules."""
+    if not re.fullmatch(r"[\w-]+", name) or re.fullmatch(r"v\d+|latest", name.lower()):
+        raise InputError(f"--alias: found {name!r}, expected letters, digits, - and _, as in champion-max")
+    return name
+
+
 @click.command()
-@click.argument("model", default="")
-@click.option("--model", "by_option", default="", hidden=True, help="MODEL, as `mlflow run` passes it.")
+@click.argument("model", default="", callback=_model)
+@click.option(
+    "--model", "by_option", default="", hidden=True, callback=_model, help="MODEL, as `mlflow run` passes it."
+)
 @click.option(
     "--alias",
     default="champion",
     show_default=True,
+    callback=_alias,
     shell_complete=completed("champion", *(f"champion-{pool}" for pool in POOLS)),
     help="Of what: champion, champion-max, champion-avg.",
 )
@@ -207,7 +239,7 @@ def promote(
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", callback=_model)
 @click.argument("images", nargs=-1, required=True, type=FILE, metavar="IMAGE...")
 @click.option("--invert/--no-invert", default=None, help="Dark letters on bright ground.  [default: recognised]")
 @click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values instead of the table.")
@@ -254,7 +286,7 @@ def predict(
 
 @click.command()
 @click.argument("run")
-@click.option("--data", default="", shell_complete=DATA, help="Where its data set is.  [default: where it was]")
+@data_option(help="Where its data set is.  [default: where it was]")
 @TIMEOUT
 @AS_JSON
 @click.pass_context
@@ -295,15 +327,15 @@ def reproduce(context: click.Context, run: str, data: str, timeout: float, as_js
     context.exit(1 if result.verdict == "different" else 3 if trouble else 0)
 
 
+def _weights(context: click.Context, argument: click.Parameter, file: Path) -> Path:
+    regular(file, WEIGHTS_FILE)
+    return file
+
+
 @click.command()
-@click.argument("file", type=FILE)
+@click.argument("file", type=FILE, callback=_weights)
 @click.option("--pool", type=click.Choice(POOLS), required=True, help="The pooling that they were trained with.")
-@click.option(
-    "--data",
-    default="",
-    shell_complete=DATA,
-    help="Score them on this data set too; without, no test can compare them.",
-)
+@data_option(help="Score them on this data set too; without, no test can compare them.")
 @TIMEOUT
 @AS_JSON
 def register(file: Path, pool: str, data: str, timeout: float, as_json: bool) -> None:

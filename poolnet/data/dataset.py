@@ -103,6 +103,15 @@ def locate(data: str, echo: Echo = lambda line: None) -> Path:
     return prepared(data) if data == "notmnist" else expanded(Path(data))
 
 
+def check(data: str) -> None:
+    """Raise `InputError` if there is no file of a data set.
+
+    `data` is as for `locate`. The glyphs need no file, since they are rendered.
+    """
+    if data != "glyphs":
+        npz.check(locate(data).absolute())
+
+
 def open_data(data: str | Path = "glyphs") -> Dataset:
     """Open a data set by its name or path.
 

@@ -63,10 +63,15 @@ class Member:
             return np.lib.format.read_array(stream, allow_pickle=False)
 
 
+def check(path: Path) -> None:
+    """Raise `InputError` unless there is a regular file."""
+    regular(path, "an .npz file, glyphs, or notmnist")
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open the `.npz` archive at `path`."""
-    regular(path, "an .npz file, glyphs, or notmnist")
+    check(path)
     with contextlib.ExitStack() as stack:
         with _named_errors(path):
             file = stack.enter_context(path.open("rb"))

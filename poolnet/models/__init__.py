@@ -1,1 +1,3 @@
 """Score, promote, import, reproduce and use trained models."""
+
+WEIGHTS_FILE = "what torch.save(model.state_dict(), FILE) writes"  # that `import_weights` reads

@@ -20,7 +20,8 @@ from mlflow.tracking.client import MlflowClient
 from poolnet.data import dataset
 from poolnet.data.dataset import Dataset
 from poolnet.errors import InputError
-from poolnet.files import home, locked, regular
+from poolnet.files import home, locked
+from poolnet.models import WEIGHTS_FILE
 from poolnet.text import DIGITS, coded, printable
 from poolnet.tracking import description, names, publication, registry, result_runs, servers
 from poolnet.tracking.model_card import Card
@@ -42,10 +43,9 @@ class Registered:
 def read(path: Path, pool: str) -> SimplePoolNet | SimpleConvNet:
     """Load a saved `state_dict` into a network of this pool.
 
-    `torch.save` must have written the file. It is unpickled as tensors only.
+    `torch.save` must have written the file, a regular one. It is unpickled as tensors only.
     """
-    cure = "expected what torch.save(model.state_dict(), FILE) writes"
-    regular(path, cure.removeprefix("expected "))
+    cure = f"expected {WEIGHTS_FILE}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # at a pickle that torch.save did not write

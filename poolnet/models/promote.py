@@ -6,7 +6,6 @@ A paired test on the same validation examples decides.
 import contextlib
 import dataclasses
 import os
-import re
 import time
 
 import numpy as np
@@ -126,7 +125,6 @@ def decide(client: MlflowClient, uri: str, alias: str, margin: float | None, for
     without pickle, if it has another pool than the alias names, or if it was trained on other data than the champion.
     With `force`, other data are no error.
     """
-    _check_alias(alias)
     pool = alias.removeprefix("champion-")
     newest = "" if uri else registry.newest(client, pool=pool if pool in POOLS else "").version
     challenger = _challenger(client, uri or f"models:/{NAME}/{newest}")
@@ -195,15 +193,6 @@ def _registered(client: MlflowClient, challenger: _Challenger) -> int:
         return registry.register(client, run.info.run_id, challenger.model_id, card)
 
 
-def _check_alias(alias: str) -> None:
-    """Refuse an alias that MLflow would not accept.
-
-    These are MLflow's own rules. They are checked before anything is written.
-    """
-    if not re.fullmatch(r"[\w-]+", alias) or re.fullmatch(r"v\d+|latest", alias.lower()):
-        raise InputError(f"--alias: found {alias!r}, expected letters, digits, - and _, as in champion-max")
-
-
 def _paired(
     client: MlflowClient, champion: ModelVersion, challenger: _Challenger, split: str, margin: float | None
 ) -> Paired:
@@ -255,7 +244,6 @@ def rollback(client: MlflowClient, alias: str) -> Decision:
 
     A second rollback gives it to the champion before that one.
     """
-    _check_alias(alias)
     present = champions.holder(client, alias)
     earlier = champions.before(client, alias, present)
     if present and (over := champions.unfinished_rollback(client, alias, present)):  # killed: this command ends it

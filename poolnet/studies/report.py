@@ -38,7 +38,7 @@ from poolnet.text import (
     wrapped,
 )
 from poolnet.tracking import addresses, names, pages, result_runs
-from poolnet.tracking.training_runs import SAME_RUN
+from poolnet.training.config import SAME_RUN
 
 HOW = {  # the figures' titles, and how to read them
     "seeds": (

@@ -16,8 +16,8 @@ from poolnet.runs import run_record
 from poolnet.studies.study import Study
 from poolnet.text import pasted
 from poolnet.tracking import servers, training_runs
-from poolnet.tracking.training_runs import SAME_RUN, TrainingRun
-from poolnet.training.config import TrainConfig
+from poolnet.tracking.training_runs import TrainingRun
+from poolnet.training.config import SAME_RUN, TrainConfig
 from poolnet.training.device import resolve_device
 
 Arms = dict[str, list[TrainingRun]]  # the two arms' runs by the arms' names
@@ -127,10 +127,6 @@ def of_experiment(
     The runs that have the same value of option `by` are an arm. The arms are the only two values, or those in `names`.
     With `data`, only runs on that data set count.
     """
-    if by not in SAME_RUN[:-1]:
-        raise InputError(f"--by: found {by!r}, expected one of {', '.join(SAME_RUN[:-1])}")
-    if len(set(names)) < len(names):
-        raise InputError(f"--arms: found {names[0]} twice, expected two values of {by}")
     sha256 = _digest_here(data) if data else ""
     arms: Arms = {}
     for run in training_runs.search(client, experiment_ids):

@@ -125,13 +125,11 @@ def sync(name: str, to: str | None = None, dry_run: bool = False, prune: bool = 
     return row
 
 
-def checked_names(runs: Iterable[str], to: str | None) -> list[str]:
+def checked_names(runs: Iterable[str]) -> list[str]:
     """Return the names of the runs, as `find` finds them.
 
-    Raises `InputError` for an unknown run or a wrong address.
+    Raises `InputError` for an unknown run.
     """
-    if to:
-        addresses.check(to, "--to")
     return [find_name(run) for run in runs]
 
 

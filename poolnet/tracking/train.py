@@ -13,6 +13,7 @@ from poolnet.text import Echo, echo_warning
 from poolnet.tracking import addresses, published
 from poolnet.tracking.published import ServerCopy
 from poolnet.tracking.publisher import Publisher
+from poolnet.training import device
 from poolnet.training.config import TrainConfig
 
 
@@ -44,7 +45,8 @@ def train(
     """
     if optimum and config.pool == "conv":
         raise InputError("--optimum: found pool conv, expected max or avg, whose loss has a single minimum")
-    home()  # first of all, since nothing goes without it
+    device.check(config.device)
+    home()  # before all that takes long, since nothing goes without it
     old = _recorded(resume, timeout) if resume else None
     if not old:
         look_ahead(echo_warning)

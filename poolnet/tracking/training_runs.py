@@ -18,10 +18,8 @@ from mlflow.tracking.client import MlflowClient
 from poolnet.errors import InputError
 from poolnet.text import Echo, echo_warning
 from poolnet.tracking import names
-from poolnet.training.config import TrainConfig
+from poolnet.training.config import SAME_RUN, TrainConfig
 
-# With data and device, all that the figures depend on; the seed is last.
-SAME_RUN = ("pool", "epochs", "batch_size", "lr", "seed")
 SCORES = ("val_acc", "val_loss", "test_acc", "test_loss")  # with the final weights
 # What `mlflow run` may record of a training, the last of which are no settings of it.
 OPTIONS = {field.name for field in dataclasses.fields(TrainConfig)}

@@ -8,12 +8,15 @@ import dataclasses
 import math
 import numbers
 import operator
+import re
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from poolnet.errors import InputError
 
 PLATEAU_MARGIN = 0.002  # of accuracy: what 30 epochs gain once the published run has flattened
+# With data and device, all that the figures depend on; the seed is last.
+SAME_RUN = ("pool", "epochs", "batch_size", "lr", "seed")
 POOLS = ("max", "avg", "conv")  # conv: the two strided convolutions that pooling replaced
 
 
@@ -44,6 +47,8 @@ class TrainConfig:
                 raise InputError(f"{name}: found {getattr(self, name)}, expected a whole number from 1")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise InputError(f"lr: found {self.lr}, expected a finite number above 0")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise InputError(f"device: found {self.device!r}, expected auto, cpu, cuda, cuda:N or mps")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed: found {self.seed}, expected a whole number from 0 to 2**63 - 1")
 

@@ -14,8 +14,22 @@ def resolve_device(name: str) -> str:
 
     `auto` is cuda, else mps, else cpu. Raises `InputError` if the device is unknown or missing.
     """
-    if name == "cpu" or (name == "auto" and _has_cpu_only()):
+    if name == "cpu":
         return "cpu"
+    present = ["cpu"] if _has_cpu_only() else _present()
+    if name != "auto" and name not in present:
+        raise InputError(f"device: found {name!r}, expected one that is here: auto, {', '.join(present)}")
+    return present[0] if name == "auto" else name
+
+
+def check(name: str) -> None:
+    """Refuse a device that is not here, if torch is not needed for it."""
+    if _has_cpu_only():
+        resolve_device(name)
+
+
+def _present() -> list[str]:
+    """Return the devices that torch finds here, the best first."""
     import torch  # takes seconds, which a sweep with nothing to train saves on most machines
 
     present = ["cpu"]
@@ -23,9 +37,7 @@ def resolve_device(name: str) -> str:
         present.insert(0, "mps")
     if torch.cuda.is_available():
         present = ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *present]
-    if name != "auto" and name not in present:
-        raise InputError(f"device: found {name!r}, expected one that is here: auto, {', '.join(present)}")
-    return present[0] if name == "auto" else name
+    return present
 
 
 @functools.cache

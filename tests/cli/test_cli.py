@@ -3,6 +3,7 @@ import inspect
 import io
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import mlflow
 import numpy as np
 import pytest
 from click.shell_completion import ShellComplete
-from conftest import assert_refused, make_arrays, poolnet, run
+from conftest import assert_refused, make_arrays, poolnet, ran, run
 
 from poolnet.cli.commands import _without_home, cli, main
 from poolnet.data import glyphs
@@ -51,6 +52,73 @@ def test_a_bad_option_is_one_line_and_leaves_no_run(capsys, tmp_path, letters, c
     assert_refused(code, err, *words)
     assert out == ""
     assert mlflow.MlflowClient().search_runs(["0"]) == []
+
+
+REFUSED_AT_ONCE = {  # and the words of the line that says so
+    "train --data nowhere.npz": "nowhere.npz: no such file",
+    "train --data notmnist": "make it with: poolnet prepare notmnist",
+    "train --data ''": "--data: found an empty text",
+    "train --pool min": "'min'",
+    "train --epochs 0": "epochs: found 0",
+    "train --lr nan": "lr: found nan",
+    "train --device abacus": "device: found 'abacus'",
+    "train --optimum --pool conv": "--optimum: found pool conv",
+    "train --timeout -1": "expected seconds from 0",
+    "prepare notmnist --small nowhere.tar.gz": "nowhere.tar.gz: no such file",
+    "prepare notmnist --out folder": "folder: found a folder",
+    "prepare glyphs --train 0 --out x.npz": "0",
+    "sync --to example.org": "--to: found 'example.org'",
+    "sweep nowhere.toml": "nowhere.toml: cannot be read",
+    "sweep study.toml": "absent.npz: no such file",
+    "sweep study.toml --data nowhere.npz": "nowhere.npz: no such file",
+    "sweep study.toml --workers none --data letters.npz": "--workers: found 'none'",
+    "sweep device.toml --data letters.npz": "device: found 'abacus'",
+    "compare": "expected one of --study",
+    "compare max-seed1": "or two runs",
+    "compare --study nowhere.toml": "nowhere.toml: cannot be read",
+    "compare --study study.toml --margin much": "--margin: found 'much'",
+    "compare --experiment Default --by colour": "--by: found 'colour', expected one of pool",
+    "compare --study study.toml --arms max avg": "--arms: found it without --by",
+    "compare --by pool --arms max max": "--arms: found max twice",
+    "evaluate ./nowhere": "./nowhere: no such folder",
+    "evaluate models:/poolnet/1 --data nowhere.npz": "nowhere.npz: no such file",
+    "evaluate models:/poolnet/1 --split all": "'all'",
+    "predict models:/poolnet/1 nowhere.png": "nowhere.png: no such file",
+    "predict models/nowhere letter.png": "models/nowhere: no such folder",
+    "predict models:/poolnet/1 letter.png --csv --json": "--csv: found it with --json",
+    "promote --alias v1": "--alias: found 'v1'",
+    "promote ./nowhere": "./nowhere: no such folder",
+    "promote --non-inferior x": "--non-inferior: found 'x'",
+    "promote --rollback --force": "--rollback: found it with other options",
+    "reproduce avg-seed1 --data nowhere.npz": "nowhere.npz: no such file",
+    "register nowhere.pt --pool max": "nowhere.pt: no such file",
+    "register letter.png --pool min": "'min'",
+    "register letter.png --pool max --data nowhere.npz": "nowhere.npz: no such file",
+}
+HOOKED = """
+import sys
+def refuse(event, args):
+    if event == "import" and args[0].partition(".")[0] in ("torch", "mlflow"):
+        sys.__stderr__.write(f"imported {args[0]}\\n")
+    if event == "subprocess.Popen":
+        sys.__stderr__.write(f"started {args[1]}\\n")
+sys.addaudithook(refuse)
+from poolnet.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("command", REFUSED_AT_ONCE)
+def test_what_can_be_refused_at_once_does_not_wait_for_torch_or_mlflow(letters, tmp_path, command):
+    study = 'question = "?"\ndata = "absent.npz"\nseeds = 1\n[grid]\npool = ["max", "avg"]\n'
+    arms = '[arms]\nmax = { pool = "max" }\navg = { pool = "avg" }\n'
+    (tmp_path / "study.toml").write_text(study + arms)
+    (tmp_path / "device.toml").write_text(f'{study}device = "abacus"\n{arms}')
+    (tmp_path / "letter.png").touch()
+    (tmp_path / "folder").mkdir()
+    finished = ran(sys.executable, "-c", HOOKED, *shlex.split(command), begin=subprocess.Popen)
+    assert_refused(finished.returncode, finished.stderr, REFUSED_AT_ONCE[command])
+    assert finished.stdout == ""
 
 
 def test_bad_data_is_one_line_and_no_traceback_from_outside_too(tmp_path):
