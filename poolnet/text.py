@@ -52,6 +52,12 @@ def progress(*args, **options):
     return click.progressbar(*args, file=sys.stderr, hidden=not sys.stderr.isatty(), **options)
 
 
+def step(what: str) -> None:
+    """Say what is done now, if stderr is a terminal."""
+    if sys.stderr.isatty():
+        echo(f"{what} ...", err=True)
+
+
 def echo_warning(message: object) -> None:
     _complain("warning", message)
 

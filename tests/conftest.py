@@ -340,6 +340,13 @@ def run(capsys, *args):
     return exit_.value.code or 0, printed.out, printed.err
 
 
+class Terminal(io.StringIO):
+    """What a person sees, with `contextlib.redirect_stderr`."""
+
+    def isatty(self):
+        return True
+
+
 def assert_refused(code, stderr, *words):
     assert code == 2
     assert stderr.count("\n") == 1

@@ -36,7 +36,7 @@ from poolnet.cli.model_commands import (
 )
 from poolnet.errors import InputError, RunError
 from poolnet.files import FULL, expanded, home, writable
-from poolnet.text import echo, echo_warning, failed, pasted, progress, to_json
+from poolnet.text import echo, echo_warning, failed, pasted, progress, step, to_json
 from poolnet.training.config import POOLS, SAME_RUN, TrainConfig
 
 SETTINGS = {  # of MLflow, in our own processes, where the user has not decided otherwise
@@ -98,6 +98,7 @@ def notmnist(large: Path | None, small: Path | None, out: Path | None, seed: int
 
     out = out or writable(dataset.prepared("notmnist"))
     arrays, counts = notmnist.prepare(large, small, seed)
+    step("Writing the data set")
     echo(notmnist.table(arrays, counts))
     for line in notmnist.scarce(arrays):
         echo_warning(line)
@@ -116,11 +117,10 @@ def glyphs(out: Path, seed: int, **sizes: int) -> None:
 
     As many as you want: `--data glyphs` has a fixed number of each split.
     """
+    step("Drawing the fonts")
     from poolnet.data import glyphs, npz
 
-    with progress(length=sum(sizes.values()), label="Rendering") as bar:
-        arrays = glyphs.render(**sizes, seed=seed, progress=bar.update)
-    npz.save(out, arrays)
+    npz.save(out, glyphs.render(**sizes, seed=seed))
     echo(f"Wrote {out}")
 
 
@@ -162,6 +162,7 @@ def train(
     **options: Any,
 ) -> None:
     """Train one network and record it in MLflow."""
+    step(f"Opening the run {resume}" if resume else f"Opening the data set {options['data']}")
     from poolnet.tracking.train import train
 
     given = {
@@ -223,6 +224,7 @@ def sync(
 
     Of all runs in .poolnet, or of those named.
     """
+    step("Opening the runs")
     from poolnet.runs import run_record
     from poolnet.tracking import servers, sync, upload_process
 
@@ -288,6 +290,7 @@ def sweep(
     again = pasted("poolnet", "sweep", *options)
     process.last_words = f"stopped; go on with: {again}"
 
+    step(f"Opening the data set {plan.data}")
     from poolnet.studies import sweep as sweeps
     from poolnet.studies import sweep_results
     from poolnet.tracking import pages
@@ -328,6 +331,7 @@ def figures(context: click.Context, runs: tuple[str, ...], as_json: bool, timeou
 
     For runs of a sweep, which draws none without `--figures`.
     """
+    step("Opening the runs")
     from poolnet.runs import train_run
     from poolnet.tracking import servers, sync
 

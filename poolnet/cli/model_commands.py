@@ -16,7 +16,7 @@ from click.shell_completion import CompletionItem
 from poolnet.errors import InputError, RunError
 from poolnet.files import home, regular
 from poolnet.models import WEIGHTS_FILE
-from poolnet.text import echo, echo_warning, failed, to_json
+from poolnet.text import echo, echo_warning, failed, progress, step, to_json
 from poolnet.training.config import POOLS
 
 FILE = click.Path(path_type=Path)
@@ -103,7 +103,9 @@ def tracking_server(timeout: float) -> Iterator[None]:
     """
     from poolnet.tracking import addresses
 
-    addresses.check(addresses.own())  # before MLflow is imported, which takes seconds
+    uri = addresses.own()
+    addresses.check(uri)  # before MLflow is imported, which takes seconds
+    step(f"Opening {addresses.shown(uri)}")
 
     from poolnet.tracking import servers
 
@@ -271,7 +273,8 @@ def predict(
 
         net = registry.load(model).net
     unreadable: list[InputError] = []
-    predictions = list(predict.predict(net, paths, invert, unreadable.append))
+    with progress(paths, label="Reading images") as bar:
+        predictions = list(predict.predict(net, bar, invert, unreadable.append))
     if as_json:
         echo(to_json({"predictions": predictions}))
     elif as_csv:
@@ -307,8 +310,9 @@ def reproduce(context: click.Context, run: str, data: str, timeout: float, as_js
 
         client = servers.own_client()
         original = reproduce.find(client, run)
-        progress = (lambda line: None) if as_json else echo
-        result = reproduce.reproduce(original, data, publisher, progress, echo_warning)
+        lines = (lambda line: None) if as_json else echo
+        result = reproduce.reproduce(original, data, publisher, lines, echo_warning)
+        step("Uploading the run")
         trouble = publisher.close()
         server_copy = publisher.server_copy
         page = pages.run(server_copy.experiment_id, server_copy.run_id) if server_copy.run_id else ""

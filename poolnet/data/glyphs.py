@@ -5,7 +5,6 @@ download is needed. Whole designs are held out: validation and test use typeface
 and sizes give the same bytes for the same versions of the libraries used.
 """
 
-from collections.abc import Callable
 from functools import cache
 from numbers import Integral
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from poolnet.data.dataset import LETTERS, SIDE
+from poolnet.text import progress
 
 VERSION = 1  # raised when the rendering changes, so that cached files of the old rendering are not reused
 
@@ -78,14 +78,12 @@ def render(
     val: int = 6_000,
     test: int = 6_000,
     seed: int = 0,
-    progress: Callable[[int], object] = lambda number: None,
 ) -> dict[str, np.ndarray]:
     """Render the six arrays of the built-in data set.
 
     Returns `X_train y_train X_val y_val X_test y_test`: X is uint8 (N, 28, 28), y is int64 (N,). Labels 0 to 9 stand
-    for A to J. The classes are balanced and shuffled. A split depends only on the seed and its own size. `progress` is
-    called with the number of images just finished. Raises ValueError for a size below 1 or a seed below 0, or if one of
-    them is not an integer.
+    for A to J. The classes are balanced and shuffled. A split depends only on the seed and its own size. Raises
+    ValueError for a size below 1 or a seed below 0, or if one of them is not an integer.
     """
     sizes = {"train": train, "val": val, "test": test}
     for name, number in {**sizes, "seed": seed}.items():
@@ -93,15 +91,16 @@ def render(
         if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
             raise ValueError(f"{name} must be an integer of at least {least}, not {number!r}")
     arrays: dict[str, np.ndarray] = {}
-    for split, stream in zip(sizes, np.random.SeedSequence(seed).spawn(len(sizes)), strict=True):
-        rng = np.random.default_rng(stream)
-        y = rng.permutation(np.arange(sizes[split], dtype=np.int64) % len(LETTERS))
-        X = np.empty((len(y), SIDE, SIDE), np.uint8)
-        for start in range(0, len(y), BATCH):
-            labels = y[start : start + BATCH]
-            X[start : start + BATCH] = _render_batch(masters(split), labels, rng)
-            progress(len(labels))
-        arrays |= {f"X_{split}": X, f"y_{split}": y}
+    with progress(length=sum(sizes.values()), label="Rendering letters") as bar:
+        for split, stream in zip(sizes, np.random.SeedSequence(seed).spawn(len(sizes)), strict=True):
+            rng = np.random.default_rng(stream)
+            y = rng.permutation(np.arange(sizes[split], dtype=np.int64) % len(LETTERS))
+            X = np.empty((len(y), SIDE, SIDE), np.uint8)
+            for start in range(0, len(y), BATCH):
+                labels = y[start : start + BATCH]
+                X[start : start + BATCH] = _render_batch(masters(split), labels, rng)
+                bar.update(len(labels))
+            arrays |= {f"X_{split}": X, f"y_{split}": y}
     return arrays
 
 

@@ -21,7 +21,7 @@ from poolnet.errors import InputError
 from poolnet.runs import figures
 from poolnet.stats import scores
 from poolnet.stats.scores import Scores, Share
-from poolnet.text import DIGITS, SHARE, aligned, coded, interval, marked, piped, to_json, wrapped
+from poolnet.text import DIGITS, SHARE, aligned, coded, interval, marked, piped, step, to_json, wrapped
 from poolnet.tracking import names, publication, result_runs, servers, training_runs
 from poolnet.tracking.registry import NAME, Loaded
 from poolnet.training.evaluation import Evaluation, evaluate
@@ -128,6 +128,7 @@ def score(client: MlflowClient, model: Loaded, path: str, split: str, seed: int)
 
     The data set is the one at `path`. If `path` is empty, it is the one that the model was trained on.
     """
+    step("Scoring the model")
     trained = servers.get_run(client, model.run_id)
     splits = dataset.open_dataset(dataset.locate(path)) if path else _training_data(model.uri, trained)
     images = getattr(splits, split)
@@ -271,6 +272,7 @@ def publish(client: MlflowClient, report: EvaluationReport) -> str:
     params = {"model": report.model.uri, "split": split, "pool": pool}
     model_id, dataset = report.model.model_id, publication.datasets(report.splits.summary())[split]
     experiment_id = report.trained.info.experiment_id if report.trained else servers.own_experiment(client)
+    step("Drawing and uploading the report")
     title = figures.drawable(report.title)
     drawn = {
         "confusion_matrix": figures.confusion_matrix(evaluation, title),

@@ -22,7 +22,7 @@ from poolnet.data.dataset import Dataset
 from poolnet.errors import InputError
 from poolnet.files import home, locked
 from poolnet.models import WEIGHTS_FILE
-from poolnet.text import DIGITS, coded, printable
+from poolnet.text import DIGITS, coded, printable, step
 from poolnet.tracking import description, names, publication, registry, result_runs, servers
 from poolnet.tracking.model_card import Card
 from poolnet.training.evaluation import Evaluation, evaluate
@@ -107,6 +107,7 @@ def register(client: MlflowClient, path: Path, pool: str, source: str) -> Regist
     net = read(path, pool)
     splits = dataset.open_dataset(dataset.locate(source)) if source else None
     scores = {split.name: evaluate(net, split) for split in (splits.val, splits.test)} if splits else {}
+    step("Exporting and uploading the model")
     example = splits.test.images(np.arange(2) % len(splits.test)) if splits else np.zeros((2, 1, 28, 28), np.float32)
     arrays = {name: tensor.numpy() for name, tensor in net.state_dict().items()} | {"example": example}
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -18,7 +18,7 @@ from poolnet.files import home, locked
 from poolnet.models import champions
 from poolnet.stats import paired
 from poolnet.stats.paired import Effect, McNemar
-from poolnet.text import NATS, POINTS, interval, marked, p_value
+from poolnet.text import NATS, POINTS, interval, marked, p_value, step
 from poolnet.tracking import model_card, names, registry, result_runs, servers, training_runs
 from poolnet.tracking.registry import NAME
 from poolnet.training.config import POOLS
@@ -200,6 +200,7 @@ def _paired(
 
     These are the predictions that the runs of the two models logged.
     """
+    step(f"Comparing the two on {split}")
     runs = [_run(client, champion.run_id, f"{NAME} version {champion.version}"), challenger.run]
     digests = [run.data.tags.get(names.DATA_SHA256, "") for run in runs]
     if not all(digests) or digests[0] != digests[1]:

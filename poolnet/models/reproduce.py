@@ -20,7 +20,7 @@ from poolnet import process
 from poolnet.errors import InputError
 from poolnet.runs import provenance, record_form, run_record, train_run
 from poolnet.runs.run_record import RunRecord
-from poolnet.text import Echo, marked
+from poolnet.text import Echo, marked, step
 from poolnet.tracking import addresses, names, registry, servers, training_runs
 from poolnet.tracking.publisher import Publisher
 from poolnet.training import train_loop
@@ -104,6 +104,7 @@ def find(client: MlflowClient, name: str) -> Original:
     if run.info.status != "FINISHED":
         again = run_record.resume_command(run.data.tags[names.RUN])
         raise InputError(f"{name}: found it {run.info.status}, expected a finished run; finish it with: {again}")
+    step("Fetching the recorded figures")
     record = _record(client, run)
     model = registry.logged(client, run)
     if not model:
@@ -221,11 +222,11 @@ def _differences(original: Original, again: RunRecord) -> Iterator[Difference]:
     Epochs come first, in their order.
     """
     steps = again.by_step()
-    for step in sorted(steps, key=lambda step: step or np.inf):
-        for name, value in steps[step].items():
-            before = original.metrics.get(step, {}).get(name)
+    for epoch in sorted(steps, key=lambda epoch: epoch or np.inf):
+        for name, value in steps[epoch].items():
+            before = original.metrics.get(epoch, {}).get(name)
             if name not in TIMINGS and before != value:
-                where = f"epoch {step}: {name}" if step else name
+                where = f"epoch {epoch}: {name}" if epoch else name
                 small = before is not None and abs(before - value) <= _tolerance(name)
                 yield Difference(f"{where} {value!r}, recorded {before!r}", small)
     for split, logits in original.logits.items():

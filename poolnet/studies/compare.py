@@ -16,7 +16,7 @@ from poolnet.stats.paired import Calibration, ClassEffect, Effect, McNemar
 from poolnet.studies import selection
 from poolnet.studies.selection import Selected
 from poolnet.studies.study import MARGIN, read
-from poolnet.text import NATS, POINTS, interval
+from poolnet.text import NATS, POINTS, interval, progress, step
 from poolnet.tracking import servers, training_runs
 from poolnet.tracking.training_runs import TrainingRun
 
@@ -163,6 +163,7 @@ def of_selected(client: MlflowClient, selected: Selected, question: str, margin:
         raise InputError(f"{b.runs[0].name}: found other labels in its predictions than in {a.runs[0].name}")
     if len(y) < 2:
         raise InputError(f"{a.runs[0].name}: found {len(y)} test letter in its predictions, expected two or more")
+    step(f"Comparing {a.name} and {b.name}")
     rng = np.random.default_rng(seed)
     right, nll = 100.0 * (b.right.astype(np.float64) - a.right), b.nll - a.nll
     pairs = len(right) > 1
@@ -196,13 +197,17 @@ def _arm(client: MlflowClient, name: str, runs: Sequence[TrainingRun]) -> tuple[
 
     All runs of the arm are tested on these labels. Otherwise `InputError` is raised.
     """
-    predicted = (training_runs.predictions(client, run.run_id, run.name, "test") for run in runs)
+    predicted, curves = [], []
+    with progress(runs, label=f"Fetching the runs of {name}") as bar:
+        for run in bar:
+            predicted.append(training_runs.predictions(client, run.run_id, run.name, "test"))
+            curves.append([_history(client, run, metric) for metric in HISTORIES])
     logits, labels = zip(*predicted, strict=True)
     for run, y in zip(runs, labels, strict=True):
         if not np.array_equal(y, labels[0]):
             raise InputError(f"{run.name}: found other labels in its predictions than in {runs[0].name}")
     seen = [paired.per_example(each, labels[0]) for each in logits]
-    histories = {metric: np.array([_history(client, run, metric) for run in runs]) for metric in HISTORIES}
+    histories = dict(zip(HISTORIES, map(np.array, zip(*curves, strict=True)), strict=True))
     calibration = tuple(paired.calibration(each, labels[0]) for each in logits)
     right, nll = (np.array(column) for column in zip(*seen, strict=True))
     return Arm(name, tuple(runs), np.array(logits), right, nll, histories, calibration), labels[0]

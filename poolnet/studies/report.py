@@ -34,6 +34,7 @@ from poolnet.text import (
     p_value,
     piped,
     spread,
+    step,
     to_json,
     wrapped,
 )
@@ -322,6 +323,7 @@ def publish(client: MlflowClient, uri: str, experiment_id: str, c: Comparison, c
 
     `command` is what the user typed. Returns the id of this run.
     """
+    step("Drawing and uploading the report")
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     origin = Origin(when, addresses.hidden(command), pages.serving(uri))
     tags = {names.COMPARISON: c.verdict, names.DATA_SHA256: c.data_sha256, names.NOTE: markdown(c, origin)}

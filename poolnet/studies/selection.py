@@ -14,7 +14,7 @@ from poolnet.data import dataset
 from poolnet.errors import InputError
 from poolnet.runs import run_record
 from poolnet.studies.study import Study
-from poolnet.text import pasted
+from poolnet.text import pasted, step
 from poolnet.tracking import servers, training_runs
 from poolnet.tracking.training_runs import TrainingRun
 from poolnet.training.config import SAME_RUN, TrainConfig
@@ -76,6 +76,7 @@ def _digest_here(name: str) -> str:
 
     The text is empty if the data set is not here.
     """
+    step(f"Opening the data set {name}")
     try:
         path = dataset.locate(name)
     except InputError:

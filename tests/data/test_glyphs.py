@@ -1,10 +1,13 @@
 """The built-in letters: deterministic, balanced, of held-out faces, whole and filling the frame."""
 
+import contextlib
 import hashlib
+import re
 import unicodedata
 
 import numpy as np
 import pytest
+from conftest import Terminal
 from matplotlib.ft2font import FT2Font
 
 from poolnet.data import glyphs
@@ -59,10 +62,12 @@ def test_classes_are_shuffled(rendered):
     assert 0.05 < np.mean(y[1:] == y[:-1]) < 0.15  # one in ten by chance; sorted labels would give nearly 1
 
 
-def test_progress_counts_every_image():
-    finished = []
-    glyphs.render(train=glyphs.BATCH + 1, val=5, test=3, progress=finished.append)
-    assert finished == [glyphs.BATCH, 1, 5, 3]
+def test_a_terminal_sees_how_far_the_rendering_is():
+    with contextlib.redirect_stderr(Terminal()) as terminal:
+        glyphs.render(train=glyphs.BATCH + 1, val=5, test=3)
+    n = glyphs.BATCH + 9
+    percents = [int(text) for text in re.findall(r"Rendering letters[^\r]* (\d+)%", terminal.getvalue())]
+    assert percents == sorted({100 * done // n for done in (0, glyphs.BATCH, glyphs.BATCH + 1, n - 3, n)})
 
 
 @pytest.mark.parametrize(

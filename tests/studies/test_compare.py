@@ -1,5 +1,6 @@
 """Comparisons: what is found in planted runs, and what is refused. The runs are made as a server records them."""
 
+import contextlib
 import json
 import re
 import tempfile
@@ -9,7 +10,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from conftest import assert_refused, inside, mlflow_run, run
+from conftest import Terminal, assert_refused, inside, mlflow_run, run
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
 from poolnet.data.dataset import open_dataset
@@ -142,6 +143,21 @@ def test_a_planted_effect_of_two_points_is_found_and_its_interval_holds_it(clien
     turned = compared("--experiment", "Default", "--by", "pool", "--arms", "avg", "max")
     assert turned["winner"] == "avg"
     assert turned["effects"]["acc"]["estimate"] == -acc["estimate"]
+
+
+def test_a_terminal_is_told_what_takes_long_and_a_pipe_only_the_answer(client, capsys):
+    plant_arms(client, seeds=2)
+    path = write_study(2)
+    with contextlib.redirect_stderr(Terminal()) as terminal:
+        code, out, _ = run(capsys, "compare", "--study", path)
+    assert code == 0
+    assert out.startswith(("max and avg are", "Inconclusive whether"))
+    shown = ("Opening sqlite:///", "Opening the data set", "Fetching the runs of max", "Fetching the runs of avg")
+    shown += ("Comparing max and avg ...", "Drawing and uploading the report ...")
+    places = [terminal.getvalue().find(text) for text in shown]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert inside("compare", "--study", path).stderr == ""
 
 
 def test_equal_arms_are_never_better(client):
