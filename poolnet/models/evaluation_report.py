@@ -77,12 +77,9 @@ class EvaluationReport:
         return f"{model} on {self.splits.name} {self.split.name}"
 
     @property
-    def sentence(self) -> str:
-        acc, loss = self.scores.acc, self.scores.loss
-        return (
-            f"{self.title}: accuracy {acc.estimate:{SHARE}}, 95 % interval {interval(acc.low, acc.high)}, and loss "
-            f"{loss.estimate:{SHARE}}, {interval(loss.low, loss.high)}."
-        )
+    def answer(self) -> str:
+        acc = self.scores.acc
+        return f"Accuracy {acc.estimate:{SHARE}}, 95 % interval {interval(acc.low, acc.high)}"
 
     @property
     def tolerance(self) -> LossAcc:
@@ -176,7 +173,7 @@ def _training_data(uri: str, trained: Run | None) -> Dataset:
 
 def table(report: EvaluationReport) -> str:
     """Return the report as text for a terminal."""
-    lines = [*wrapped(report.sentence), *wrapped(report.agreement), "", *aligned(_summary(report.scores)), ""]
+    lines = [report.answer, report.title, *wrapped(report.agreement), "", *aligned(_summary(report.scores)), ""]
     return "\n".join([*lines, *aligned(_letters(report.scores)), "", *aligned(_confusion(report.scores), gap=1)])
 
 
@@ -185,15 +182,29 @@ def markdown(report: EvaluationReport) -> str:
 
     It becomes the description of the run in MLflow.
     """
-    lines = [f"**{marked(report.sentence)}**", "", *piped(_summary(report.scores)), "", marked(report.agreement), ""]
+    lines = [
+        f"**{report.answer}**: {marked(report.title)}",
+        "",
+        *piped(_summary(report.scores)),
+        "",
+        marked(report.agreement),
+        "",
+    ]
     lines += [*piped(_letters(report.scores)), ""]
     lines += [
-        f"- Model: {coded(report.model.uri)}",
+        f"- Model: {coded(report.model.uri)}{_maker(report.trained)}",
         f"- Data: {coded(report.splits.name)}, SHA-256 `{report.splits.sha256[:DIGITS]}`",
         "- Intervals say what other examples would change: Wilson's for shares, bootstrap for the loss. A model whose "
         "probabilities are true has an ECE below that of chance in 95 % of samples of this size.",
     ]
     return "\n".join(lines)
+
+
+def _maker(run: Run | None) -> str:
+    if not run:
+        return ""
+    page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    return f", of run [{marked(run.info.run_name)}]({page})"
 
 
 def _summary(s: Scores) -> list[list[str]]:
@@ -236,7 +247,6 @@ def contents(report: EvaluationReport) -> dict[str, object]:
         "data_sha256": report.splits.sha256,
         "split": report.split.name,
         "n": s.n,
-        "sentence": report.sentence,
         "loss": Share(s.loss.estimate, s.loss.low, s.loss.high),
         "acc": s.acc,
         "ece": s.calibration.ece,

@@ -23,7 +23,8 @@ def find_or_create(client: MlflowClient, experiment_id: str, sweep: str, adopted
         for parent in client.search_runs([experiment_id], query, max_results=1):
             run_id = parent.info.run_id
             if adopted not in ("", run_id):  # so that its page says where the results are
-                note = f"Made by `mlflow run` to go on with the sweep {sweep}, run {run_id}, which holds everything."
+                page = f"#/experiments/{experiment_id}/runs/{run_id}"
+                note = f"Made by `mlflow run` to go on with the sweep [{sweep}]({page}), which holds everything."
                 client.log_batch(adopted, tags=[RunTag(names.NOTE, note), RunTag(names.TITLE, f"goes on with {sweep}")])
             return run_id
         if adopted:

@@ -21,6 +21,7 @@ from torch import nn
 
 from poolnet.data.dataset import open_dataset
 from poolnet.errors import InputError
+from poolnet.text import WIDTH
 from poolnet.tracking import registry
 from poolnet.tracking.programs import EXPORT, WEIGHTS
 from poolnet.training.evaluation import evaluate
@@ -164,6 +165,16 @@ def test_the_table_says_the_same(capsys, trained):
     assert "poolnet version 1 (avg) on letters, test: 110 letters" in out
     assert f"{trained.data.metrics['test_acc']:.4f}" in out
     assert f"Agrees with its run {trained.data.tags['poolnet.run']}" in out
+    lines = out.partition("Look at it")[0].splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    assert lines[0].startswith(f"Accuracy {trained.data.metrics['test_acc']:.4f}, 95 % interval ")
+    (made,) = mlflow.MlflowClient().search_runs(["0"], "tags.poolnet.evaluation = 'agrees'", max_results=1)
+    first, _, heading, *rest = made.data.tags["mlflow.note.content"].splitlines()
+    assert first == f"**{lines[0]}**: {lines[1]}"
+    assert heading == "| score | estimate | 95 % interval |"
+    page = f"(#/experiments/0/runs/{trained.info.run_id})"
+    assert any(line.endswith(f"of run [{trained.info.run_name}]{page}") for line in rest)
+    assert re.search("[0-9a-f]{13}", "".join(rest).replace(trained.info.run_id, "")) is None
 
 
 @pytest.mark.parametrize(("device", "agrees"), [("cpu", False), ("cuda:0", True), ("mps", True)])
@@ -584,7 +595,11 @@ def test_names_that_are_not_utf8_are_shown_with_escapes(capsys, letters):
     version = mlflow.MlflowClient().get_model_version("poolnet", "1")
     weights_run = mlflow.get_run(version.run_id)
     assert version.tags["source"] == weights_run.data.params["file"] == r"w`\udcff.pt"
-    assert r"Weights from `` w`\udcff.pt ``, SHA-256" in weights_run.data.tags["mlflow.note.content"]
+    note = weights_run.data.tags["mlflow.note.content"]
+    assert r"Weights from `` w`\udcff.pt ``, SHA-256" in note
+    assert note.startswith(f"**Test accuracy {weights_run.data.metrics['test_acc']:.4f}**, 95 % interval ")
+    assert note.splitlines()[2] == "| final weights | val | test |"
+    assert re.search("[0-9a-f]{13}", note) is None
     for command in (
         ["evaluate", "models:/poolnet/1", "--data"],
         ["train", "--data"],

@@ -92,6 +92,11 @@ def test_a_sweep_trains_what_is_missing_and_each_child_equals_the_run_on_its_own
         assert run.info.run_id in parent.data.tags["mlflow.note.content"]
     # only the one that was trained by itself is a version; a study may say otherwise
     assert [v.run_id for v in mlflow.MlflowClient().search_model_versions()] == [own.info.run_id]
+    note = parent.data.tags["mlflow.note.content"]
+    heading, _, one, other, *_ = note.splitlines()
+    assert heading == "| arm | n | val acc | test acc | test loss |"
+    assert one.startswith("| a: max | 2 | ")
+    assert other.startswith("| b: avg | 2 | ")
     again, _ = swept(study())
     assert not any(run["trained"] for run in again["runs"])
     assert [run["run_id"] for run in again["runs"]] == [run.info.run_id for run in _in_order(children)]

@@ -123,6 +123,11 @@ def test_the_summary_holds_the_result_and_the_command(trained):
     note = trained.run.data.tags["mlflow.note.content"]
     metrics = trained.run.data.metrics
     assert f"**Test accuracy {metrics['test_acc']:.4f}**" in note
+    first, _, heading, _, accuracy, *_ = note.splitlines()  # what MLflow shows before somebody unfolds it
+    assert first.startswith("**Test accuracy ")
+    assert heading == "| final weights | train, last epoch | val | test |"
+    assert accuracy.startswith(f"| accuracy | {metrics['train_acc']:.4f} |")
+    assert re.search(r"[0-9a-f]{13}", note) is None
     assert f"| loss | {metrics['train_loss']:.4f} | {metrics['val_loss']:.4f} | {metrics['test_loss']:.4f} |" in note
     assert f"poolnet train --data {trained.path} --pool avg" in note
 
