@@ -30,7 +30,6 @@ from poolnet.cli.model_commands import (
     data_option,
     look_at,
     points,
-    present_data,
     switch,
     tracking_server,
 )
@@ -139,7 +138,6 @@ def train_options(command: Callable) -> Callable:
             show_default=True,
             help=field.metadata["help"],
             shell_complete=COMPLETED.get(field.name),
-            callback=present_data if field.name == "data" else None,
         )(command)
     return command
 

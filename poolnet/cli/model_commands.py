@@ -44,16 +44,16 @@ DATA = completed("glyphs", "notmnist", suffix=".npz")
 STUDY = completed(suffix=".toml")
 
 
-def present_data(context: click.Context, option: click.Parameter, data: str) -> str:
+def _data(context: click.Context, option: click.Parameter, data: str) -> str:
     """Refuse a data set that is not there, before the long imports."""
-    if data != option.default:
+    if data:
         from poolnet.data import dataset
 
         dataset.check(data)
     return data
 
 
-data_option = partial(click.option, "--data", default="", shell_complete=DATA, callback=present_data)
+data_option = partial(click.option, "--data", default="", shell_complete=DATA, callback=_data)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the bootstraps.")
 switch = partial(click.option, type=bool, is_flag=False, flag_value=True, default=False)  # `mlflow run` gives a value
@@ -128,8 +128,11 @@ def points(option: str, text: str) -> float | None:
 
 
 def _model(context: click.Context, argument: click.Parameter, uri: str) -> str:
-    """Refuse a folder that is not there, before the long imports."""
-    is_path = ":/" not in uri and {"/", os.sep} & set(uri)
+    """Refuse a folder that is not there, before the long imports.
+
+    Other text may be a name that the tracking server knows, and is left to it.
+    """
+    is_path = uri.startswith((".", "/", "\\", "~")) or (Path(uri).is_absolute() and ":/" not in uri)
     if is_path and not Path(uri).is_dir():
         raise InputError(f"{uri}: no such folder; expected a model, as in models:/poolnet/1")
     return uri

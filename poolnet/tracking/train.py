@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from poolnet.data import dataset
 from poolnet.errors import InputError
 from poolnet.files import home
 from poolnet.runs import run_record
@@ -45,10 +46,11 @@ def train(
     """
     if optimum and config.pool == "conv":
         raise InputError("--optimum: found pool conv, expected max or avg, whose loss has a single minimum")
-    device.check(config.device)
-    home()  # before all that takes long, since nothing goes without it
+    home()  # first of all, since nothing goes without it
     old = _recorded(resume, timeout) if resume else None
     if not old:
+        dataset.check(config.data)
+        device.check(config.device)
         look_ahead(echo_warning)
     with Publisher(timeout) as publisher:  # its imports take seconds, beside ours
         if not old:

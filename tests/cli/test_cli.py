@@ -84,7 +84,7 @@ REFUSED_AT_ONCE = {  # and the words of the line that says so
     "evaluate models:/poolnet/1 --data nowhere.npz": "nowhere.npz: no such file",
     "evaluate models:/poolnet/1 --split all": "'all'",
     "predict models:/poolnet/1 nowhere.png": "nowhere.png: no such file",
-    "predict models/nowhere letter.png": "models/nowhere: no such folder",
+    "predict /nowhere letter.png": "/nowhere: no such folder",
     "predict models:/poolnet/1 letter.png --csv --json": "--csv: found it with --json",
     "promote --alias v1": "--alias: found 'v1'",
     "promote ./nowhere": "./nowhere: no such folder",

@@ -16,6 +16,7 @@ from poolnet.data import notmnist
 from poolnet.data.dataset import open_dataset
 from poolnet.errors import InputError
 from poolnet.files import home
+from poolnet.text import WIDTH
 
 
 def png(pixels, mode=None):
@@ -308,6 +309,7 @@ def test_other_compressions_are_read_as_well(tmp_path, mode):
 def test_the_real_letters_are_counted_as_known(real_letters):
     path, printed = real_letters
     rows = dict(re.findall(r"^(\S.*?) {2,}([\d,]+)$", printed, re.MULTILINE))
+    assert max(map(len, printed.partition("Wrote")[0].splitlines())) <= WIDTH
     assert rows["read"] == "18,724"
     assert rows["exact repeats, dropped"] == "492"
     assert rows["distinct images"] == "18,232"

@@ -24,6 +24,7 @@ from poolnet.runs.run_record import RunRecord
 from poolnet.studies.study import read
 from poolnet.studies.sweep import open_sweep
 from poolnet.studies.worker import Crew
+from poolnet.text import WIDTH
 from poolnet.tracking import sweep_run
 from poolnet.training.config import TrainConfig
 
@@ -135,6 +136,9 @@ def test_a_sweep_with_nothing_to_do_starts_no_process_and_imports_nothing_slow(s
     again = subprocess.run([sys.executable, "-c", WATCHED, "sweep", study(epochs=1)], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "4 of 4 runs finished, 0 of them now" in again.stdout
+    table = [line for line in again.stdout.splitlines() if line.startswith(("arm ", "max ", "avg "))]
+    assert len(table) == 3
+    assert max(map(len, table)) <= WIDTH
     assert again.stderr == "False []\n"
 
 
