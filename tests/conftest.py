@@ -30,12 +30,14 @@ settings.load_profile("untimed")
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
 ROOT = Path(__file__).parent.parent
 LONG = [
+    "browser",
     "sweep",
     "faults",
     "promote",
     "sync",
     "publication",
     "servers",
+    "views",
     "fast_step",
     "serving",
     "paired",

@@ -10,6 +10,7 @@ MLflow cannot set an alias on a condition. So the alias is read again just befor
 Two promotions on two machines within those milliseconds may not see each other. Then the later one stays.
 """
 
+import re
 from datetime import UTC, datetime
 
 from mlflow.entities.model_registry import ModelVersion
@@ -23,6 +24,7 @@ from poolnet.tracking.registry import NAME
 
 OLD_LEDGER = "poolnet-promotions"  # a registered model in which earlier versions of poolnet kept the history
 DESCRIPTION_LIMIT = 5000  # characters, of MLflow's column in a database
+DECISION = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC: ")  # so it begins in the description of a version
 LOCK_SECONDS = 20  # for the few calls that set an alias
 
 
@@ -138,8 +140,8 @@ def unfinished_rollback(client: MlflowClient, alias: str, champion: ModelVersion
 def describe(client: MlflowClient, alias: str, version: int, tags: dict[str, str], text: str) -> None:
     """Write a decision on the version that it is about.
 
-    The numbers become tags. The text becomes the first paragraph of the description, if all of it fits in
-    `DESCRIPTION_LIMIT` characters.
+    The numbers become tags. The text becomes a paragraph of the description, before earlier decisions and after all
+    else, if all of it fits in `DESCRIPTION_LIMIT` characters.
     """
     before = client.get_model_version(NAME, str(version))
     kept = {f"{alias}.since", f"{alias}.before"}  # a decision that changes nothing leaves the history
@@ -149,6 +151,9 @@ def describe(client: MlflowClient, alias: str, version: int, tags: dict[str, str
     for key, value in tags.items():
         client.set_model_version_tag(NAME, str(version), key, value)
     description = before.description or ""
-    whole = "\n\n".join(filter(None, (text, description)))
+    paragraphs = description.split("\n\n") if description else []
+    decisions = [place for place, paragraph in enumerate(paragraphs) if DECISION.match(paragraph)]
+    paragraphs.insert(decisions[0] if decisions else len(paragraphs), text)
+    whole = "\n\n".join(paragraphs)
     if text not in description and len(whole) <= DESCRIPTION_LIMIT:  # else the tags say it: others' words stay
         client.update_model_version(NAME, str(version), whole)

@@ -227,9 +227,9 @@ def test_a_run_is_registered_by_its_name(capsys, client):
     plain = {"pool", "seed", "val_acc", "test_acc", "data_sha256"}
     assert {key: made.tags[key] for key in plain} == {key: trained.tags[key] for key in plain}
     paragraphs = made.description.split("\n\n")
-    assert decision["sentence"] in paragraphs[0]
+    assert decision["sentence"] in paragraphs[1]
     metrics = client.get_run(made.run_id).data.metrics
-    assert paragraphs[1].startswith(
+    assert paragraphs[0].startswith(
         f"avg pooling, seed 42, trained on letters: accuracy {metrics['val_acc']:.4f} on val and "
         f"{metrics['test_acc']:.4f} on test, 95 % interval"
     )

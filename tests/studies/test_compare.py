@@ -193,7 +193,8 @@ def test_two_runs_are_found_by_the_names_on_the_screen(client):
     second = plant(client, other, seed=2)
     (renamed,) = client.search_runs(["0"], f"tags.`poolnet.run` = '{second}'")
     client.update_run(renamed.info.run_id, name="it is monday")
-    for arguments in (("max-seed1", "it is monday"), ("max-seed1 'it is monday'",), ("max-seed1 max-seed2",)):
+    one_text = [("--runs", "max-seed1 'it is monday'"), ("--runs", "max-seed1 max-seed2")]
+    for arguments in [("max-seed1", "it is monday"), *one_text]:
         found = compared(*arguments)
         assert client.get_run(found["run_id"]).info.run_name == "seed 2 vs seed 1, letters"
 
