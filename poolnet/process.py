@@ -67,9 +67,9 @@ def _send(signum: int) -> None:
 
 
 def detached(priority: int = 0) -> dict[str, Any]:
-    """Return options of `Popen` for a process that Ctrl-C does not reach.
+    """Return options of `Popen` to keep Ctrl-C away.
 
-    `priority` is a flag of Windows.
+    The process gets it only from us. `priority` is a flag of Windows.
     """
     if sys.platform == "win32":
         return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | priority}

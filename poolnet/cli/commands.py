@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -37,6 +37,9 @@ from poolnet.errors import InputError, RunError
 from poolnet.files import FULL, expanded, home, writable
 from poolnet.text import echo, echo_warning, failed, pasted, progress, step, to_json
 from poolnet.training.config import POOLS, SAME_RUN, TrainConfig
+
+if TYPE_CHECKING:
+    from poolnet.studies.study import Study
 
 SETTINGS = {  # of MLflow, in our own processes, where the user has not decided otherwise
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -243,10 +246,34 @@ def _show(context: click.Context, rows: list, as_json: bool) -> None:
     context.exit(0 if all(row.ok for row in rows) else 3)
 
 
+def _plan(path: Path, data: str) -> "Study":
+    """Read a study whose data set and devices are here."""
+    from poolnet.data import dataset
+    from poolnet.studies.study import read
+    from poolnet.training import device as devices
+
+    study = read(path, data)
+    dataset.check(study.data)
+    for device in study.grid.get("device", ()):
+        devices.check(device)
+    return study
+
+
+def _workers(context: click.Context, option: click.Parameter, text: str) -> int | None:
+    if text and not (text.isdecimal() and 0 < int(text[:5]) < 1000):
+        raise InputError(f"--workers: found {text!r}, expected a whole number from 1 to 999")
+    return int(text) if text else None
+
+
 @cli.command()
 @click.argument("study", type=FILE, shell_complete=STUDY)
 @data_option(help="Another data set than the study's own.")
-@click.option("--workers", default="", help="Processes that train.  [default: one a core; one where conv takes part]")
+@click.option(
+    "--workers",
+    default="",
+    callback=_workers,
+    help="Processes that train.  [default: one a core; one where conv takes part]",
+)
 @click.option("--figures", is_flag=True, help="Draw the figures of each run too; later: poolnet figures RUN.")
 @OPEN
 @TIMEOUT
@@ -256,7 +283,7 @@ def sweep(
     context: click.Context,
     study: Path,
     data: str,
-    workers: str,
+    workers: int | None,
     figures: bool,
     open_page: bool,
     timeout: float,
@@ -270,17 +297,9 @@ def sweep(
     default false); under [grid] options of `poolnet train`, each a value or a list; under [arms] the two that are
     compared, as in: max = { pool = "max" }
     """
-    from poolnet.data import dataset
-    from poolnet.studies.study import read
-    from poolnet.training import device as devices
-
-    plan = read(study, data)
-    dataset.check(plan.data)
-    for device in plan.grid.get("device", ()):
-        devices.check(device)
-    if workers and not (workers.isdecimal() and 0 < int(workers[:5]) < 1000):
-        raise InputError(f"--workers: found {workers!r}, expected a whole number from 1 to 999")
     from poolnet.tracking.train import look_ahead
+
+    plan = _plan(study, data)
 
     home()
     look_ahead(echo_warning)
@@ -295,17 +314,12 @@ def sweep(
 
     lines = (lambda line: None) if as_json else echo
     under_way = sweeps.open_sweep(plan, lines, echo_warning)
-    count = int(workers or sweeps.default_workers(plan))
-    sweeps.carry_out(under_way, count, figures, timeout, lines, echo_warning)
-    results = list(under_way.results.values())
+    sweeps.carry_out(under_way, workers or sweeps.default_workers(plan), figures, timeout, lines, echo_warning)
     page = pages.view(under_way.experiment_id, pages.view_of(under_way.data_sha256))
     if as_json:
         look = pages.link(under_way.uri, page) if under_way.experiment_id else ""
-        summary = {"sweep": under_way.name, "data_sha256": under_way.data_sha256, "look": look}
-        echo(to_json({**summary, "runs": results}))
+        echo(to_json({**sweep_results.contents(under_way), "look": look}))
     else:
-        done, now = sum(result.done for result in results), sum(result.done and result.trained for result in results)
-        echo(f"{under_way.name}: {done} of {len(results)} runs finished, {now} of them now")
         echo(sweep_results.table(under_way))
         echo(f"Compare: {pasted('poolnet', 'compare', '--study', *options)}")
     code = 0
@@ -393,11 +407,7 @@ def compare(
     names = [*runs, *_words(by_option)]
     if experiment and not (names or study):
         by = by or "pool"
-    if [bool(names), bool(study), bool(by)].count(True) != 1 or (names and len(names) != 2):
-        raise InputError("compare: expected one of --study STUDY.toml, --experiment NAME --by OPTION, or two runs")
-    if arms and (not by or arms[0] == arms[1]):
-        found = f"found {arms[0]} twice" if by else "found it without --by"
-        raise InputError(f"--arms: {found}, expected two values of {by or 'the option that --by names'}")
+    _check_selection(names, study, by, arms)
     plan = read(Path(study), data) if study else None
     within = points("--margin", margin) or (plan.margin if plan else MARGIN)
 
@@ -424,8 +434,17 @@ def compare(
     look_at(client.uri, page, open_page, as_json)
 
 
+def _check_selection(names: list[str], study: str, by: str, arms: tuple[str, str] | None) -> None:
+    """Refuse options that do not select two arms."""
+    if [bool(names), bool(study), bool(by)].count(True) != 1 or (names and len(names) != 2):
+        raise InputError("compare: expected one of --study STUDY.toml, --experiment NAME --by OPTION, or two runs")
+    if arms and (not by or arms[0] == arms[1]):
+        found = f"found {arms[0]} twice" if by else "found it without --by"
+        raise InputError(f"--arms: {found}, expected two values of {by or 'the option that --by names'}")
+
+
 def _words(text: str) -> list[str]:
-    """Split a text into names, of which some may be in quotes."""
+    """Split a text into names; some may be in quotes."""
     try:
         return shlex.split(text)
     except ValueError:  # a name with one quote

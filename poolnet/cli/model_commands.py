@@ -45,7 +45,7 @@ STUDY = completed(suffix=".toml")
 
 
 def _data(context: click.Context, option: click.Parameter, data: str) -> str:
-    """Refuse a data set that is not there, before the long imports."""
+    """Refuse a missing data set before the long imports."""
     if data:
         from poolnet.data import dataset
 
@@ -128,7 +128,7 @@ def points(option: str, text: str) -> float | None:
 
 
 def _model(context: click.Context, argument: click.Parameter, uri: str) -> str:
-    """Refuse a folder that is not there, before the long imports.
+    """Refuse a missing folder before the long imports.
 
     Other text may be a name that the tracking server knows, and is left to it.
     """
@@ -177,7 +177,7 @@ def evaluate(model: str, data: str, split: str, seed: int, open_page: bool, time
 
 
 def _alias(context: click.Context, option: click.Parameter, name: str) -> str:
-    """Refuse an alias that MLflow would not accept, by its own rules."""
+    """Refuse an alias that MLflow would not accept."""
     if not re.fullmatch(r"[\w-]+", name) or re.fullmatch(r"v\d+|latest", name.lower()):
         raise InputError(f"--alias: found {name!r}, expected letters, digits, - and _, as in champion-max")
     return name

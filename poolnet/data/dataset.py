@@ -104,7 +104,7 @@ def locate(data: str, echo: Echo = lambda line: None) -> Path:
 
 
 def check(data: str) -> None:
-    """Raise `InputError` if there is no file of a data set.
+    """Raise `InputError` if a data set has no file.
 
     `data` is as for `locate`. The glyphs need no file, since they are rendered.
     """

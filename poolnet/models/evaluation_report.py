@@ -69,7 +69,7 @@ class EvaluationReport:
 
     @property
     def name(self) -> str:
-        """Name the evaluation, so that it can be told from others."""
+        """The name that tells the evaluation from others."""
         loaded, version = self.model, self.model.version
         model = servers.name_of(self.trained) if self.trained and loaded.model_id else Path(loaded.uri).absolute().name
         if version:
@@ -311,7 +311,7 @@ def publish(client: MlflowClient, report: EvaluationReport) -> str:
 
 
 def _letter_table(s: Scores) -> dict[str, list]:
-    """Return the scores of each letter as a table of MLflow's."""
+    """Return the scores of each letter as MLflow's table."""
     rows = []
     for letter in s.per_class:
         shares = [getattr(letter, name) for name in MEASURES]

@@ -31,7 +31,7 @@ def choose(text: str, search: Search) -> str | None:
 
 
 def _listed(names: Mapping[str, str]) -> str:
-    """List runs by name, and by id too where names are equal."""
+    """List runs by name; add ids where names are equal."""
     times = Counter(names.values())
     labels = [name if times[name] == 1 else f"{name} (run {number})" for number, name in names.items()]
     count = f"{len(labels)} runs" if len(labels) <= LISTED else f"more than {LISTED} runs"

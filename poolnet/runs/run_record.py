@@ -274,7 +274,7 @@ def create(stem: str, record: dict[str, Any], diff: bytes = b"") -> RunRecord:
 
 
 def _new_folder(stem: str) -> Path:
-    """Make a folder with a name that no other run here has."""
+    """Make a folder with a new name."""
     for _ in range(TRIES):
         path = folder() / f"{stem}-{uuid.uuid4().hex[:4]}"
         with contextlib.suppress(FileExistsError):
@@ -295,9 +295,10 @@ def names() -> list[str]:
 
 
 def find(text: str) -> RunRecord | None:
-    """Find a run by its name, a beginning of it, or MLflow's run id.
+    """Find the run that a text names.
 
-    The result is None if there is no such run. Raises `InputError` if several names begin so.
+    The text is its name, a beginning of it, or MLflow's run id. The result is None if there is no such run. Raises
+    `InputError` if several names begin so.
     """
     name = find_name(text)
     return RunRecord(folder() / name) if name else None

@@ -71,7 +71,7 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        """Name the comparison, so that it can be told from others."""
+        """The name that tells the comparison from others."""
         seeds = f"{len(self.seeds)} seeds" if len(self.seeds) > 1 else f"seed {self.seeds[0]}"
         arms, (one, other) = f"{self.b.name} vs {self.a.name}, {self.data}", (self.a.runs[0], self.b.runs[0])
         return f"{arms}, {seeds}" if one.config.seed == other.config.seed else arms  # whose names then are the seeds

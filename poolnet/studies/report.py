@@ -72,7 +72,7 @@ HOW = {  # the figures' titles, and how to read them
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """When and how a report was made, and who serves its links."""
+    """When and how a report was made."""
 
     when: str = ""  # as in "2026-11-29 10:31 UTC"
     command: str = ""  # to paste; empty from Python

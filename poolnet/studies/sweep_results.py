@@ -106,8 +106,19 @@ def _arm_rows(sweep: Sweep) -> list[list[str]]:
 
 
 def table(sweep: Sweep) -> str:
-    """Return the table of arms for a terminal."""
-    return "\n".join(aligned(_arm_rows(sweep)))
+    """Return the results as text for a terminal."""
+    done = [result for result in sweep.results.values() if result.done]
+    now = sum(result.trained for result in done)
+    heading = f"{sweep.name}: {len(done)} of {len(sweep.results)} runs finished, {now} of them now"
+    return "\n".join([heading, *aligned(_arm_rows(sweep))])
+
+
+def contents(sweep: Sweep) -> dict[str, object]:
+    """Return all results as a dictionary for JSON.
+
+    The keys are the names in the JSON output.
+    """
+    return {"sweep": sweep.name, "data_sha256": sweep.data_sha256, "runs": list(sweep.results.values())}
 
 
 def note(sweep: Sweep, experiment_id: str) -> str:

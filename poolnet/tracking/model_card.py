@@ -1,4 +1,4 @@
-"""Say what a version of `poolnet` is, for who chooses one.
+"""Say what a version of `poolnet` is.
 
 The tags of a version are rounded to what a person reads. The exact numbers are metrics of its run, and nothing that
 decides reads these tags.
@@ -33,7 +33,7 @@ logits = model(images)  # float32 (N, 1, 28, 28) in 0..1 -> (N, 10)
 
 @dataclass(frozen=True)
 class Card:
-    """The facts about a version, as its tags and description say them.
+    """The facts in the tags and description of a version.
 
     `seed` is that of the training. `file` names the file of weights that were trained elsewhere. Such weights have no
     scores if they were registered without data.
@@ -69,9 +69,9 @@ class Card:
 
 
 def of_run(run: Run, pool: str, seed: str) -> Card:
-    """Return the facts about the model of a training run on a server.
+    """Return the facts about the model of a run.
 
-    Raises `InputError` if the run lacks some of them.
+    The run is a training on a server. Raises `InputError` if the run lacks some of them.
     """
     inputs, context = run.inputs.dataset_inputs if run.inputs else [], (names.CONTEXT, "test")
     tests = [entry.dataset for entry in inputs if context in [(tag.key, tag.value) for tag in entry.tags]]

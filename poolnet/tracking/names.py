@@ -1,8 +1,8 @@
-"""The tags and metrics of MLflow runs, which poolnet and users search.
+"""The tags and metrics of MLflow runs.
 
-They are contracts: scripts and old stores use them. Params are the fields of `TrainConfig`. MLflow's interface makes a
-section of the metrics with the same text before a slash. The first section has those without a slash: loss and accuracy
-of train, val and test.
+They are contracts: poolnet and users search them, scripts and old stores use them. Params are the fields of
+`TrainConfig`. MLflow's interface makes a section of the metrics with the same text before a slash. The first section
+has those without a slash: loss and accuracy of train, val and test.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Addresses of pages in MLflow's interface, and how to open them."""
+"""Link to pages of MLflow's interface, and open them."""
 
 import contextlib
 import os
@@ -41,7 +41,10 @@ def version(name: str, number: int) -> str:
 
 
 def view_of(data_sha256: str) -> str:
-    """Return the key of the view of max against avg on a data set."""
+    """Return the key of the view for a data set.
+
+    It shows max against avg.
+    """
     return f"poolnet-{data_sha256[:8]}"
 
 
@@ -51,7 +54,10 @@ def is_view(key: str) -> bool:
 
 
 def view(experiment_id: str, key: str) -> str:
-    """Return the page of a saved view, with charts or as a table."""
+    """Return the page of a saved view.
+
+    All but the leaderboard open with charts.
+    """
     charts = "" if key == LEADERBOARD else "&compareRunsMode=CHART"
     return f"experiments/{experiment_id}/runs?{TRAINING}&viewStateShareKey={key}{charts}"
 

@@ -64,7 +64,7 @@ def logged(client: MlflowClient, run: Run) -> LoggedModel | None:
 
 
 def _models(client: MlflowClient, run: Run) -> list[LoggedModel]:
-    """Return all logged models of a run, of which some may be a user's."""
+    """Return all models of a run; some may be a user's."""
     return client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
 
 
@@ -146,7 +146,7 @@ class Loaded:
 
 
 def load_model(uri: str) -> "SimplePoolNet | SimpleConvNet":
-    """Load the network at an address in MLflow, or of a run.
+    """Load the network at an address, or of a run.
 
     The address may be any that MLflow resolves, or the name of a run, see `load`.
     """

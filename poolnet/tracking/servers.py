@@ -382,7 +382,10 @@ def experiments(client: MlflowClient) -> list[Experiment]:
 
 
 def get_run(client: MlflowClient, run_id: str) -> Run | None:
-    """Return the run with this id, deleted or not, or None."""
+    """Return the run with this id, or None.
+
+    It may be deleted.
+    """
     try:
         return client.get_run(run_id) if run_id else None
     except MlflowException as error:
@@ -424,16 +427,17 @@ def find_run(client: MlflowClient, text: str) -> Run | None:
 
 
 def name_of(run: Run) -> str:
-    """Return the name of a run's record, or the one that MLflow shows."""
+    """Return the name of a run's record, or MLflow's name."""
     return run.data.tags.get(names.RUN) or run.info.run_name
 
 
 def _with_name(
     client: MlflowClient, experiment_ids: list[str], field: str, beginning: str, more: bool
 ) -> Iterator[Run]:
-    """Yield the runs with a model whose name begins so, newest first.
+    """Yield the runs whose name begins so.
 
-    `field` is the name's in MLflow's search. If not `more`, `beginning` is the whole name.
+    They have a model. The newest comes first. `field` is the name's in MLflow's search. If not `more`, `beginning` is
+    the whole name.
     """
     # LIKE has no way to quote its wildcards, and MLflow none to quote quotes: "_" stands for any character
     pattern = re.sub(r"[^\w .-]", "_", beginning) + "%" * more

@@ -52,7 +52,7 @@ def one_line(error: Exception, where: str = "") -> str:
 
 
 def find(text: str) -> RunRecord:
-    """Find a run by name, a beginning of it, or MLflow's run id.
+    """Find the run that a text names.
 
     The name may also be the one that MLflow shows. Raises `InputError` if there is no such run.
     """

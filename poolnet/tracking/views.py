@@ -38,7 +38,7 @@ _complete: set[tuple[str, str, str]] = set()  # server, experiment and data whos
 
 
 def keep(client: Client, experiment_id: str, data: str, data_sha256: str) -> None:
-    """Write the views that an experiment lacks for a data set.
+    """Write the missing views of a data set.
 
     `data` is the name of the data set. Curves and means are of one data set, since over several they would say nothing.
     Views and descriptions of others stay as they are.
@@ -84,9 +84,9 @@ def _states(data: str, data_sha256: str) -> States:
 
 
 def _state(runs: str, columns: int, **more: Any) -> dict[str, Any]:
-    """Return a view of the runs that a filter of MLflow finds.
+    """Return what a view shows.
 
-    Its charts of learning curves are in so many columns.
+    These are the runs that a filter of MLflow finds. Its charts of learning curves are in so many columns.
     """
     sections = [("curves", "Learning curves", columns, 260), ("test", "On test", 2, 220)]
     cards = [_card("LINE", metric, "curves", **LINE) for metric in CURVES]
@@ -143,16 +143,16 @@ def _card(kind: str, metric: str, section: str, **more: Any) -> dict[str, Any]:
 
 
 def _tag(name: str, state: dict[str, Any], t: int) -> str:
-    """Return the value of a view's tag, made at `t` (ms since 1970).
+    """Return the value of a view's tag.
 
-    It is packed, since older servers hold 5,000 characters.
+    The view is made at `t`, in ms since 1970. It is packed, since older servers hold 5,000 characters.
     """
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
     return json.dumps({"name": name, "createdAt": t, "updatedAt": t, "state": f"deflate;{packed}"})
 
 
 def _name(tag: str) -> str:
-    """Return the name of a view from its tag, if it has one."""
+    """Return the name of a view from its tag, if any."""
     try:
         view = json.loads(tag)
     except ValueError:

@@ -23,7 +23,7 @@ def resolve_device(name: str) -> str:
 
 
 def check(name: str) -> None:
-    """Refuse a device that is not here, if torch is not needed for it."""
+    """Refuse a device that is not here, without torch."""
     if _has_cpu_only():
         resolve_device(name)
 
