@@ -1,8 +1,8 @@
 """The tags and metrics of MLflow runs.
 
 They are contracts: poolnet and users search them, scripts and old stores use them. Params are the fields of
-`TrainConfig`. MLflow's interface makes a section of the metrics with the same text before a slash. The first section
-has those without a slash: loss and accuracy of train, val and test.
+`TrainConfig`. MLflow's interface makes a section of the metrics with the same text before a slash. Those without a
+slash, loss and accuracy of train, val and test, are a section of their own.
 """
 
 from collections.abc import Mapping
