@@ -3,6 +3,7 @@
 With `POOLNET_SCREENSHOTS=FOLDER`, the pages of docs/browsing.md are saved there as PNG.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -37,39 +38,51 @@ def site(tmp_path_factory, request):
     """A store with trainings, a comparison, evaluations and a champion, served by `mlflow ui`."""
     folder = tmp_path_factory.mktemp("site")
     real = request.getfixturevalue("real_letters")[0] if REAL_LETTERS.exists() else None
+    shutil.copy(request.getfixturevalue("empty_store"), folder)
     with pytest.MonkeyPatch.context() as patch:
         enter(folder, patch)
-        shutil.copy(real, "small.npz") if real else np.savez("small.npz", **make_arrays())
-        for seed in SEEDS:
-            for pool in ("max", "avg"):
-                config = TrainConfig(data="small.npz", pool=pool, epochs=EPOCHS, seed=seed, register=seed == 1)
-                publish(journaled(config))
-        printed = {}
-        for command in (
-            ("compare", "--experiment", "Default", "--by", "pool", "--arms", "max", "avg"),
-            ("evaluate", "models:/poolnet/2"),
-            ("promote", "models:/poolnet/1"),
-            ("promote", "models:/poolnet/2"),
-            ("train", "--data", "small.npz", "--pool", "avg", "--epochs", str(EPOCHS), "--seed", "42"),
-        ):
-            finished = inside(*command)
-            assert finished.returncode == 0, finished.stderr
-            printed[command[0]] = finished.stdout.rpartition("http://127.0.0.1:5000/")[2].strip()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "-m", "mlflow", "ui", "--port", str(port), "--workers", "1"]
-        command += ["--backend-store-uri", os.environ["MLFLOW_TRACKING_URI"]]
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with Path("server.log").open("wb") as log:
-            server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        address = f"http://127.0.0.1:{port}"
-        try:
+        with served() as address:  # it starts while runs are trained
+            shutil.copy(real, "small.npz") if real else np.savez("small.npz", **make_arrays())
+            printed = filled()
             wait_for(lambda: urllib.request.urlopen(f"{address}/health").close() is None)
             yield SimpleNamespace(address=address, printed=printed, key=pages.view_of(open_dataset("small.npz").sha256))
-        finally:
-            server.terminate()
-            server.wait()
+
+
+@contextlib.contextmanager
+def served():
+    """Serve this process's store; yields the address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "ui", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", os.environ["MLFLOW_TRACKING_URI"]]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with Path("server.log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def filled():
+    """Fill the store; returns the page that each command prints the link of."""
+    for seed in SEEDS:
+        for pool in ("max", "avg"):
+            publish(journaled(TrainConfig("small.npz", pool, EPOCHS, seed=seed, register=seed == 1)))
+    printed = {}
+    for command in (
+        ("compare", "--experiment", "Default", "--by", "pool", "--arms", "max", "avg"),
+        ("evaluate", "models:/poolnet/2"),
+        ("promote", "models:/poolnet/1"),
+        ("promote", "models:/poolnet/2"),
+        ("train", "--data", "small.npz", "--pool", "avg", "--epochs", str(EPOCHS), "--seed", "42"),
+    ):
+        finished = inside(*command)
+        assert finished.returncode == 0, finished.stderr
+        printed[command[0]] = finished.stdout.rpartition("http://127.0.0.1:5000/")[2].strip()
+    return printed
 
 
 @pytest.fixture(scope="module")
