@@ -96,7 +96,7 @@ class Row:
     @property
     def news(self) -> str:
         """What was outstanding and what became of it, if anything."""
-        parts = [self.found] * (self.found not in ("", "nothing"))
+        parts = [_counted_words(self.found)] * (self.found not in ("", "nothing"))
         parts += [self.did] * (self.did not in ("nothing", "would do nothing"))
         return ": ".join(parts)
 
@@ -156,6 +156,14 @@ def _counted(rows: list[Row]) -> str:
     if published < total:
         return f"{published:,} of {total:,} runs published"
     return f"{total:,} runs, all published" if total > 1 else "1 run, published"
+
+
+def _counted_words(found: str) -> str:
+    """Shorten words such as `artifact a, artifact b` to `2 artifacts`."""
+    words: dict[str, list[str]] = {}
+    for word in found.split(", "):
+        words.setdefault(word.partition(" ")[0], []).append(word)
+    return ", ".join(each[0] if len(each) == 1 else f"{len(each)} {kind}s" for kind, each in words.items())
 
 
 def _open(row: Row, run: RunRecord, to: str | None) -> Publication:
