@@ -22,7 +22,7 @@ from poolnet.runs import figures
 from poolnet.stats import scores
 from poolnet.stats.scores import Scores, Share
 from poolnet.text import DIGITS, SHARE, aligned, coded, interval, marked, piped, step, to_json, wrapped
-from poolnet.tracking import names, publication, result_runs, servers, training_runs
+from poolnet.tracking import names, pages, publication, result_runs, servers, training_runs
 from poolnet.tracking.registry import NAME, Loaded
 from poolnet.training.evaluation import Evaluation, evaluate
 
@@ -203,8 +203,8 @@ def markdown(report: EvaluationReport) -> str:
 def _maker(run: Run | None) -> str:
     if not run:
         return ""
-    page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
-    return f", of run [{marked(run.info.run_name)}]({page})"
+    page = pages.run(run.info.experiment_id, run.info.run_id)
+    return f", of run {pages.in_markdown(run.info.run_name, page)}"
 
 
 def _summary(s: Scores) -> list[list[str]]:
@@ -315,6 +315,6 @@ def _letter_table(s: Scores) -> dict[str, list]:
     rows = []
     for letter in s.per_class:
         shares = [getattr(letter, name) for name in MEASURES]
-        intervals = ["-" if math.isnan(share.low) else f"{share.low:.4f} to {share.high:.4f}" for share in shares]
+        intervals = ["-" if math.isnan(share.low) else interval(share.low, share.high) for share in shares]
         rows.append([LETTERS[letter.label], letter.n, *(round(share.estimate, 4) for share in shares), *intervals])
     return {"columns": ["letter", "n", *MEASURES, *(f"{name}, 95 % interval" for name in MEASURES)], "data": rows}

@@ -320,4 +320,4 @@ def publish(client: MlflowClient, decision: Decision) -> None:
         name, note = f"Refused: version {decision.version} as {decision.alias}", f"Refused: {note}"
     tags, params = {names.PROMOTION: decision.kind, names.NOTE: note}, {"version": str(decision.version)}
     with result_runs.run(client, "", "promote", name) as run_id:
-        result_runs.log(client, run_id, metrics=_numbers(decision), params=params, tags=tags)
+        result_runs.log(client, run_id, metrics=names.section("promote", _numbers(decision)), params=params, tags=tags)

@@ -21,7 +21,7 @@ from poolnet.errors import InputError
 from poolnet.runs import provenance, record_form, run_record, train_run
 from poolnet.runs.run_record import RunRecord
 from poolnet.text import Echo, marked, step
-from poolnet.tracking import addresses, names, registry, servers, training_runs
+from poolnet.tracking import addresses, names, pages, registry, servers, training_runs
 from poolnet.tracking.publisher import Publisher
 from poolnet.training import train_loop
 from poolnet.training.config import TrainConfig
@@ -269,7 +269,8 @@ def publish(client: MlflowClient, reproduction: Reproduction, run_id: str) -> No
     The new run says what it came to. The old run says which run reproduced it.
     """
     original = reproduction.original.run.info
-    link = f"[{reproduction.original.name}](#/experiments/{original.experiment_id}/runs/{original.run_id})"
+    page = pages.run(original.experiment_id, original.run_id)
+    link = pages.in_markdown(reproduction.original.name, page)
     lines = [f"**Reproduction of {link}: {reproduction.verdict}**, {reproduction.counts} compared.", ""]
     lines += [f"- First difference: {marked(reproduction.first)}"] if reproduction.first else []
     lines += [f"- The original was trained with {difference}" for difference in reproduction.circumstances]

@@ -226,15 +226,13 @@ def markdown(c: Comparison, origin: Origin = Origin()) -> str:
 
     It is the description of the run in MLflow, which shows the first lines only until it is unfolded.
     """
-    runs = [
-        f"[{run.name}](#/experiments/{run.experiment_id}/runs/{run.run_id})" for arm in (c.a, c.b) for run in arm.runs
-    ]
+    pairs = [(run.name, pages.run(run.experiment_id, run.run_id)) for run in (*c.a.runs, *c.b.runs)]
     lines = [f"**{marked(c.sentence)}**", "", *piped(_arms(c)), "", *piped(_effects(c)), "", marked(_effects_note(c))]
     lines += ["", marked(c.question), "The whole of it, with figures, is the artifact `report.html`."]
     if origin.when:
         lines.append(f"{origin.line} {coded(origin.command)}" if origin.command else origin.line)
     lines += ["", *(f"- {marked(line)}" for line in (*_tests(c), *_design(c), *c.caveats))]
-    return "\n".join([*lines, "", ", ".join(runs)])
+    return "\n".join([*lines, "", ", ".join(pages.in_markdown(*pair) for pair in pairs)])
 
 
 def html(c: Comparison, pngs: dict[str, bytes], links: dict[str, str], origin: Origin = Origin()) -> str:

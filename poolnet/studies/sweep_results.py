@@ -6,7 +6,7 @@ from pathlib import Path
 
 from poolnet.studies.study import Study
 from poolnet.text import DIGITS, aligned, coded, marked, pasted, piped, spread
-from poolnet.tracking import names, sweep_run, training_runs
+from poolnet.tracking import names, pages, sweep_run, training_runs
 from poolnet.tracking.training_runs import SCORES
 from poolnet.training.config import TrainConfig
 from poolnet.training.device import resolve_device
@@ -131,7 +131,7 @@ def note(sweep: Sweep, experiment_id: str) -> str:
     for result in sweep.results.values():
         name = result.run or "none yet"
         if result.run_id:
-            name = f"[{name}](#/experiments/{experiment_id}/runs/{result.run_id})"
+            name = pages.in_markdown(name, pages.run(experiment_id, result.run_id))
         values = [str(getattr(result.config, option)) for option in (*options, "seed")]
         runs.append([name, *map(marked, (*values, result.error or result.status))])
     lines = [

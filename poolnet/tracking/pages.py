@@ -14,7 +14,7 @@ from pathlib import Path
 
 from poolnet import process
 from poolnet.errors import RunError
-from poolnet.text import Echo, pasted
+from poolnet.text import Echo, marked, pasted
 from poolnet.tracking import addresses
 
 TRAINING = "workflowType=machine_learning"  # or the interface opens in its mode for language models
@@ -60,6 +60,11 @@ def view(experiment_id: str, key: str) -> str:
     """
     charts = "" if key == LEADERBOARD else "&compareRunsMode=CHART"
     return f"experiments/{experiment_id}/runs?{TRAINING}&viewStateShareKey={key}{charts}"
+
+
+def in_markdown(name: str, page: str) -> str:
+    """Return a link to a page, for a description in MLflow."""
+    return f"[{marked(name)}](#/{page})"
 
 
 def link(uri: str, page: str) -> str:

@@ -10,7 +10,7 @@ from mlflow.tracking.client import MlflowClient
 from poolnet import files
 from poolnet.files import home
 from poolnet.runs import provenance, run_record
-from poolnet.tracking import names
+from poolnet.tracking import names, pages
 
 
 def find_or_create(client: MlflowClient, experiment_id: str, sweep: str, adopted: str = "") -> str:
@@ -23,8 +23,8 @@ def find_or_create(client: MlflowClient, experiment_id: str, sweep: str, adopted
         for parent in client.search_runs([experiment_id], query, max_results=1):
             run_id = parent.info.run_id
             if adopted not in ("", run_id):  # so that its page says where the results are
-                page = f"#/experiments/{experiment_id}/runs/{run_id}"
-                note = f"Made by `mlflow run` to go on with the sweep [{sweep}]({page}), which holds everything."
+                link = pages.in_markdown(sweep, pages.run(experiment_id, run_id))
+                note = f"Made by `mlflow run` to go on with the sweep {link}, which holds everything."
                 client.log_batch(adopted, tags=[RunTag(names.NOTE, note), RunTag(names.TITLE, f"goes on with {sweep}")])
             return run_id
         if adopted:

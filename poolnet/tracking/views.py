@@ -12,7 +12,6 @@ from typing import Any
 
 from mlflow.exceptions import MlflowException
 
-from poolnet.text import marked
 from poolnet.tracking import names, pages, servers
 from poolnet.tracking.servers import Client
 from poolnet.training.config import POOLS
@@ -165,7 +164,6 @@ def _note(experiment_id: str, views: dict[str, str]) -> str:
 
     It begins with our views, since MLflow folds all but its first line.
     """
-    links = [
-        f"[{marked(name)}](#/{pages.view(experiment_id, key)})" for key, name in views.items() if pages.is_view(key)
-    ]
+    ours = {key: name for key, name in views.items() if pages.is_view(key)}
+    links = [pages.in_markdown(name, pages.view(experiment_id, key)) for key, name in ours.items()]
     return f"Runs of poolnet: {' · '.join(links)}\n\n{NOTE}" if links else ""

@@ -172,7 +172,7 @@ def test_the_table_says_the_same(capsys, trained):
     first, _, heading, *rest = made.data.tags["mlflow.note.content"].splitlines()
     assert first == f"**{lines[0]}**: {lines[1]}"
     assert heading == "| score | estimate | 95 % interval |"
-    page = f"(#/experiments/0/runs/{trained.info.run_id})"
+    page = f"(#/experiments/0/runs/{trained.info.run_id}?workflowType=machine_learning)"
     assert any(line.endswith(f"of run [{trained.info.run_name}]{page}") for line in rest)
     assert re.search("[0-9a-f]{13}", "".join(rest).replace(trained.info.run_id, "")) is None
 

@@ -271,7 +271,10 @@ def test_the_run_of_mlflow_run_says_what_was_decided(capsys, client, monkeypatch
         assert kept.info.run_name == "version 2 is champion"
         assert note.startswith("Version 2 is champion instead of version 1")
     val = decision["val"]  # to the last digit
-    assert (kept.data.metrics["points"], kept.data.metrics["p"]) == (val["points"]["estimate"], val["mcnemar"]["p"])
+    assert (kept.data.metrics["promote/points"], kept.data.metrics["promote/p"]) == (
+        val["points"]["estimate"],
+        val["mcnemar"]["p"],
+    )
     assert decision["look"].endswith(f"/#/models/poolnet/versions/{challenger}")
 
 

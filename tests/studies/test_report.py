@@ -103,7 +103,7 @@ def test_markdown_tables_have_as_many_cells_in_each_row(c):
     tables = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in tables} == {6, 5}
     for run in (*c.a.runs, *c.b.runs):
-        assert f"[{run.name}](#/experiments/7/runs/{run.run_id})" in lines[-1]
+        assert f"[{run.name}](#/experiments/7/runs/{run.run_id}?workflowType=machine_learning)" in lines[-1]
 
 
 def test_the_terminal_gets_lines_that_fit_and_the_verdict_first(c):
