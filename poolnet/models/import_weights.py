@@ -124,13 +124,13 @@ def register(client: MlflowClient, path: Path, pool: str, source: str) -> Regist
         title = f"{pool} from {params['file']}"
         with result_runs.run(client, experiment_id, "register", title, begun, {names.WEIGHTS: same}) as run_id:
             run = client.get_run(run_id)
-            model_id, is_new = registry.log(client, run, title, {**params, "epochs": 0}, arrays)
+            model_id = registry.log(client, run, title, {**params, "epochs": 0}, arrays)
             _log(client, run_id, model_id, params, splits, scores)
             card = Card(pool, file=params["file"])
             if splits:
                 val, test = scores["val"].acc, scores["test"].acc
                 card = Card(pool, "", params["file"], splits.name, splits.sha256, val, test, len(splits.test))
-            version = registry.register(client, run_id, model_id, card, is_new)
+            version = registry.register(client, run_id, model_id, card)
     return Registered(version, run_id, run.info.experiment_id, scores)
 
 

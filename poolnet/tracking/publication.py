@@ -42,7 +42,6 @@ class Publication:
     """
 
     server_run: Run  # as `find_or_create_run` found it, before the steps
-    model_is_new = False  # whether its model was logged for the first time, by this process
 
     def __init__(self, run: RunRecord, uri: str, carrier: str = ""):
         self.run, self.uri, self.carrier = run, uri, carrier
@@ -277,8 +276,7 @@ def log_model(publication: Publication) -> None:
     arrays = run.load_tensors("model")
     assert arrays  # `steps` has this one only if the results are whole
     server_run, config = publication.server_run, run.record["config"]
-    model_id, publication.model_is_new = registry.log(publication.client, server_run, run.name, config, arrays)
-    publication.server_copy.model_id = model_id
+    publication.server_copy.model_id = registry.log(publication.client, server_run, run.name, config, arrays)
 
 
 def log_scores(publication: Publication) -> None:
@@ -310,8 +308,7 @@ def register_model(publication: Publication) -> None:
         test_acc=records[0]["test_acc"],
         n_test=next(split["shape"][0] for split in data["splits"] if split["name"] == "test"),
     )
-    new, publication.model_is_new = publication.model_is_new, False  # a second attempt looks for what the first made
-    server_copy.version = registry.register(publication.client, server_copy.run_id, server_copy.model_id, card, new)
+    server_copy.version = registry.register(publication.client, server_copy.run_id, server_copy.model_id, card)
 
 
 def describe(publication: Publication) -> None:

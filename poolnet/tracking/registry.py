@@ -33,16 +33,13 @@ NAME = "poolnet"  # the registered model
 MODEL = "model"  # the logged model of a run, as earlier versions named it, and in addresses of any run's own
 
 
-def log(
-    client: MlflowClient, run: Run, name: str, config: Mapping[str, Any], arrays: dict[str, np.ndarray]
-) -> tuple[str, bool]:
+def log(client: MlflowClient, run: Run, name: str, config: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> str:
     """Create or complete the logged model of a run.
 
-    `name` is that of the run. `arrays` is as for `programs.export`. Returns the id of the logged model, and whether it
-    is new.
+    `name` is that of the run. `arrays` is as for `programs.export`. Returns the id of the logged model.
     """
     run_id = run.info.run_id
-    model = known = logged(client, run)
+    model = logged(client, run)
     if not model:
         params, tags = {key: str(value) for key, value in config.items()}, {names.RUN: name}
         allowed = re.sub(r"""[/:.%"']""", "-", name)  # by MLflow
@@ -55,7 +52,7 @@ def log(
     if model.model_id not in [output.model_id for output in outputs]:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, config["epochs"])])
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-    return model.model_id, not known
+    return model.model_id
 
 
 def logged(client: MlflowClient, run: Run) -> LoggedModel | None:
@@ -77,13 +74,12 @@ def _own(models: list[LoggedModel]) -> LoggedModel | None:
     return next(iter(tagged + [model for model in models if model.name == MODEL]), None)
 
 
-def register(client: MlflowClient, run_id: str, model_id: str, card: Card, is_new: bool = False) -> int:
+def register(client: MlflowClient, run_id: str, model_id: str, card: Card) -> int:
     """Register a run's logged model as a `poolnet` version.
 
-    If the model is a version already, no new one is made. `is_new` says that it was logged just now, so that it can be
-    none. Returns the number of the version.
+    If the model is a version already, no new one is made. Returns the number of the version.
     """
-    version = None if is_new else version_of(client, run_id, model_id)
+    version = version_of(client, run_id, model_id)
     if not version:
         source, text = f"models:/{model_id}", card.sentence
         create = partial(client.create_model_version, NAME, source, run_id, card.tags, description=text)
