@@ -209,13 +209,13 @@ def sync(
     """
     step("Opening the runs")
     from poolnet.runs import run_record
-    from poolnet.tracking import servers, sync, upload_process
+    from poolnet.tracking import sync, upload_process, waiting
 
     if follow_stdin:
         if hasattr(os, "nice"):
             os.nice(10)  # the training comes first
         context.exit(upload_process.run(sys.stdin, timeout, echo=lambda line: failed(line, 0), reply=echo))
-    servers.limit(timeout)
+    waiting.limit(timeout)
     with progress(sync.checked_names(runs) or run_record.names(), label="Publishing") as names:
         rows = [sync.sync(name, to, dry_run, prune) for name in names]
     _show(context, rows, as_json)
@@ -240,9 +240,9 @@ def figures(context: click.Context, runs: tuple[str, ...], as_json: bool, timeou
     """
     step("Opening the runs")
     from poolnet.runs import train_run
-    from poolnet.tracking import servers, sync
+    from poolnet.tracking import sync, waiting
 
-    servers.limit(timeout)
+    waiting.limit(timeout)
     rows = []
     with progress(sync.checked_names(runs), label="Drawing") as names:
         for name in names:
@@ -273,8 +273,8 @@ def main(args: list[str] | None = None) -> None:
     for name, value in (SETTINGS | _without_home()).items():
         os.environ.setdefault(name, value)
     code = _run(args)
-    servers = sys.modules.get("poolnet.tracking.servers")
-    if servers and servers.gave_up():  # there is nobody to wait for
+    waiting = sys.modules.get("poolnet.tracking.waiting")
+    if waiting and waiting.gave_up():  # there is nobody to wait for
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -22,7 +22,7 @@ from poolnet.runs import figures
 from poolnet.stats import scores
 from poolnet.stats.scores import Scores, Share
 from poolnet.text import DIGITS, SHARE, aligned, coded, interval, marked, piped, step, to_json, wrapped
-from poolnet.tracking import names, pages, publication, result_runs, servers, training_runs
+from poolnet.tracking import names, pages, publication, result_runs, server_runs, servers, training_runs
 from poolnet.tracking.registry import NAME, Loaded
 from poolnet.training.evaluation import Evaluation, evaluate
 
@@ -71,9 +71,12 @@ class EvaluationReport:
     def name(self) -> str:
         """The name that tells the evaluation from others."""
         loaded, version = self.model, self.model.version
-        model = servers.name_of(self.trained) if self.trained and loaded.model_id else Path(loaded.uri).absolute().name
         if version:
             model = f"version {version.version}" if version.name == NAME else f"{version.name} {version.version}"
+        elif self.trained and loaded.model_id:
+            model = server_runs.name_of(self.trained)
+        else:
+            model = Path(loaded.uri).absolute().name
         return f"{model} on {self.splits.name} {self.split.name}"
 
     @property
@@ -104,7 +107,7 @@ class EvaluationReport:
     def agreement(self) -> str:
         if not self.trained:
             return "Not compared with its run, which this server does not have."
-        run = servers.name_of(self.trained)
+        run = server_runs.name_of(self.trained)
         if self.recorded is None:
             other = self.trained.data.tags.get(names.DATA_SHA256) != self.splits.sha256
             why = "was on other data" if other else f"recorded no such figures of {self.split.name}"
@@ -126,7 +129,7 @@ def score(client: MlflowClient, model: Loaded, path: str, split: str, seed: int)
     The data set is the one at `path`. If `path` is empty, it is the one that the model was trained on.
     """
     step("Scoring the model")
-    trained = servers.get_run(client, model.run_id)
+    trained = server_runs.get_run(client, model.run_id)
     splits = dataset.open_dataset(dataset.locate(path)) if path else _training_data(model.uri, trained)
     images = getattr(splits, split)
     if len(images) < 2:

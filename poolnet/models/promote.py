@@ -19,7 +19,7 @@ from poolnet.models import champions
 from poolnet.stats import paired
 from poolnet.stats.paired import Effect, McNemar
 from poolnet.text import NATS, POINTS, interval, marked, p_value, step
-from poolnet.tracking import model_card, names, registry, result_runs, servers, training_runs
+from poolnet.tracking import model_card, names, registry, result_runs, server_runs, training_runs
 from poolnet.tracking.registry import NAME
 from poolnet.training.config import POOLS
 
@@ -163,7 +163,7 @@ class _Challenger:
 
     @property
     def title(self) -> str:
-        return f"version {self.version}" if self.version else servers.name_of(self.run)
+        return f"version {self.version}" if self.version else server_runs.name_of(self.run)
 
 
 def _challenger(client: MlflowClient, uri: str) -> _Challenger:
@@ -235,7 +235,7 @@ def _paired(
 
 
 def _run(client: MlflowClient, run_id: str | None, title: str) -> Run:
-    if run := servers.get_run(client, run_id or ""):
+    if run := server_runs.get_run(client, run_id or ""):
         return run
     raise InputError(f"{title}: its run {run_id} is not on the server")
 

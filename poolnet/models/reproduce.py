@@ -21,7 +21,7 @@ from poolnet.errors import InputError
 from poolnet.runs import provenance, record_form, run_record, train_run
 from poolnet.runs.run_record import RunRecord
 from poolnet.text import Echo, marked, step
-from poolnet.tracking import addresses, names, pages, registry, servers, training_runs
+from poolnet.tracking import addresses, names, pages, registry, server_runs, servers, training_runs
 from poolnet.tracking.publisher import Publisher
 from poolnet.training import train_loop
 from poolnet.training.config import TrainConfig
@@ -98,7 +98,7 @@ def find(client: MlflowClient, name: str) -> Original:
 
     Everything that is to be compared is fetched too. Raises `InputError` if the server lacks some of it.
     """
-    run = servers.look_up(client, name)
+    run = server_runs.look_up(client, name)
     if not training_runs.is_training_run(run):
         raise InputError(f"{name}: found a run that is none of poolnet train")
     if run.info.status != "FINISHED":

@@ -15,7 +15,7 @@ from poolnet.errors import InputError
 from poolnet.runs import run_record
 from poolnet.studies.study import Study
 from poolnet.text import pasted, step
-from poolnet.tracking import servers, training_runs
+from poolnet.tracking import server_runs, training_runs
 from poolnet.tracking.training_runs import TrainingRun
 from poolnet.training.config import SAME_RUN, TrainConfig
 from poolnet.training.device import resolve_device
@@ -145,10 +145,10 @@ def of_experiment(
 
 
 def of_runs(client: MlflowClient, names: Sequence[str]) -> Selected:
-    """Select two runs by name or run id, see `servers.look_up`."""
+    """Select two runs by name or run id, see `server_runs.look_up`."""
     runs = []
     for name in names:
-        run = servers.look_up(client, name)
+        run = server_runs.look_up(client, name)
         if not training_runs.is_training_run(run):
             raise InputError(f"{name}: found a run that is none of poolnet train")
         runs.append(training_runs.of(run))

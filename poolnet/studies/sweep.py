@@ -25,7 +25,7 @@ from poolnet.studies.study import Study
 from poolnet.studies.sweep_results import Sweep
 from poolnet.studies.worker import Crew
 from poolnet.text import Echo, progress
-from poolnet.tracking import addresses, servers, sweep_run, views
+from poolnet.tracking import addresses, servers, sweep_run, views, waiting
 from poolnet.tracking.publisher import Publisher
 from poolnet.tracking.training_runs import SCORES
 
@@ -103,7 +103,7 @@ def _server_errors_as_warnings(sweep: Sweep, problem: str, seconds: float, echo_
     A warning is enough, because a later call does everything again. The server has `seconds` for all its answers.
     """
     try:
-        with servers.within(seconds):
+        with waiting.within(seconds):
             yield
     except (MlflowException, NoAnswer) as error:
         echo_warning(f"{addresses.shown(sweep.uri)}: {problem} ({servers.reason(error)})")

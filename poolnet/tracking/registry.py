@@ -23,7 +23,7 @@ from mlflow.tracking.client import MlflowClient
 
 from poolnet.errors import InputError
 from poolnet.text import echo_warning
-from poolnet.tracking import model_card, names, programs, servers
+from poolnet.tracking import model_card, names, programs, server_runs, servers, waiting
 from poolnet.tracking.model_card import Card
 
 if TYPE_CHECKING:  # torch only where a network is made
@@ -153,7 +153,7 @@ def load(uri: str, check_export: bool = False) -> Loaded:
     """Load a model from MLflow or from a folder.
 
     `uri` is any address that MLflow resolves, such as `models:/poolnet@champion`, or a folder, or names a run as
-    `servers.look_up` takes it.
+    `server_runs.look_up` takes it.
 
     The weights are read. Nothing is unpickled or executed. Raises `InputError` if that would be needed, or if nothing
     is found. With `check_export`, it also raises `InputError` if MLflow would serve another network. If this cannot be
@@ -169,7 +169,7 @@ def load(uri: str, check_export: bool = False) -> Loaded:
                 place = f"models:/{model_id}"
             else:
                 place = uri.rstrip("/") if ":/" in uri else Path(uri).absolute().as_uri()
-            with servers.answering(client.uri):
+            with waiting.answering(client.uri):
                 _fetch(place, Path(scratch), uri)
         except (MlflowException, ImportError, OSError, ValueError) as error:  # s3:// asks for a library, say
             if isinstance(error, InputError):
@@ -234,7 +234,7 @@ def _identify(client: MlflowClient, uri: str) -> tuple[str, ModelVersion | None]
     elif uri.startswith("models:"):
         raise ValueError("no address of a model")
     elif ":/" not in uri and not (uri and Path(uri).is_dir()):
-        run = servers.find_run(client, uri)
+        run = server_runs.find_run(client, uri)
         if not run:
             raise ValueError("no such folder, and no such run on the tracking server")
         model = logged(client, run)

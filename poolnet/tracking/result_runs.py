@@ -14,7 +14,7 @@ from mlflow.tracking.client import MlflowClient
 
 from poolnet.errors import NoAnswer
 from poolnet.runs import provenance, run_record
-from poolnet.tracking import names, servers
+from poolnet.tracking import names, waiting
 
 END_SECONDS = 2.5  # that a server has to take the end of a run that was cut off
 
@@ -40,7 +40,7 @@ def run(
     try:
         yield run_id
     except BaseException as error:  # or it would be RUNNING for good
-        with contextlib.suppress(MlflowException, NoAnswer), servers.within(END_SECONDS):
+        with contextlib.suppress(MlflowException, NoAnswer), waiting.within(END_SECONDS):
             client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     client.set_terminated(run_id)

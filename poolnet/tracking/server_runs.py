@@ -1,8 +1,11 @@
-"""Find or create the run on a server for a run record."""
+"""Find runs on a server, and create those of run records."""
 
 import contextlib
+import itertools
 import os
+import re
 import shlex
+from collections.abc import Iterator
 
 import click
 from mlflow.entities import Run, RunTag, ViewType
@@ -10,6 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet.errors import InputError, RunError
+from poolnet.runs import run_name
 from poolnet.runs.run_record import RunRecord
 from poolnet.tracking import addresses, names, servers
 from poolnet.tracking.servers import Client
@@ -26,7 +30,7 @@ def find(client: Client, run_id: str) -> Run | None:
 
     Raises `RunError` if the run was deleted.
     """
-    server_run = servers.get_run(client, run_id)
+    server_run = get_run(client, run_id)
     if server_run:
         _refuse_deleted(client, server_run)
     return server_run
@@ -83,6 +87,78 @@ def agrees(raw: str, value: str | int | float | bool) -> bool:
     return False
 
 
+def get_run(client: MlflowClient, run_id: str) -> Run | None:
+    """Return the run with this id, or None.
+
+    It may be deleted.
+    """
+    try:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def look_up(client: MlflowClient, text: str) -> Run:
+    """Find the run on the server that a text names.
+
+    The text is the name of its record, the name that MLflow shows, a beginning of one, or MLflow's run id, see
+    `run_name.choose`. By name, only runs that have a model are found. All experiments are searched. Raises `InputError`
+    if there is no such run, or if there are several.
+    """
+    run = find_run(client, text)
+    if not run:
+        raise InputError(f"{text}: no such run on the tracking server")
+    return run
+
+
+def find_run(client: MlflowClient, text: str) -> Run | None:
+    """Find a run as `look_up` does, or return None."""
+    if re.fullmatch("[0-9a-f]{32}", text) and (run := get_run(client, text)):
+        if run.info.lifecycle_stage == "deleted":
+            raise InputError(f"run {text} was deleted; restore it with: mlflow runs restore --run-id {text}")
+        return run
+    experiment_ids = [each.experiment_id for each in servers.experiments(client)] if text else []
+    runs: dict[str, Run] = {}
+
+    def search(beginning: str, more: bool) -> dict[str, str]:
+        for field in (f"tags.`{names.RUN}`", "attributes.run_name"):
+            found = _with_name(client, experiment_ids, field, beginning, more)
+            runs.update((run.info.run_id, run) for run in itertools.islice(found, run_name.LISTED + 1))
+        return {run_id: name_of(run) for run_id, run in runs.items()}
+
+    run_id = run_name.choose(text, search)
+    return runs[run_id] if run_id else None
+
+
+def name_of(run: Run) -> str:
+    """Return the name of a run's record, or MLflow's name."""
+    return run.data.tags.get(names.RUN) or run.info.run_name
+
+
+def _with_name(
+    client: MlflowClient, experiment_ids: list[str], field: str, beginning: str, more: bool
+) -> Iterator[Run]:
+    """Yield the runs whose name begins so.
+
+    They have a model. The newest comes first. `field` is the name's in MLflow's search. If not `more`, `beginning` is
+    the whole name.
+    """
+    # LIKE has no way to quote its wildcards, and MLflow none to quote quotes: "_" stands for any character
+    pattern = re.sub(r"[^\w .-]", "_", beginning) + "%" * more
+    for start in range(0, len(experiment_ids), 500):  # databases bind so many values only
+        some, token = experiment_ids[start : start + 500], None
+        while token is None or token:
+            page = client.search_runs(some, f"{field} LIKE '{pattern}'", max_results=100, page_token=token)
+            for run in page:
+                name = run.info.run_name if field == "attributes.run_name" else run.data.tags[names.RUN]
+                fits = name.startswith(beginning) if more else name == beginning
+                if fits and run.data.tags.keys() & {names.RUN, names.WEIGHTS}:
+                    yield run
+            token = page.token or ""
+
+
 def _refuse_deleted(client: Client, server_run: Run) -> None:
     if server_run.info.lifecycle_stage == "deleted":
         where = addresses.shown(client.uri)
@@ -96,7 +172,7 @@ def _made_by_mlflow_run(client: Client, run: RunRecord) -> Run | None:
     `MLFLOW_RUN_ID` still names it, this raises `Refused` instead.
     """
     run_id = run.record["tracking"]["run_id"]
-    server_run = servers.get_run(client, run_id) if is_home(client.uri, run) else None
+    server_run = get_run(client, run_id) if is_home(client.uri, run) else None
     problem = _contradiction(server_run, run) if server_run else ""
     if problem and os.environ.get("MLFLOW_RUN_ID") == run_id:
         raise Refused(f"run {run_id}: {problem}; unset MLFLOW_RUN_ID, then: poolnet sync {run.name}")

@@ -3,34 +3,27 @@
 This module also finds their addresses and creates local SQLite stores, so that each store is complete.
 """
 
-import _thread
 import contextlib
 import functools
 import gc
-import itertools
 import logging
-import math
 import os
 import re
-import signal
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
 import mlflow
 import mlflow.db
-from mlflow.entities import Experiment, Run, ViewType
+from mlflow.entities import Experiment, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from poolnet import files
 from poolnet.errors import InputError, NoAnswer, RunError
-from poolnet.runs import run_name
 from poolnet.runs.run_record import RunRecord
-from poolnet.tracking import addresses, names, published
+from poolnet.tracking import addresses, published, waiting
 
 AWAY = ("Connection refused", "Read timed out", "Name or service not known", "Connection reset", "timed out")
 SIGNS = (  # the words that matter in the long texts of MLflow and its libraries
@@ -86,123 +79,6 @@ def recorded_home(record: dict) -> str:
     return addresses.absolute(record["tracking"]["uri"], Path(record["tracking"]["folder"]))
 
 
-# --- waiting for an answer ---------------------------------------------------------------------------------------
-
-
-class _Silence(BaseException):
-    """Signal that a server gave no answer for some seconds.
-
-    It is not an `Exception`, because MLflow would catch that and try again.
-    """
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-
-
-_limit = math.inf  # seconds that a call may take
-_deadline = math.inf  # by which all calls must have their answers
-_calls = 0  # that are under way, one in the other
-_silent: dict[str, float] = {}  # servers that gave no answer, and for how long they were waited for
-_ALARM = getattr(signal, "SIGALRM", signal.SIGABRT)  # Windows has no alarms
-_timer: threading.Timer | None = None  # there
-
-
-def limit(seconds: float) -> None:
-    """Set how long to wait for a silent server.
-
-    From now on, a call of a server that is silent for `seconds` is given up with `NoAnswer`.
-    """
-    global _limit
-    _limit = seconds
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(max(1, math.ceil(seconds))))  # where no alarm ends a call
-    os.environ.setdefault("PGCONNECT_TIMEOUT", str(math.ceil(seconds) + 1))
-
-
-@contextlib.contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Limit the total time of server calls in a block.
-
-    All calls in the block have `seconds` together. They do not get more time than an outer block leaves.
-    """
-    global _deadline, _limit
-    before = (_deadline, _limit)
-    _deadline = min(_deadline, time.monotonic() + seconds)
-    _limit = min(_limit, seconds)
-    try:
-        yield
-    finally:
-        _deadline, _limit = before
-
-
-@contextlib.contextmanager
-def answering(uri: str) -> Iterator[None]:
-    """Limit the waiting time of one server call.
-
-    Raises `NoAnswer` if the server is silent. If it was silent before, this is raised at once. There is no limit for
-    SQLite files, in other threads than the main one, and before `limit` or `within` sets one.
-    """
-    global _calls
-    if _limit == math.inf or addresses.sqlite_file(uri) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    depth = _calls
-    if not depth and _silent.get(uri, -1) >= _limit:
-        raise NoAnswer(f"no answer for {_silent[uri]:g} s")
-    try:
-        _calls = depth + 1
-        _set_alarm()
-        yield
-        _set_alarm()  # a call of a call was answered
-    except _Silence as silence:
-        if depth:
-            raise
-        _silent[uri] = silence.seconds
-        raise NoAnswer(f"no answer for {_silent[uri]:g} s") from None
-    finally:
-        _calls = depth
-        if not depth:
-            _clear_alarm()
-
-
-def gave_up() -> bool:
-    """Whether a server was silent for too long.
-
-    Threads of MLflow may still wait for it.
-    """
-    return bool(_silent)
-
-
-def _set_alarm() -> None:
-    """Set an alarm that raises `_Silence` in the main thread.
-
-    The alarm rings when the time for the call is over.
-    """
-    global _timer
-    remaining = _deadline - time.monotonic()
-    waited = min(_limit, max(0.1, round(remaining, 1)))  # rounded for the message, which never says 0 s
-
-    def ring(signum: int, frame: object) -> None:
-        if _calls:
-            raise _Silence(waited)
-
-    seconds = max(0.001, min(_limit, remaining))
-    signal.signal(_ALARM, ring)
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and again, should somebody swallow it
-    else:
-        _clear_alarm()
-        _timer = threading.Timer(seconds, _thread.interrupt_main, (_ALARM,))
-        _timer.daemon = True
-        _timer.start()
-
-
-def _clear_alarm() -> None:
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    elif _timer:
-        _timer.cancel()
-
-
 class Client(MlflowClient):
     """An MLflow client whose calls have a time limit.
 
@@ -220,7 +96,7 @@ class Client(MlflowClient):
 
         @functools.wraps(method)
         def call(*args: object, **options: object) -> object:
-            with answering(self.uri):
+            with waiting.answering(self.uri):
                 return method(*args, **options)
 
         return call
@@ -241,7 +117,7 @@ def client_of(uri: str) -> Client:
         # SQLAlchemy's own attempts take minutes
         raise NoAnswer(problem)
     try:
-        with answering(uri):
+        with waiting.answering(uri):
             return Client(uri)
     except SQLAlchemyError as error:  # which MLflow passes on as it is while it opens a store
         raise MlflowException(reason(error)) from error
@@ -306,7 +182,7 @@ def own_server(timeout: float | None = None) -> Iterator[None]:
     uri = addresses.own()
     addresses.check(uri)
     if timeout is not None:
-        limit(timeout)
+        waiting.limit(timeout)
     with brief_errors(uri), as_environment(uri):
         yield
 
@@ -379,78 +255,6 @@ def experiments(client: MlflowClient) -> list[Experiment]:
         all_pages += page
         token = page.token or ""
     return all_pages
-
-
-def get_run(client: MlflowClient, run_id: str) -> Run | None:
-    """Return the run with this id, or None.
-
-    It may be deleted.
-    """
-    try:
-        return client.get_run(run_id) if run_id else None
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
-
-
-def look_up(client: MlflowClient, text: str) -> Run:
-    """Find the run on the server that a text names.
-
-    The text is the name of its record, the name that MLflow shows, a beginning of one, or MLflow's run id, see
-    `run_name.choose`. By name, only runs that have a model are found. All experiments are searched. Raises `InputError`
-    if there is no such run, or if there are several.
-    """
-    run = find_run(client, text)
-    if not run:
-        raise InputError(f"{text}: no such run on the tracking server")
-    return run
-
-
-def find_run(client: MlflowClient, text: str) -> Run | None:
-    """Find a run as `look_up` does, or return None."""
-    if re.fullmatch("[0-9a-f]{32}", text) and (run := get_run(client, text)):
-        if run.info.lifecycle_stage == "deleted":
-            raise InputError(f"run {text} was deleted; restore it with: mlflow runs restore --run-id {text}")
-        return run
-    experiment_ids = [each.experiment_id for each in experiments(client)] if text else []
-    runs: dict[str, Run] = {}
-
-    def search(beginning: str, more: bool) -> dict[str, str]:
-        for field in (f"tags.`{names.RUN}`", "attributes.run_name"):
-            found = _with_name(client, experiment_ids, field, beginning, more)
-            runs.update((run.info.run_id, run) for run in itertools.islice(found, run_name.LISTED + 1))
-        return {run_id: name_of(run) for run_id, run in runs.items()}
-
-    run_id = run_name.choose(text, search)
-    return runs[run_id] if run_id else None
-
-
-def name_of(run: Run) -> str:
-    """Return the name of a run's record, or MLflow's name."""
-    return run.data.tags.get(names.RUN) or run.info.run_name
-
-
-def _with_name(
-    client: MlflowClient, experiment_ids: list[str], field: str, beginning: str, more: bool
-) -> Iterator[Run]:
-    """Yield the runs whose name begins so.
-
-    They have a model. The newest comes first. `field` is the name's in MLflow's search. If not `more`, `beginning` is
-    the whole name.
-    """
-    # LIKE has no way to quote its wildcards, and MLflow none to quote quotes: "_" stands for any character
-    pattern = re.sub(r"[^\w .-]", "_", beginning) + "%" * more
-    for start in range(0, len(experiment_ids), 500):  # databases bind so many values only
-        some, token = experiment_ids[start : start + 500], None
-        while token is None or token:
-            page = client.search_runs(some, f"{field} LIKE '{pattern}'", max_results=100, page_token=token)
-            for run in page:
-                name = run.info.run_name if field == "attributes.run_name" else run.data.tags[names.RUN]
-                fits = name.startswith(beginning) if more else name == beginning
-                if fits and run.data.tags.keys() & {names.RUN, names.WEIGHTS}:
-                    yield run
-            token = page.token or ""
 
 
 def reason(error: Exception) -> str:

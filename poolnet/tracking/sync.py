@@ -67,7 +67,7 @@ def find_name(text: str) -> str:
     name, store = run_record.find_name(text), addresses.sqlite_file(addresses.own())
     if not name and (not store or store.exists()):
         with contextlib.suppress(MlflowException, NoAnswer, RunError):  # then only names on disk are known
-            run = servers.find_run(servers.own_client(), text)  # somebody may have renamed it there
+            run = server_runs.find_run(servers.own_client(), text)  # somebody may have renamed it there
             name = run_record.find_name(run.info.run_id) if run else None
     if not name:
         raise InputError(f"{text}: no such run in {run_record.folder()}")

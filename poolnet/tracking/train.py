@@ -75,10 +75,10 @@ def _recorded(text: str, timeout: float) -> RunRecord:
     """Return the record of the run that a text names."""
     if run := run_record.find(text):
         return run
-    from poolnet.tracking import servers, sync  # and with them MLflow, which takes seconds
+    from poolnet.tracking import sync, waiting  # and with them MLflow, which takes seconds
 
     try:
-        with servers.within(timeout):
+        with waiting.within(timeout):
             return sync.find(text)
     except InputError as error:
         cure = "if its folder is gone, train it anew with the command in the run's description in MLflow"

@@ -11,7 +11,7 @@ import mlflow
 import pytest
 
 from poolnet import process
-from poolnet.tracking import result_runs, servers, sweep_run
+from poolnet.tracking import result_runs, servers, sweep_run, waiting
 
 
 @pytest.fixture(params=["sqlite", "http"])
@@ -60,7 +60,7 @@ def forwarded(address):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("the cause")], ids=repr)
 def test_what_ended_a_run_is_not_hidden_by_a_server_that_hangs_since_then(server, monkeypatch, error):
-    monkeypatch.setattr(servers, "_silent", {})
+    monkeypatch.setattr(waiting, "_silent", {})
     monkeypatch.setattr(result_runs, "END_SECONDS", 1)
     with forwarded(server) as (address, through):
 

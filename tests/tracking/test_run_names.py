@@ -25,7 +25,7 @@ def begun(client, name, title=None, **more):
 
 
 def found(client, text):
-    return servers.look_up(client, text).info.run_id
+    return server_runs.look_up(client, text).info.run_id
 
 
 def test_name_beginning_and_id_find_a_run(client):

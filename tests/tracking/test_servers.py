@@ -22,7 +22,7 @@ from mlflow.utils.file_utils import path_to_local_sqlite_uri
 from poolnet.errors import InputError, NoAnswer, RunError
 from poolnet.files import home
 from poolnet.runs import provenance, run_record
-from poolnet.tracking import addresses, servers
+from poolnet.tracking import addresses, server_runs, servers, waiting
 
 ODD = "Büro x#1 100%'s"
 
@@ -183,17 +183,17 @@ def hanging(request):
 
 
 def test_every_call_of_a_server_that_hangs_ends(hanging, monkeypatch):
-    monkeypatch.setattr(servers, "_silent", {})
-    monkeypatch.setattr(servers, "_limit", 0.5)
+    monkeypatch.setattr(waiting, "_silent", {})
+    monkeypatch.setattr(waiting, "_limit", 0.5)
     client = servers.client_of(hanging)
     for seconds in (0.5, 0):  # and the second at once
         began = time.monotonic()
         with pytest.raises(NoAnswer, match=r"no answer for 0\.5 s"):
             client.search_experiments()
         assert seconds <= time.monotonic() - began < seconds + 0.5
-    monkeypatch.setattr(servers, "_limit", 20)
+    monkeypatch.setattr(waiting, "_limit", 20)
     began = time.monotonic()
-    with servers.within(1), servers.within(60):  # a block within another has no more time
+    with waiting.within(1), waiting.within(60):  # a block within another has no more time
         for call in (client.search_experiments, client.search_registered_models):
             with pytest.raises(NoAnswer):
                 call()
@@ -201,14 +201,14 @@ def test_every_call_of_a_server_that_hangs_ends(hanging, monkeypatch):
 
 
 def test_a_server_that_had_less_time_is_waited_for_again(hanging, monkeypatch):
-    monkeypatch.setattr(servers, "_silent", {})
+    monkeypatch.setattr(waiting, "_silent", {})
     client = servers.client_of(hanging)
-    with servers.within(1):
+    with waiting.within(1):
         time.sleep(0.5)
         with pytest.raises(NoAnswer, match=r"no answer for 0\.5 s"):
             client.search_experiments()
     began = time.monotonic()
-    with servers.within(1), pytest.raises(NoAnswer, match="no answer for 1 s"):
+    with waiting.within(1), pytest.raises(NoAnswer, match="no answer for 1 s"):
         client.search_experiments()
     assert 1 <= time.monotonic() - began < 2
 
@@ -224,10 +224,10 @@ def test_a_library_call_refuses_an_address_and_names_a_server_that_hangs(hanging
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "mlruns")
     with pytest.raises(InputError, match="MLFLOW_TRACKING_URI: found 'mlruns'"), servers.own_server():
         raise AssertionError
-    monkeypatch.setattr(servers, "_silent", {})
+    monkeypatch.setattr(waiting, "_silent", {})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", hanging)
     refused = pytest.raises(RunError, match=rf"{hanging}: no answer for 1 s; start the server")
-    with refused, servers.within(1), servers.own_server():
+    with refused, waiting.within(1), servers.own_server():
         servers.own_client()
 
 
@@ -297,7 +297,7 @@ def test_a_run_is_found_behind_a_thousand_experiments(letters, monkeypatch):
     for name in "abc":
         client.create_experiment(name)
     monkeypatch.setattr(client, "search_experiments", one_a_page)
-    assert servers.look_up(client, run.data.tags["poolnet.run"]).info.run_id == run.info.run_id
+    assert server_runs.look_up(client, run.data.tags["poolnet.run"]).info.run_id == run.info.run_id
     assert len(asked) == 4
 
 
