@@ -1,6 +1,5 @@
 """Link to pages of MLflow's interface, and open them."""
 
-import contextlib
 import os
 import re
 import signal
@@ -8,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 import webbrowser
 from pathlib import Path
 
@@ -139,7 +137,7 @@ def show(uri: str, page: str, echo: Echo) -> None:
 def _wait_for(server: subprocess.Popen, port: int) -> None:
     deadline = time.monotonic() + START_SECONDS
     while server.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+        if not addresses.unreachable(f"http://127.0.0.1:{port}"):
             return
         time.sleep(0.2)
     raise RunError("`mlflow ui` did not start; start it with the command that is printed without --open")
