@@ -23,6 +23,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -332,7 +333,7 @@ def registry(uri: str) -> dict[str, object]:
     versions = {}
     for version in client.search_model_versions("name = 'poolnet'"):
         tags = {key: value for key, value in version.tags.items() if not key.endswith(".since")}
-        text = version.description.partition(": ")[2] if version.description else ""  # behind the time
+        text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", "then", version.description or "")
         versions[int(version.version)] = (tags, sorted(version.aliases), text)
     runs = []
     for run in client.search_runs(["0"], "tags.`poolnet.weights` LIKE '%'"):
