@@ -253,15 +253,15 @@ def measure_sweep_kills(folder: Path, kills: int, seed: int, epochs: int, train:
         world, moment = World(folder / f"sweep{index}", data, epochs), rng.uniform(0, duration)
         killed(world, command, moment)
         finish_twice(world, command)
-        found = {stem(run): (outcome(run), on_server(world.uri, run)["metrics"]) for run in world.runs()}
-        twice = len(world.runs()) - len(found)
+        outcomes = {stem(run): (outcome(run), on_server(world.uri, run)["metrics"]) for run in world.runs()}
+        twice = len(world.runs()) - len(outcomes)
         parents = mlflow.MlflowClient(world.uri).search_runs(["0"], "tags.`poolnet.study` LIKE '%'")
         status = [parent.info.status for parent in parents]
-        same = found.keys() == expected.keys() and not any(
-            differences(found[key][0], expected[key][0]) or found[key][1] != expected[key][1] for key in found
+        same = outcomes.keys() == expected.keys() and not any(
+            differences(outcomes[key][0], expected[key][0]) or outcomes[key][1] != expected[key][1] for key in outcomes
         )
         if not same or twice or status != ["FINISHED"]:
-            wrong.append(f"sweep {index} at {moment:.2f} s: {sorted(found)}, {twice} twice, {status}")
+            wrong.append(f"sweep {index} at {moment:.2f} s: {sorted(outcomes)}, {twice} twice, {status}")
         shutil.rmtree(world.folder)
     return {"kills": kills, "identical": kills - len(wrong), "wrong": wrong}
 

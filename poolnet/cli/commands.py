@@ -251,11 +251,18 @@ def figures(context: click.Context, runs: tuple[str, ...], as_json: bool, timeou
     _show(context, rows, as_json)
 
 
-for command in (
-    *(train, sync, study_commands.sweep, figures, study_commands.compare),
-    *(model_commands.evaluate, model_commands.predict, model_commands.promote),
-    *(model_commands.reproduce, model_commands.register),
-):  # in their order of use
+for command in (  # in their order of use
+    train,
+    sync,
+    study_commands.sweep,
+    figures,
+    study_commands.compare,
+    model_commands.evaluate,
+    model_commands.predict,
+    model_commands.promote,
+    model_commands.reproduce,
+    model_commands.register,
+):
     cli.add_command(command)
 
 

@@ -204,8 +204,8 @@ def _check_selection(names: list[str], study: str, by: str, arms: tuple[str, str
     if [bool(names), bool(study), bool(by)].count(True) != 1 or (names and len(names) != 2):
         raise InputError("compare: expected one of --study STUDY.toml, --experiment NAME --by OPTION, or two runs")
     if arms and (not by or arms[0] == arms[1]):
-        found = f"found {arms[0]} twice" if by else "found it without --by"
-        raise InputError(f"--arms: {found}, expected two values of {by or 'the option that --by names'}")
+        problem = f"found {arms[0]} twice" if by else "found it without --by"
+        raise InputError(f"--arms: {problem}, expected two values of {by or 'the option that --by names'}")
 
 
 def _words(text: str) -> list[str]:

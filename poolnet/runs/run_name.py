@@ -22,11 +22,11 @@ def choose(text: str, search: Search) -> str | None:
     `InputError`, which lists the runs, if several are equally good.
     """
     for beginning, more in ((text, False), (f"{text}-", True), (text, True)):
-        found = search(beginning, more) if text else {}
-        if len(found) == 1:
-            return next(iter(found))
-        if found:
-            raise InputError(f"{text}: found {_listed(found)}; type more of the name, or MLflow's run id")
+        matches = search(beginning, more) if text else {}
+        if len(matches) == 1:
+            return next(iter(matches))
+        if matches:
+            raise InputError(f"{text}: found {_listed(matches)}; type more of the name, or MLflow's run id")
     return None
 
 

@@ -124,8 +124,8 @@ def find_run(client: MlflowClient, text: str) -> Run | None:
 
     def search(beginning: str, more: bool) -> dict[str, str]:
         for field in (f"tags.`{names.RUN}`", "attributes.run_name"):
-            found = _with_name(client, experiment_ids, field, beginning, more)
-            runs.update((run.info.run_id, run) for run in itertools.islice(found, run_name.LISTED + 1))
+            matches = _with_name(client, experiment_ids, field, beginning, more)
+            runs.update((run.info.run_id, run) for run in itertools.islice(matches, run_name.LISTED + 1))
         return {run_id: name_of(run) for run_id, run in runs.items()}
 
     run_id = run_name.choose(text, search)

@@ -17,6 +17,7 @@ from poolnet.tracking.servers import Client
 from poolnet.training.config import POOLS
 
 TAG = "mlflow.sharedViewState."  # and the key of the view
+HEAD = "Runs of poolnet: "  # of the experiment's description
 NOTE = (  # in one line, whose ends MLflow shows
     "Is average or max pooling better for letters? These are the runs of poolnet: trainings, sweeps with their runs "
     "below them, comparisons with `report.html` among their artifacts, and evaluations of models."
@@ -43,28 +44,29 @@ def keep(client: Client, experiment_id: str, data: str, data_sha256: str) -> Non
     Views and descriptions of others stay as they are.
     """
     looked_up = (client.uri, experiment_id, data_sha256)
-    if looked_up not in _complete:
-        _complete.add(looked_up)
-        try:
-            _write_missing(client, experiment_id, _states(data, data_sha256), data_sha256[:4])
-        except MlflowException as error:
-            if not servers.is_refusal(error):  # of a server that keeps no views, but has the runs all the same
-                _complete.remove(looked_up)
-                raise
+    if looked_up in _complete:
+        return
+    try:
+        _write_missing(client, experiment_id, _states(data, data_sha256), data_sha256[:4])
+    except MlflowException as error:
+        if not servers.is_refusal(error):  # of a server that keeps no views, but has the runs all the same
+            raise
+    _complete.add(looked_up)
 
 
 def _write_missing(client: Client, experiment_id: str, states: States, tail: str) -> None:
     tags = client.get_experiment(experiment_id).tags
     views = {key.removeprefix(TAG): _name(value) for key, value in tags.items() if key.startswith(TAG)}
-    missing = {key: state for key, state in states.items() if key not in views}
-    note, before = _note(experiment_id, views), tags.get(names.NOTE, "")
+    missing = {key: state for key, state in states.items() if not views.get(key)}  # or damaged
     now = time.time_ns() // 1_000_000
     for place, (key, (name, state)) in enumerate(missing.items()):  # the menu lists the newest first
         name += f" ({tail})" * (name in views.values())  # of another data set with this name
         views[key] = name
         client.set_experiment_tag(experiment_id, TAG + key, _tag(name, state, now - place))
-    if missing and before in ("", note):
-        client.set_experiment_tag(experiment_id, names.NOTE, _note(experiment_id, views))
+    note, before = _note(experiment_id, views), tags.get(names.NOTE, "")
+    is_ours = before.startswith(HEAD) and before.endswith(NOTE)  # but lacks views, after a kill or of another process
+    if before != note and (is_ours or not before):
+        client.set_experiment_tag(experiment_id, names.NOTE, note)
 
 
 def _states(data: str, data_sha256: str) -> States:
@@ -164,6 +166,6 @@ def _note(experiment_id: str, views: dict[str, str]) -> str:
 
     It begins with our views, since MLflow folds all but its first line.
     """
-    ours = {key: name for key, name in views.items() if pages.is_view(key)}
-    links = [pages.in_markdown(name, pages.view(experiment_id, key)) for key, name in ours.items()]
-    return f"Runs of poolnet: {' · '.join(links)}\n\n{NOTE}" if links else ""
+    ours = sorted(filter(pages.is_view, views))  # in one order, or two processes would write it in turn
+    links = [pages.in_markdown(views[key], pages.view(experiment_id, key)) for key in ours]
+    return f"{HEAD}{' · '.join(links)}\n\n{NOTE}"

@@ -195,8 +195,8 @@ def test_two_runs_are_found_by_the_names_on_the_screen(client):
     client.update_run(renamed.info.run_id, name="it is monday")
     one_text = [("--runs", "max-seed1 'it is monday'"), ("--runs", "max-seed1 max-seed2")]
     for arguments in [("max-seed1", "it is monday"), *one_text]:
-        found = compared(*arguments)
-        assert client.get_run(found["run_id"]).info.run_name == "seed 2 vs seed 1, letters"
+        comparison = compared(*arguments)
+        assert client.get_run(comparison["run_id"]).info.run_name == "seed 2 vs seed 1, letters"
 
 
 def test_mlflow_run_compares_in_the_run_that_it_made(client):

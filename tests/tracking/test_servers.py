@@ -22,7 +22,7 @@ from mlflow.utils.file_utils import path_to_local_sqlite_uri
 from poolnet.errors import InputError, NoAnswer, RunError
 from poolnet.files import home
 from poolnet.runs import provenance, run_record
-from poolnet.tracking import addresses, server_runs, servers, waiting
+from poolnet.tracking import addresses, server_runs, servers, views, waiting
 
 ODD = "Büro x#1 100%'s"
 
@@ -211,6 +211,15 @@ def test_a_server_that_had_less_time_is_waited_for_again(hanging, monkeypatch):
     with waiting.within(1), pytest.raises(NoAnswer, match="no answer for 1 s"):
         client.search_experiments()
     assert 1 <= time.monotonic() - began < 2
+
+
+def test_views_are_tried_again_after_a_server_was_silent(hanging, monkeypatch):
+    monkeypatch.setattr(waiting, "_silent", {})
+    monkeypatch.setattr(waiting, "_limit", 0.5)
+    client = servers.client_of(hanging)
+    for _ in range(2):
+        with pytest.raises(NoAnswer):
+            views.keep(client, "0", "letters", "0" * 64)
 
 
 def test_a_command_ends_in_one_line_when_the_server_hangs(hanging, letters):

@@ -105,6 +105,23 @@ def test_views_are_written_again_where_they_are_missing_but_no_description_that_
     assert tags()["mlflow.note.content"].endswith(" Ask Ada.")
 
 
+def test_what_a_kill_or_another_process_left_out_is_made_up_for(monkeypatch):
+    """A description that was not written, and a view of which there is only half."""
+    publish(journaled())
+    client, first = servers.own_client(), tags()["mlflow.note.content"]
+    Path("other").mkdir()
+    np.savez("other/letters.npz", **make_arrays(seed=5))
+    publish(journaled(CONFIG.__class__(data="other/letters.npz", epochs=2, register=False)))
+    whole, other = tags(), open_dataset("other/letters.npz")
+    client.set_experiment_tag("0", "mlflow.note.content", first)
+    key = f"{TAG}poolnet-{other.sha256[:8]}"
+    client.set_experiment_tag("0", key, whole[key][:40])
+    monkeypatch.setattr(views, "_complete", set())
+    views.keep(client, "0", other.name, other.sha256)
+    assert tags()["mlflow.note.content"] == whole["mlflow.note.content"]
+    assert state(key.removeprefix(TAG))["groupBy"]["aggregateFunction"] == "average"
+
+
 # --- links -----------------------------------------------------------------------------------------------------------
 
 
