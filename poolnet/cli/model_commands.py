@@ -23,7 +23,7 @@ from poolnet.cli.options import (
 )
 from poolnet.errors import InputError
 from poolnet.files import home, regular
-from poolnet.models import WEIGHTS_FILE
+from poolnet.models import BUDGET, WEIGHTS_FILE
 from poolnet.text import echo, echo_warning, failed, progress, step, to_json
 from poolnet.training.config import POOLS
 
@@ -100,6 +100,11 @@ def _alias(context: click.Context, option: click.Parameter, name: str) -> str:
 @click.option(
     "--non-inferior", "--non_inferior", default="", metavar="M", help="Also if it is not worse by M points of accuracy."
 )
+@click.option(
+    "--budget",
+    type=click.IntRange(min=1),
+    help=f"Challengers of a champion, which share the 5 %; it can be raised, not lowered.  [default: {BUDGET}]",
+)
 @switch("--force", help="Whatever the test says; recorded as such.")
 @switch("--rollback", help="Give the alias back to the champion before.")
 @TIMEOUT
@@ -111,6 +116,7 @@ def promote(
     by_option: str,
     alias: str,
     non_inferior: str,
+    budget: int | None,
     force: bool,
     rollback: bool,
     timeout: float,
@@ -119,18 +125,19 @@ def promote(
     """Make a MODEL champion if it is better.
 
     Without MODEL the newest version. The name of a run means its model, which becomes a version if it is none. An exact
-    McNemar test at 5 % decides, on what both models' runs predicted of the same validation letters. The decision, with
-    its numbers, is written on the model version. Exit code 1 if the champion stays.
+    McNemar test decides, on what both models' runs predicted of the same validation letters. Its level is 5 %, shared
+    among the challengers that the champion may meet. The decision, with its numbers, is written on the model version.
+    Exit code 1 if the champion stays.
     """
     margin, model = points("--non-inferior", non_inferior), model or by_option
-    if rollback and (model or non_inferior or force):
+    if rollback and (model or non_inferior or budget or force):
         raise InputError("--rollback: found it with other options, expected --alias alone")
     with tracking_server(timeout):
         from poolnet.models import promote
         from poolnet.tracking import pages, registry, servers
 
         client = servers.own_client()
-        decision = promote.promote(client, model, alias, margin, force, rollback)
+        decision = promote.promote(client, model, alias, margin, force, rollback, budget or BUDGET)
         page = pages.version(registry.NAME, decision.version)
     refused = decision.kind == "refused"
     if as_json:

@@ -1,6 +1,6 @@
 """Decide which version of `poolnet` becomes champion.
 
-A paired test on the same validation examples decides.
+A paired test on the same validation examples decides. Its level is shared among the challengers, see `budget`.
 """
 
 import contextlib
@@ -15,7 +15,8 @@ from mlflow.tracking.client import MlflowClient
 
 from poolnet.errors import InputError
 from poolnet.files import home, locked
-from poolnet.models import champions
+from poolnet.models import BUDGET, budget, champions
+from poolnet.models.budget import Turn, Untested
 from poolnet.stats import paired
 from poolnet.stats.paired import Effect, McNemar
 from poolnet.text import NATS, POINTS, interval, marked, p_value, step
@@ -40,13 +41,13 @@ class Paired:
     mcnemar: McNemar  # only_a: the champion alone is right
     p_inferior: float | None  # that the challenger is worse by the margin or more, where one was given
 
-    @property
-    def better(self) -> bool:
-        return self.mcnemar.p < paired.ALPHA and self.mcnemar.only_b > self.mcnemar.only_a
+    def better(self, challengers: int) -> bool:
+        """Whether the challenger is better, as one of so many."""
+        return self.mcnemar.p < paired.ALPHA / challengers and self.mcnemar.only_b > self.mcnemar.only_a
 
-    @property
-    def not_worse(self) -> bool:
-        return self.p_inferior is not None and self.p_inferior < paired.ALPHA
+    def not_worse(self, challengers: int) -> bool:
+        """Whether the challenger is not worse by the margin."""
+        return self.p_inferior is not None and self.p_inferior < paired.ALPHA / challengers
 
     def __str__(self) -> str:
         points, nats, test = self.points, self.nats, self.mcnemar
@@ -72,6 +73,8 @@ class Decision:
     val: Paired | None = None
     test: Paired | None = None
     earlier: tuple[int, ...] = ()  # the champions before the one that it makes
+    challenger: Turn | None = None  # None if there was no test
+    untested: str = ""  # why there was none
 
     @property
     def promoted(self) -> bool:
@@ -91,22 +94,36 @@ class Decision:
             "refused": f"is not {self.alias}: it is not shown to be better than version {self.over}"
             + (f", nor to be {within}" if self.margin else ""),
         }
+        if self.kind == "refused" and self.untested:
+            return f"Version {self.version} is not {self.alias}: it was not tested. {self.untested}."
         text = f"Version {self.version} {verbs[self.kind]}."
         if self.val:
             text += f" On the same {self.val.n:,} validation letters: {self.val}"
             p = self.val.p_inferior
             text += "." if p is None else f"; p of being worse by the margin {p_value(p)}."
+        if self.challenger:
+            text += self._rule(self.challenger)
         if self.test:
             text += f" On test, which decides nothing: {self.test.points.estimate:{POINTS}} points."
         return text
 
+    def _rule(self, turn: Turn) -> str:
+        """Say at which level the challenger was tested, and why."""
+        text = f" It is challenger {turn} of version {self.over}, so p must be below {turn.level:.2g}"
+        if turn.spent > 1.001 * paired.ALPHA:
+            text += f"; with the budget raised, the levels of all tests against that add up to {turn.spent:.2g}"
+        return f"{text}."
 
-def promote(client: MlflowClient, uri: str, alias: str, margin: float | None, force: bool, back: bool) -> Decision:
+
+def promote(
+    client: MlflowClient, uri: str, alias: str, margin: float | None, force: bool, back: bool, challengers: int
+) -> Decision:
     """Make a model champion if it is better.
 
-    With `back`, the previous champion gets the alias again instead. The decision is written down in any case.
+    `challengers` is the budget of the champion. With `back`, the previous champion gets the alias again instead. The
+    decision is written down in any case.
     """
-    decision = rollback(client, alias) if back else decide(client, uri, alias, margin, force)
+    decision = rollback(client, alias) if back else decide(client, uri, alias, margin, force, challengers)
     enact(client, decision)
     publish(client, decision)
     return decision
@@ -115,11 +132,14 @@ def promote(client: MlflowClient, uri: str, alias: str, margin: float | None, fo
 # --- deciding ---------------------------------------------------------------------------------------------------------
 
 
-def decide(client: MlflowClient, uri: str, alias: str, margin: float | None, force: bool) -> Decision:
+def decide(
+    client: MlflowClient, uri: str, alias: str, margin: float | None, force: bool, challengers: int = BUDGET
+) -> Decision:
     """Decide whether a model becomes champion of the alias.
 
     The model is the one at `uri`, which may also name a run, or the newest version if `uri` is empty. A model that is
-    no version of `poolnet` yet becomes one, unless this raises. Nothing else is changed yet.
+    no version of `poolnet` yet becomes one, unless this raises. Then it takes its turn among the `challengers` of the
+    champion. Nothing else is changed yet.
 
     Raises `InputError` if the model is none that `poolnet train` or `poolnet register` logged, or cannot be loaded
     without pickle, if it has another pool than the alias names, or if it was trained on other data than the champion.
@@ -145,11 +165,19 @@ def decide(client: MlflowClient, uri: str, alias: str, margin: float | None, for
     except InputError:
         if not force:
             raise
-    if val and (val.better or val.not_worse):
-        kind = "better" if val.better else "not worse"
+    version, turn, untested = _registered(client, challenger), None, ""
+    if val:
+        try:
+            with locked(home() / "promote.lock", champions.LOCK_SECONDS):
+                turn = budget.take(client, champion, version, challenger.run, challengers)
+        except Untested as reason:
+            untested = str(reason)
+            val, test = (val, test) if force else (None, None)  # numbers would be a look at it
+    if val and turn and (val.better(turn.budget) or val.not_worse(turn.budget)):
+        kind = "better" if val.better(turn.budget) else "not worse"
     else:
         kind = "forced" if force else "refused"
-    return Decision(alias, kind, _registered(client, challenger), over, margin, val, test, (*earlier, over))
+    return Decision(alias, kind, version, over, margin, val, test, (*earlier, over), turn, untested)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +315,8 @@ def _tags(decision: Decision) -> dict[str, str]:
     They are few and rounded, because the page of the registry shows them all.
     """
     tags = {"decision": decision.kind, "over": str(decision.over or "none")}
+    if decision.challenger:
+        tags["challenger"] = str(decision.challenger)
     for key, value in _numbers(decision).items():
         plain = "n" if key in ("n", "margin_points") else key.partition("_")[0]
         tags[key] = {"n": f"{value:g}", "p": p_value(value)}.get(plain, f"{value:+.2f}")

@@ -57,7 +57,7 @@ def client(trained):
     for version in client.search_model_versions("name = 'poolnet'"):
         client.update_model_version("poolnet", version.version, "")
         for key in version.tags:
-            if key.startswith("champion"):
+            if key.startswith(("champion", "challenger/")):
                 client.delete_model_version_tag("poolnet", version.version, key)
     return client
 
@@ -128,10 +128,44 @@ def test_an_equal_one_wins_if_not_being_worse_is_enough_and_sure(capsys, client)
     promoted(capsys, "models:/poolnet/2")
     # 90 letters without a difference do not exclude one of a point
     assert promoted(capsys, "models:/poolnet/3", "--non-inferior", "1", code=1)["val"]["p_inferior"] > 0.05
-    decision = promoted(capsys, "models:/poolnet/3", "--non-inferior", "5")
+    decision = promoted(capsys, "models:/poolnet/3", "--non-inferior", "10")
     assert (decision["kind"], champion(client)) == ("not worse", 3)
-    assert decision["val"]["p_inferior"] < 0.05
-    assert promoted(capsys, "models:/poolnet/1", "--non-inferior", "5", code=1)["kind"] == "refused"
+    assert decision["val"]["p_inferior"] < 0.05 / 10
+    assert promoted(capsys, "models:/poolnet/1", "--non-inferior", "10", code=1)["kind"] == "refused"
+
+
+def test_a_challenger_is_one_of_ten_and_says_so(capsys, client):
+    promoted(capsys, "models:/poolnet/2")
+    for _ in range(2):  # asked again, it is the same one
+        decision = promoted(capsys, "models:/poolnet/1", code=1)
+        assert decision["challenger"] == {"number": 1, "budget": 10, "level": 0.005, "spent": 0.005}
+        assert "It is challenger 1 of 10 of version 2, so p must be below 0.005." in decision["sentence"]
+        assert client.get_model_version("poolnet", "1").tags["champion.challenger"] == "1 of 10"
+    other = promoted(capsys, "models:/poolnet/3", "--alias", "champion-avg")  # an alias without a champion
+    assert (other["kind"], other["challenger"]) == ("first", None)
+    assert promoted(capsys, "models:/poolnet/1", "--alias", "champion-avg", code=1)["challenger"]["number"] == 1
+    ledger = [client.get_model_version("poolnet", number).tags["challenger/1"] for number in "23"]
+    assert ledger == 2 * ["1 of 10: pool=avg epochs=1 batch_size=32 lr=1e-05, seed=42 on cpu"]
+
+
+def test_another_seed_and_too_many_challengers_are_refused_untested(capsys, client):
+    promoted(capsys, "models:/poolnet/1")
+    client.set_model_version_tag("poolnet", "1", "challenger/8", "1 of 2: pool=avg, seed=1 on cpu")
+    client.set_model_version_tag("poolnet", "1", "challenger/9", "2 of 2: pool=max, seed=1 on cpu")
+    decision = promoted(capsys, "models:/poolnet/2", "--budget", "2", code=1)
+    assert (decision["kind"], decision["val"], decision["challenger"]) == ("refused", None, None)
+    assert decision["sentence"].startswith(
+        "Version 2 is not champion: it was not tested. Version 1 has met 2 challengers on these validation letters, "
+        "which is its budget; raise that, as in --budget 4"
+    )
+    assert decision["sentence"] in client.get_model_version("poolnet", "2").description
+    settings = "pool=avg epochs=6 batch_size=32 lr=0.05"
+    client.set_model_version_tag("poolnet", "1", "challenger/8", f"1 of 2: {settings}, seed=1 on cpu")
+    code, _, err = run(capsys, "promote", "models:/poolnet/2", "--budget", "20")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "Version 8 stands for these settings, as the first seed that was tested (seed=1 on cpu)" in err
+    decision = promoted(capsys, "models:/poolnet/2", "--force")
+    assert (decision["kind"], decision["val"]["n"], champion(client)) == ("forced", 90, 2)
 
 
 def test_force_is_recorded_as_such(capsys, client):
@@ -417,6 +451,8 @@ def test_an_old_ledger_is_read_for_rollbacks(capsys, client):
         (["--non-inferior", "much"], ["--non-inferior", "much"]),
         (["--non-inferior", "-1"], ["--non-inferior", "-1"]),
         (["models:/poolnet/1", "--rollback"], ["--rollback"]),
+        (["--rollback", "--budget", "3"], ["--rollback"]),
+        (["--budget", "0"], ["--budget", "0"]),
         (["--rollback"], ["no champion before"]),
         ([], ["poolnet train"]),
         (["models:/poolnet/1"], ["not found"]),
