@@ -1,7 +1,8 @@
 """Say what a version of `poolnet` is.
 
 The tags of a version are rounded to what a person reads. The exact numbers are metrics of its run, and nothing that
-decides reads these tags.
+decides reads these tags. There is no interval, which numbers of letters alone do not give: letters of a family are
+right or wrong together.
 """
 
 import json
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from mlflow.entities import Run
 
 from poolnet.errors import InputError
-from poolnet.stats import scores
 from poolnet.text import marked
 from poolnet.tracking import names
 
@@ -19,9 +19,9 @@ DESCRIPTION = """\
 Networks of two 2x2 poolings, ReLU and one linear classifier. They say which letter, A to J, is on an image of 28x28 \
 pixels. The baseline `pool=conv` has convolutions in place of the poolings.
 
-`champion` is the version to use. `poolnet promote` gives this alias to another version if an exact McNemar test on \
-the same validation letters shows at 5 % that it is better. `champion-max` and `champion-avg` are the best of one \
-pooling.
+`champion` is the version to use. `poolnet promote` gives this alias to another version if an exact paired test on \
+the same validation letters shows that it is better. Letters of a family are kept together in it, and its 5 % are \
+shared among 10 challengers of a champion. `champion-max` and `champion-avg` are the best of one pooling.
 
 ```python
 import poolnet
@@ -60,11 +60,10 @@ class Card:
         origin = f"weights from {marked(self.file)}" if self.file else f"seed {self.seed}"
         if self.val_acc is None or self.test_acc is None:
             return f"{self.pool} pooling, {origin}, not scored on any data."
-        acc = scores.wilson(round(self.test_acc * self.n_test), self.n_test)
         return (
             f"{self.pool} pooling, {origin}, {'scored' if self.file else 'trained'} on {marked(self.data)}: accuracy "
-            f"{self.val_acc:.4f} on val and {self.test_acc:.4f} on test, 95 % interval {acc.low:.4f} to {acc.high:.4f} "
-            f"({self.n_test:,} test letters)."
+            f"{self.val_acc:.4f} on val and {self.test_acc:.4f} on {self.n_test:,} test letters. "
+            "`poolnet evaluate` gives the intervals."
         )
 
 

@@ -15,7 +15,7 @@ from finished_runs import REGISTERED, journaled, publish
 from mlflow.exceptions import MlflowException
 
 from poolnet.errors import RunError
-from poolnet.models import champions, promote
+from poolnet.models import BUDGET, champions, promote
 from poolnet.text import p_value
 from poolnet.tracking import programs, registry
 
@@ -265,7 +265,7 @@ def test_a_run_is_registered_by_its_name(capsys, client):
     metrics = client.get_run(made.run_id).data.metrics
     assert paragraphs[0].startswith(
         f"avg pooling, seed 42, trained on letters: accuracy {metrics['val_acc']:.4f} on val and "
-        f"{metrics['test_acc']:.4f} on test, 95 % interval"
+        f"{metrics['test_acc']:.4f} on 110 test letters."
     )
 
 
@@ -314,7 +314,8 @@ def test_the_run_of_mlflow_run_says_what_was_decided(capsys, client, monkeypatch
 
 def test_the_registered_model_is_described_unless_somebody_has_done_so(client):
     ours = client.get_registered_model("poolnet").description
-    for words in ("letter, A to J", "exact McNemar", 'poolnet.load_model("models:/poolnet@champion")'):
+    promise, use = f"shared among {BUDGET} challengers", 'poolnet.load_model("models:/poolnet@champion")'
+    for words in ("letter, A to J", "exact paired test", promise, use):
         assert words in ours
     for text, expected in (("Ours, do not touch", "Ours, do not touch"), ("", ours)):  # none in earlier versions
         client.update_registered_model("poolnet", text)
