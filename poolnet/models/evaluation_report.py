@@ -136,7 +136,7 @@ def score(client: MlflowClient, model: Loaded, path: str, split: str, seed: int)
         raise InputError(f"{splits.path}: {split}: found {len(images)} image, expected two or more to score a model on")
     evaluation = evaluate(model.net, images)
     try:
-        all_scores = scores.of(evaluation.logits, evaluation.y, seed)
+        all_scores = scores.of(evaluation.logits, evaluation.y, seed=seed)
     except ValueError as error:  # weights that are not finite
         raise InputError(f"{model.uri} on {splits.path}: {error}") from None
     recorded = None

@@ -258,7 +258,7 @@ def _paired(
         points=paired.over_examples(100.0 * (right_b.astype(float) - right_a), rng),
         nats=paired.over_examples(nll_b - nll_a, rng),
         mcnemar=test,
-        p_inferior=paired.non_inferiority(test, len(y), margin / 100) if margin else None,
+        p_inferior=paired.non_inferiority(right_a, right_b, margin / 100) if margin else None,
     )
 
 

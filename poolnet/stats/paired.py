@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 LEVEL = 0.95  # of intervals
 ALPHA = 0.05  # of tests: a p-value below it decides
+NOT_WORSE = 0.025  # of non-inferiority, which looks at one side
 CELLS = 1_000_000  # numbers drawn at a time, 8 MB: bounds the memory of a bootstrap
 
 
@@ -32,6 +33,29 @@ class Effect:
     high: float
     se: float
     df: float  # of the t distribution that interval and p are from; inf is the normal
+    p: float
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the variance of a mean difference is made of.
+
+    `seeds` falls with the number of seeds, S, and `groups` with that of groups, G. There are N letters a seed.
+    """
+
+    seeds: float  # 0 where there is one seed
+    groups: float
+    S: int
+    G: int
+    N: int
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """The result of a paired test on two arms."""
+
+    only_a: int  # letters that only this arm has right, over all seeds
+    only_b: int
     p: float
 
 
@@ -73,7 +97,149 @@ def over_seeds(d: ArrayLike) -> Effect:
     return _effect(d.mean(), scipy.stats.sem(d), len(d) - 1) if np.ptp(d) else _effect(d[0], 0.0, len(d) - 1)
 
 
-def sign_flip(d: ArrayLike, rng: np.random.Generator) -> float:
+def clustered(d: ArrayLike, group: ArrayLike | None = None) -> Effect:
+    """Return the mean over seeds and groups with its interval.
+
+    d is (S, N), or (N,) where there is one seed. group (N,) numbers the group of each letter; without it each letter is
+    a group. The interval is about other seeds and other groups, or about other groups alone where there is one seed.
+
+    With the variances of `parts`, the half-width squared is t_S^2 seeds + t_G^2 groups (Banerjee 1960), of which t_S
+    and t_G are the quantiles for S - 1 and G - 1 df. So the level holds for all values of the two variances.
+    Satterthwaite's (1946) df do not reach it with 2 to 4 seeds. Fewer than 2 groups raise `ValueError`.
+    """
+    d = _by_seed(d)
+    return from_cells(float(d.mean()), cells(d, group), d.shape[1])
+
+
+def parts(d: ArrayLike, group: ArrayLike | None = None) -> Parts:
+    """Return the variances of the mean over seeds and groups.
+
+    d and group are as in `clustered`, and the sources are there in `_parts`.
+    """
+    d = _by_seed(d)
+    return _parts(cells(d, group), d.shape[1])
+
+
+def cells(d: np.ndarray, group: ArrayLike | None) -> np.ndarray:
+    """Return the sums of deviations from the mean, (S, G).
+
+    There is one for each seed and group of d (S, N). They are linear in d.
+    """
+    index, G = group_index(group, d.shape[1])
+    sizes = np.bincount(index, minlength=G)
+    origin = d[0, 0]  # without which equal values would differ from their mean by a rounding
+    sums = np.array([np.bincount(index, row - origin, G) for row in d])
+    return sums - sums.sum() / d.size * sizes
+
+
+def group_index(group: ArrayLike | None, n: int) -> tuple[np.ndarray, int]:
+    """Return the group of each of n letters, numbered from 0.
+
+    The second result is the number of groups. Without groups each letter is one.
+    """
+    if group is None:
+        return np.arange(n), n
+    group = np.asarray(group)
+    if group.shape != (n,) or not np.issubdtype(group.dtype, np.integer):
+        raise ValueError(f"expected integer groups ({n},), found {_form(group)}")
+    numbers, index = np.unique(group, return_inverse=True)
+    return index, len(numbers)
+
+
+def from_cells(estimate: float, sums: np.ndarray, n: int) -> Effect:
+    """Build the effect of a mean whose `cells` are given.
+
+    There are n letters a seed.
+    """
+    variances = _parts(sums, n)
+    return _effect(estimate, np.sqrt(variances.seeds + variances.groups), _df(variances))
+
+
+def _parts(sums: np.ndarray, n: int) -> Parts:
+    """Return the two-way cluster variance of a mean, in its parts.
+
+    It is that of Cameron, Gelbach & Miller (2011): V_S + V_G - V_SG, the sums of squares over seeds, over groups and
+    over cells, of which V_G - V_SG is never below 0. All are multiplied by M / (M - 1), for M of the fewer: seeds or
+    groups. Without that V_S is too small by a half with two seeds, and V_G - V_SG also.
+    """
+    S, G = sums.shape
+    if G < 2:
+        raise ValueError(f"expected 2 or more groups, found {G}")
+    by_seed, by_group, both = (float((x**2).sum()) / (S * n) ** 2 for x in (sums.sum(1), sums.sum(0), sums))
+    if S == 1:
+        return Parts(0.0, by_group * G / (G - 1), S, G, n)
+    seeds, groups = by_seed, max(by_group - both, 0.0)
+    if not seeds and not groups:  # by chance: then cells are the best that is known
+        groups = both
+    few = min(S, G) / (min(S, G) - 1)
+    return Parts(seeds * few, groups * few, S, G, n)
+
+
+def _df(variances: Parts) -> float:
+    """Return the df whose quantile gives the half-width of `clustered`."""
+    dfs = variances.S - 1, variances.G - 1
+    if not variances.seeds or not variances.groups:
+        return dfs[0] if variances.seeds else dfs[1]
+    target = np.sqrt(np.average(_quantile(np.array(dfs)) ** 2, weights=[variances.seeds, variances.groups]))
+    return scipy.optimize.brentq(lambda df: _quantile(df) - target, 0.9 * min(dfs), 1.1 * max(dfs))
+
+
+def design_effect(x: ArrayLike, group: ArrayLike | None) -> float:
+    """Return how many times grouping widens the variance of a mean.
+
+    It is the variance of the mean of x (n,) by groups, over that of n independent letters, and at least 1 (Kish 1965).
+    So n letters are worth n / design effect. If all of x are equal, nothing tells how alike the letters of a group are.
+    Then they are taken as one, which gives the sum of the squared sizes of the groups over n.
+    """
+    x = np.asarray(x, np.float64)
+    n = len(x)
+    index, G = group_index(group, n)
+    if G < 2 or not np.ptp(x):
+        return float((np.bincount(index) ** 2).sum() / n)
+    e = x - x.mean()
+    return max(1.0, float((np.bincount(index, e) ** 2).sum() / (e**2).sum() * G / (G - 1) * (n - 1) / n))
+
+
+def paired_test(right_a: ArrayLike, right_b: ArrayLike, group: ArrayLike | None = None) -> PairedTest:
+    """Test whether two arms are equally often right.
+
+    right_a and right_b are bool, (N,), or (S, N) with the same seeds. The test is `sign_flip` on the differences of
+    each group, summed over its letters and seeds. If each letter is a group and there is one seed, it is the exact test
+    of McNemar (1947). Otherwise it is the exact form of that of Obuchowski (1998). It is about these trained models on
+    other groups, not about training.
+    """
+    right_a, right_b = _two_bools(right_a, right_b)
+    d = np.atleast_2d(right_b).sum(0) - np.atleast_2d(right_a).sum(0)
+    index, G = group_index(group, len(d))
+    sums = np.rint(np.bincount(index, d, G)).astype(np.int64)
+    return PairedTest(int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum()), sign_flip(sums))
+
+
+def sign_flip(sums: ArrayLike) -> float:
+    """Return the exact p-value of the sign-flip test.
+
+    sums (G,) are integers, such as the difference in right letters of each group, or of each seed. The null hypothesis
+    is that each sign is as likely as its opposite (Fisher 1935). No p is below 2 / 2**G: with 5 seeds, the smallest p
+    is 0.0625.
+
+    All 2**G flips are counted. The sum of those with a plus takes few values, so the chance of each is found by
+    convolution, for all sums of one size at a time. Chances below 1e-30 are left out.
+    """
+    sums = np.asarray(sums)
+    if sums.ndim != 1 or not np.issubdtype(sums.dtype, np.integer):
+        raise ValueError(f"expected integer sums (G,), found {_form(sums)}")
+    chances = np.ones(1)
+    for size, count in zip(*np.unique(abs(sums[sums != 0]), return_counts=True), strict=True):
+        pluses = scipy.stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        wider = np.zeros(len(chances) + size * count)
+        for k in np.flatnonzero(pluses > 1e-30):
+            wider[k * size :][: len(chances)] += pluses[k] * chances
+        chances = wider
+    farthest = (len(chances) - 1 + abs(int(sums.sum()))) // 2
+    return min(1.0, 2 * float(chances[farthest:].sum()))
+
+
+def sign_flip_of_means(d: ArrayLike, rng: np.random.Generator) -> float:
     """Return the p-value of the sign-flip test over seeds.
 
     d (S,) has one difference per seed. The null hypothesis is that each sign is as likely as its opposite (Fisher
@@ -207,28 +373,22 @@ def holm(p: ArrayLike) -> np.ndarray:
     return adjusted
 
 
-def per_class(
-    d: ArrayLike, y: ArrayLike, rng: np.random.Generator, classes: int = 10, resamples: int = 2000
-) -> tuple[ClassEffect, ...]:
+def per_class(d: ArrayLike, y: ArrayLike, group: ArrayLike | None = None, classes: int = 10) -> tuple[ClassEffect, ...]:
     """Return the mean difference between the arms for each class.
 
-    It is the mean of d (S, N) over the examples of each class of y (N,). The method is `two_way`, or `over_examples` if
-    S is 1.
-
-    A class with fewer than 2 examples has no interval. All values of its effect are NaN, and Holm's method does not
-    count it.
+    It is the mean of d (S, N) over the letters of each class of y (N,), by `clustered`. A class whose letters are of
+    fewer than 2 groups has no interval. All values of its effect are NaN, and Holm's method does not count it.
     """
     d, y = np.asarray(d), np.asarray(y)
     if d.ndim != 2 or y.shape != d.shape[1:] or not np.isin(y, np.arange(classes)).all():
         raise ValueError(f"expected d (S, N) and y (N,) below {classes}, found {_form(d)} and {_form(y)}")
-    parts, effects = [d[:, y == label] for label in range(classes)], []
-    for part in parts:
-        if part.shape[1] < 2:
-            effects.append(Effect(*[np.nan] * 6))
-        else:
-            effects.append(two_way(part, rng, resamples) if len(d) > 1 else over_examples(part[0], rng, resamples))
+    index, _ = group_index(group, len(y))
+    effects = []
+    for own in (y == label for label in range(classes)):
+        measured = own.any() and np.ptp(index[own]) > 0
+        effects.append(clustered(d[:, own], index[own]) if measured else Effect(*[np.nan] * 6))
     adjusted = holm([effect.p for effect in effects]).tolist()
-    return tuple(map(ClassEffect, range(classes), [part.shape[1] for part in parts], effects, adjusted))
+    return tuple(map(ClassEffect, range(classes), np.bincount(y, minlength=classes).tolist(), effects, adjusted))
 
 
 def per_example(logits: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -262,18 +422,29 @@ def calibration(logits: ArrayLike, y: ArrayLike, bins: int = 15) -> Calibration:
     return Calibration(float(np.average(gaps, weights=counts[filled])), counts, confidence, accuracy)
 
 
-def ece_if_calibrated(logits: ArrayLike, rng: np.random.Generator, bins: int = 15, draws: int = 2000) -> float:
+def ece_if_calibrated(
+    logits: ArrayLike,
+    y: ArrayLike,
+    rng: np.random.Generator,
+    group: ArrayLike | None = None,
+    bins: int = 15,
+    draws: int = 2000,
+) -> float:
     """Return the highest ECE to expect from a calibrated model.
 
-    It is the 95 % quantile of the ECE of logits (N, K), if their top probabilities are the true chances of being right.
-    Even then the ECE is above 0 (Broecker & Smith 2007). So only an ECE above this value is a finding.
+    It is the 95 % quantile of the ECE of logits (N, K) and labels y (N,), if the top probabilities are the true chances
+    of being right. Even then the ECE is above 0 (Broecker & Smith 2007). So only an ECE above this value is a finding.
 
-    The number of right answers in a bin is drawn from a normal distribution. Its variance is that of a sum of Bernoulli
-    variables.
+    The gap of a bin is a sum over groups of right answers less those to expect. The sums of each group are multiplied
+    by a normal number of its own (the wild bootstrap: Wu 1986), which keeps what the letters of a group have in common.
     """
-    top, index = _binned(np.asarray(logits, np.float64), bins)
-    sd = np.sqrt(np.bincount(index, top * (1 - top), bins))
-    return float(np.quantile(np.abs(rng.standard_normal((draws, bins))) @ sd / len(top), LEVEL))
+    logits, y = _logits(logits, y)
+    top, bin_of = _binned(logits, bins)
+    index, G = group_index(group, len(y))
+    gaps = np.bincount(index * bins + bin_of, (logits.argmax(1) == y) - top, G * bins).reshape(G, bins)
+    values, axes = np.linalg.eigh(gaps.T @ gaps)  # the covariance of the bins, of which it draws at once
+    drawn = rng.standard_normal((draws, bins)) @ (axes * np.sqrt(np.maximum(values, 0))).T
+    return float(np.quantile(np.abs(drawn).sum(1) / len(y), LEVEL))
 
 
 def _binned(logits: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
@@ -282,21 +453,25 @@ def _binned(logits: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
     return top, np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], top, side="left")
 
 
-def non_inferiority(test: McNemar, n: int, margin: float) -> float:
+def non_inferiority(right_a: ArrayLike, right_b: ArrayLike, margin: float, group: ArrayLike | None = None) -> float:
     """Return the p-value of a non-inferiority test.
 
-    The test is one-sided, on n paired examples. Its null hypothesis is that arm B is worse than arm A by `margin` or
-    more. `margin` is a share, not points. This is the score test of Tango (1998), which keeps its level even if few or
-    no examples are discordant.
+    The test is one-sided. Its null hypothesis is that arm B (N,) is right less often than arm A (N,) by `margin` or
+    more. `margin` is a share, not points. Its level is `NOT_WORSE`, half of that of a two-sided test, so that it agrees
+    with a 95 % interval.
 
-    The share of examples that only A has right is estimated under p_B - p_A = -margin.
+    This is the score test of Tango (1998), which keeps its level even if few or no letters are discordant. The share of
+    letters that only A has right is estimated under p_B - p_A = -margin. The variance is multiplied by the design
+    effect of the differences (Yang, Sun & Hardin 2012).
     """
     if not 0 < margin < 1:
         raise ValueError(f"expected a margin between 0 and 1, found {margin}")
-    b, c, lam = test.only_b, test.only_a, -margin
+    right_a, right_b = _two_bools(right_a, right_b)
+    n, b, c, lam = len(right_a), int((right_b & ~right_a).sum()), int((right_a & ~right_b).sum()), -margin
     A, B, C = 2 * n, -b - c + (2 * n - b + c) * lam, -c * lam * (1 - lam)
     q = (np.sqrt(B**2 - 4 * A * C) - B) / (2 * A)
-    return float(scipy.stats.norm.sf((b - c - n * lam) / np.sqrt(n * (2 * q + lam * (1 - lam)))))
+    variance = n * (2 * q + lam * (1 - lam)) * design_effect(right_b.astype(float) - right_a, group)
+    return float(scipy.stats.norm.sf((b - c - n * lam) / np.sqrt(variance)))
 
 
 def equivalence(effect: Effect, margin: float) -> float:
@@ -313,6 +488,14 @@ def equivalence(effect: Effect, margin: float) -> float:
     if effect.se == 0:
         return 0.0 if abs(effect.estimate) < margin else 1.0
     return float(scipy.stats.t.sf((margin - abs(effect.estimate)) / effect.se, effect.df))  # the larger p of the two
+
+
+def smallest_margin(effect: Effect) -> float:
+    """Return the least margin within reach of `equivalence`.
+
+    It is half of the 90 % interval: what would do if the estimate were 0.
+    """
+    return float(scipy.special.stdtrit(effect.df, 1 - ALPHA) * effect.se)
 
 
 def smallest_effect(se: float, df: float, power: float = 0.8, alpha: float = ALPHA) -> float:
@@ -356,6 +539,21 @@ def _values(d: ArrayLike, *axes: str) -> np.ndarray:
     if d.ndim != len(axes) or min(d.shape) < 2 or not np.isfinite(d).all():
         raise ValueError(f"expected finite values, 2 or more {' x '.join(axes)}, found {_form(d)}")
     return d
+
+
+def _by_seed(d: ArrayLike) -> np.ndarray:
+    """Return d (N,) or (S, N) in float64, with a row a seed."""
+    rows = np.atleast_2d(np.asarray(d, np.float64))
+    if rows.ndim != 2 or rows.shape[1] < 2 or not len(rows) or not np.isfinite(rows).all():
+        raise ValueError(f"expected finite values, seeds x 2 or more letters, found {_form(np.asarray(d))}")
+    return rows
+
+
+def _two_bools(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(a), np.asarray(b)
+    if a.dtype != bool or b.dtype != bool or a.shape != b.shape or a.ndim not in (1, 2):
+        raise ValueError(f"expected two bool arrays (N,) or (S, N), found {_form(a)} and {_form(b)}")
+    return a, b
 
 
 def _logits(logits: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

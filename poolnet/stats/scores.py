@@ -1,7 +1,8 @@
 """Compute the scores of one model, with 95 % intervals.
 
-The input is the model's logits (N, K) and the labels (N,). The intervals are about other examples. Shares have Wilson's
-(1927) interval, which needs no simulation and stays within 0..1.
+The input is the model's logits (N, K) and the labels (N,), and the groups whose letters belong together (N,), such as
+families of fonts. The intervals are about other groups. Shares have Wilson's (1927) interval, which needs no simulation
+and stays within 0..1.
 """
 
 import math
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import ndtri
+from scipy.special import ndtri, stdtrit
 
 from poolnet.stats import paired
 from poolnet.stats.paired import Calibration, Effect
@@ -39,11 +40,14 @@ class ClassScore:
 class Scores:
     """All scores of one model.
 
-    `confusion` (K, K) counts examples, and its rows are the true classes. `ece_if_calibrated` is a limit for the ECE:
-    if a model's probabilities are true, its ECE stays below this limit in 95 % of samples of this size.
+    `confusion` (K, K) counts letters, and its rows are the true classes. `n_effective` is how many independent letters
+    the accuracy is worth. `ece_if_calibrated` is a limit for the ECE: if a model's probabilities are true, its ECE
+    stays below this limit in 95 % of samples of these groups.
     """
 
     n: int
+    groups: int
+    n_effective: float
     loss: Effect  # nats
     acc: Share
     calibration: Calibration
@@ -52,51 +56,78 @@ class Scores:
     confusion: np.ndarray
 
 
-def of(logits: ArrayLike, y: ArrayLike, seed: int = 0) -> Scores:
+def of(logits: ArrayLike, y: ArrayLike, group: ArrayLike | None = None, seed: int = 0) -> Scores:
     """Compute all scores of a model.
 
-    `seed` is the seed of the bootstrap of the loss and of the simulated ECE. N < 2 raises `ValueError`.
+    group (N,) numbers the group of each letter, such as its family of fonts. Without it each letter is a group. `seed`
+    is the seed of the simulated ECE. Fewer than 2 groups raise `ValueError`.
     """
-    rng = np.random.default_rng(seed)
     right, nll = paired.per_example(logits, y)
-    confusion = confusion_matrix(y, np.argmax(logits, axis=1), classes=np.shape(logits)[1])
+    predicted = np.argmax(logits, axis=1)
+    index, groups = paired.group_index(group, len(right))
     return Scores(
         n=len(right),
-        loss=paired.over_examples(nll, rng, resamples=999),
-        acc=wilson(int(right.sum()), len(right)),
+        groups=groups,
+        n_effective=len(right) / paired.design_effect(right, index),
+        loss=paired.clustered(nll, index),
+        acc=wilson(right, index),
         calibration=paired.calibration(logits, y),
-        ece_if_calibrated=paired.ece_if_calibrated(logits, rng),
-        per_class=per_class(confusion),
-        confusion=confusion,
+        ece_if_calibrated=paired.ece_if_calibrated(logits, y, np.random.default_rng(seed), index),
+        per_class=per_class(y, predicted, index, classes=np.shape(logits)[1]),
+        confusion=confusion_matrix(y, predicted, classes=np.shape(logits)[1]),
     )
 
 
-def wilson(successes: int, n: int) -> Share:
-    """Return a share of n independent examples, with Wilson's interval."""
+def wilson(x: ArrayLike, group: ArrayLike | None = None) -> Share:
+    """Return the share of x (n,) bool with its interval.
+
+    It is Wilson's for n / design effect letters (Kott & Carr 1997), with the t quantile of as many df as there are
+    groups, less one (Korn & Graubard 1998). If each letter is a group, no design effect is estimated, and the interval
+    is Wilson's own, with the normal quantile.
+    """
+    x = np.asarray(x)
+    n = len(x)
     if not n:
         return Share(*[np.nan] * 3)
-    share, z = successes / n, float(ndtri(0.975))
+    index, groups = paired.group_index(group, n)
+    if groups == n:
+        return _wilson(float(x.mean()), n, ndtri(0.975))
+    if groups == 1:
+        return Share(float(x.mean()), 0.0, 1.0)
+    return _wilson(float(x.mean()), n / paired.design_effect(x, index), stdtrit(groups - 1, 0.975))
+
+
+def wilson_of_counts(successes: int, n: int) -> Share:
+    """Return a share of n independent examples, with Wilson's interval."""
+    return _wilson(successes / n, n, ndtri(0.975)) if n else Share(*[np.nan] * 3)
+
+
+def _wilson(share: float, n: float, z: float) -> Share:
     middle = share + z * z / (2 * n)
     reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low, high = ((middle + side * reach) / (1 + z * z / n) for side in (-1, 1))
-    return Share(share, 0.0 if not successes else low, 1.0 if successes == n else high)
+    low, high = (float(middle + side * reach) / (1 + z * z / n) for side in (-1, 1))
+    return Share(share, low if share else 0.0, high if share < 1 else 1.0)
 
 
 def confusion_matrix(y: ArrayLike, predicted: ArrayLike, classes: int = 10) -> np.ndarray:
-    """Count examples by true class (rows) and predicted class (columns)."""
+    """Count letters by true class (rows) and predicted class (columns)."""
     return np.bincount(classes * np.asarray(y) + predicted, minlength=classes**2).reshape(classes, classes)
 
 
-def per_class(confusion: np.ndarray) -> tuple[ClassScore, ...]:
+def per_class(
+    y: ArrayLike, predicted: ArrayLike, group: ArrayLike | None = None, classes: int = 10
+) -> tuple[ClassScore, ...]:
     """Return the scores of each class.
 
-    F1 is 2 J / (1 + J). J is the number of hits as a share of the examples that are of the class or predicted as it
+    F1 is 2 J / (1 + J). J is the number of hits as a share of the letters that are of the class or predicted as it
     (Hand, Christen & Kirielle 2021). The ends of F1's interval are computed in the same way from those of J.
     """
+    y, predicted = np.asarray(y), np.asarray(predicted)
+    index, _ = paired.group_index(group, len(y))
     scores = []
-    for label, hits in enumerate(confusion.diagonal().tolist()):
-        n, predicted = int(confusion[label].sum()), int(confusion[:, label].sum())
-        jaccard = wilson(hits, n + predicted - hits)
+    for label in range(classes):
+        own, said = y == label, predicted == label
+        precision, recall, jaccard = (wilson((own & said)[of], index[of]) for of in (said, own, own | said))
         f1 = Share(*(2 * j / (1 + j) for j in (jaccard.estimate, jaccard.low, jaccard.high)))
-        scores.append(ClassScore(label, n, wilson(hits, predicted), wilson(hits, n), f1))
+        scores.append(ClassScore(label, int(own.sum()), precision, recall, f1))
     return tuple(scores)

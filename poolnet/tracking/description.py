@@ -55,7 +55,7 @@ def answer(final: Mapping[str, tuple[float, float]], n: int) -> list[str]:
     `final` has the accuracy and the loss of each split with the final weights. There are `n` test letters.
     """
     acc = final["test"][0]
-    share = scores.wilson(round(acc * n), n)
+    share = scores.wilson_of_counts(round(acc * n), n)
     rows = [["final weights", *final]]
     rows += [[name, *(f"{each[i]:{SHARE}}" for each in final.values())] for i, name in enumerate(("accuracy", "loss"))]
     sentence = f"**Test accuracy {acc:{SHARE}}**, 95 % interval {interval(share.low, share.high)} over {n:,} letters."
