@@ -49,6 +49,19 @@ class Parts:
     G: int
     N: int
 
+    @property
+    def se(self) -> float:
+        return float(np.sqrt(self.seeds + self.groups))
+
+    @property
+    def df(self) -> float:
+        """Return the df whose quantile gives the half-width of `clustered`."""
+        dfs = self.S - 1, self.G - 1
+        if not self.seeds or not self.groups:
+            return dfs[0] if self.seeds else dfs[1]
+        target = np.sqrt(np.average(_quantile(np.array(dfs)) ** 2, weights=[self.seeds, self.groups]))
+        return scipy.optimize.brentq(lambda df: _quantile(df) - target, 0.9 * min(dfs), 1.1 * max(dfs))
+
 
 @dataclass(frozen=True)
 class PairedTest:
@@ -152,7 +165,7 @@ def from_cells(estimate: float, sums: np.ndarray, n: int) -> Effect:
     There are n letters a seed.
     """
     variances = _parts(sums, n)
-    return _effect(estimate, np.sqrt(variances.seeds + variances.groups), _df(variances))
+    return _effect(estimate, variances.se, variances.df)
 
 
 def _parts(sums: np.ndarray, n: int) -> Parts:
@@ -173,15 +186,6 @@ def _parts(sums: np.ndarray, n: int) -> Parts:
         groups = both
     few = min(S, G) / (min(S, G) - 1)
     return Parts(seeds * few, groups * few, S, G, n)
-
-
-def _df(variances: Parts) -> float:
-    """Return the df whose quantile gives the half-width of `clustered`."""
-    dfs = variances.S - 1, variances.G - 1
-    if not variances.seeds or not variances.groups:
-        return dfs[0] if variances.seeds else dfs[1]
-    target = np.sqrt(np.average(_quantile(np.array(dfs)) ** 2, weights=[variances.seeds, variances.groups]))
-    return scipy.optimize.brentq(lambda df: _quantile(df) - target, 0.9 * min(dfs), 1.1 * max(dfs))
 
 
 def design_effect(x: ArrayLike, group: ArrayLike | None) -> float:
