@@ -120,7 +120,7 @@ def train_options(command: Callable) -> Callable:
             *(*names, field.name),
             type=kind,
             default=field.default,
-            show_default=True,
+            show_default=field.default != "",
             help=field.metadata["help"],
             shell_complete=COMPLETED.get(field.name),
         )(command)

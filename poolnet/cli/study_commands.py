@@ -28,7 +28,7 @@ from poolnet.cli.options import (
 from poolnet.errors import InputError
 from poolnet.files import home
 from poolnet.text import echo, echo_warning, failed, pasted, step, to_json
-from poolnet.training.config import SAME_RUN
+from poolnet.training.config import ARM_OPTIONS
 
 if TYPE_CHECKING:
     from poolnet.studies.study import Study
@@ -122,8 +122,8 @@ def sweep(
 
 
 def _option_of_arms(context: click.Context, option: click.Parameter, name: str) -> str:
-    if name and name not in SAME_RUN[:-1]:
-        raise InputError(f"--by: found {name!r}, expected one of {', '.join(SAME_RUN[:-1])}")
+    if name and name not in ARM_OPTIONS:
+        raise InputError(f"--by: found {name!r}, expected one of {', '.join(ARM_OPTIONS)}")
     return name
 
 
@@ -136,7 +136,7 @@ def _option_of_arms(context: click.Context, option: click.Parameter, name: str) 
 @click.option(
     "--by",
     default="",
-    shell_complete=completed(*SAME_RUN[:-1]),
+    shell_complete=completed(*ARM_OPTIONS),
     callback=_option_of_arms,
     help="With --experiment: the option that tells the arms apart, such as pool.",
 )

@@ -238,13 +238,14 @@ def _paired(
             "decide without a test: --force"
         )
     titles = [f"version {champion.version}", challenger.title]
-    (a, y), (b, other_y) = (
+    a, b = (
         training_runs.predictions(client, run.info.run_id, title, split)
         for run, title in zip(runs, titles, strict=True)
     )
-    if not np.array_equal(y, other_y):
+    y = a.y
+    if not np.array_equal(y, b.y):
         raise InputError(f"{titles[1]}: found other labels in its predictions of {split} than in those of {titles[0]}")
-    (right_a, nll_a), (right_b, nll_b) = (paired.per_example(logits, y) for logits in (a, b))
+    (right_a, nll_a), (right_b, nll_b) = (paired.per_example(each.logits, y) for each in (a, b))
     if len(y) < 2:
         raise InputError(f"{titles[1]}: found {len(y)} example of {split}, expected 2 or more")
     for title, run, nll in zip(titles, runs, (nll_a, nll_b), strict=True):

@@ -119,7 +119,9 @@ def find(client: MlflowClient, name: str) -> Original:
         record=record,
         diff=_artifact(client, run, "git.diff") if record["code"]["dirty"] == "true" else b"",
         metrics=metrics,
-        logits={split: training_runs.predictions(client, run.info.run_id, name, split)[0] for split in ("val", "test")},
+        logits={
+            split: training_runs.predictions(client, run.info.run_id, name, split).logits for split in ("val", "test")
+        },
         weights={key: tensor.numpy() for key, tensor in net.state_dict().items()},
     )
 

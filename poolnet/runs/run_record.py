@@ -38,7 +38,8 @@ from poolnet.files import Locked, home, locked, read_json, replacing, write_json
 from poolnet.runs import metrics_file, record_form, run_name, tensors
 from poolnet.runs.metrics_file import Step
 
-NAME = re.compile(r"\w+-seed\d+-[0-9a-f]{4}(?:[0-9a-f]{4})?")  # so it cannot be a path out of the folder of runs
+# A name cannot be a path out of the folder of runs.
+NAME = re.compile(r"\w+-seed\d+(?:-fold\d+)?-[0-9a-f]{4}(?:[0-9a-f]{4})?")
 TRIES = 20  # of names for a new run
 
 

@@ -126,7 +126,8 @@ def create(
         "environment": {**provenance.environment(), "threads": threads if config.pool == "conv" else 1},
         "tracking": {**server, **({"run_id": ""} if sweep else {})},  # a sweep's id is its parent run's
     }
-    return run_record.create(f"{config.pool}-seed{config.seed}", record, diff)
+    fold = f"-fold{config.fold.split('/')[0]}" if config.fold else ""
+    return run_record.create(f"{config.pool}-seed{config.seed}{fold}", record, diff)
 
 
 def settings(run: RunRecord) -> TrainConfig:

@@ -202,7 +202,7 @@ def _arm(client: MlflowClient, name: str, runs: Sequence[TrainingRun]) -> tuple[
         for run in bar:
             predicted.append(training_runs.predictions(client, run.run_id, run.name, "test"))
             curves.append([_history(client, run, metric) for metric in HISTORIES])
-    logits, labels = zip(*predicted, strict=True)
+    logits, labels = [each.logits for each in predicted], [each.y for each in predicted]
     for run, y in zip(runs, labels, strict=True):
         if not np.array_equal(y, labels[0]):
             raise InputError(f"{run.name}: found other labels in its predictions than in {runs[0].name}")

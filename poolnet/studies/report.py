@@ -39,7 +39,7 @@ from poolnet.text import (
     wrapped,
 )
 from poolnet.tracking import addresses, names, pages, result_runs
-from poolnet.training.config import SAME_RUN
+from poolnet.training.config import ARM_OPTIONS, SAME_RUN
 
 HOW = {  # the figures' titles, and how to read them
     "seeds": (
@@ -280,7 +280,7 @@ def contents(c: Comparison) -> dict:
     arms = [
         {
             "name": arm.name,
-            "options": {name: getattr(arm.runs[0].config, name) for name in SAME_RUN[:-1]},
+            "options": {name: getattr(arm.runs[0].config, name) for name in ARM_OPTIONS},
             "seeds": [run.config.seed for run in arm.runs],
             "runs": [run.run_id for run in arm.runs],
             **_scores(arm),

@@ -34,7 +34,7 @@ SIZE, RUNS = 1_000_000, 10_000  # bytes of a file, and its runs: more is a mista
 MARGIN = 0.5  # points: a difference that nobody would change a model for
 KEYS = ("question", "data", "seeds", "margin", "register", "grid", "arms")
 OPTIONS: dict[str, Any] = {
-    field.name: field.type for field in dataclasses.fields(TrainConfig) if field.name not in ("data", "seed")
+    field.name: field.type for field in dataclasses.fields(TrainConfig) if field.name not in ("data", "fold", "seed")
 }
 
 Point = dict[str, object]  # a value for each option that the study sets

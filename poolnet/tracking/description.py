@@ -23,7 +23,7 @@ def of_run(run: RunRecord, version: int | None) -> str:
     data, code, environment = record["data"], record["code"], record["environment"]
     sizes = {split["name"]: split["shape"][0] for split in data["splits"]}
     final = {"train, last epoch": (last["train_acc"], last["train_loss"]), "val": (last["val_acc"], last["val_loss"])}
-    options = [word for name, value in record["config"].items() for word in (f"--{name}", value)]
+    options = [word for name, value in record["config"].items() if value != "" for word in (f"--{name}", value)]
     lines = [
         *answer(final | {"test": (once["test_acc"], once["test_loss"])}, sizes["test"]),
         "",

@@ -194,7 +194,8 @@ def log_start(publication: Publication) -> None:
     run, client, server_copy = publication.run, publication.client, publication.server_copy
     record, server_run = run.record, publication.server_run
     known = server_run.data.params
-    params = [Param(key, str(value)) for key, value in record["config"].items() if key not in known]
+    recorded = [item for item in record["config"].items() if item != ("fold", "")]  # an empty param says nothing
+    params = [Param(key, str(value)) for key, value in recorded if key not in known]
     tags = {
         names.RUN: run.name,
         names.DATA_SHA256: record["data"]["sha256"],

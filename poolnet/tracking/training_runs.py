@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import shlex
 import tempfile
 import zipfile
@@ -15,6 +16,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
+from poolnet.data.dataset import LETTERS
 from poolnet.errors import InputError
 from poolnet.text import Echo, echo_warning
 from poolnet.tracking import names
@@ -24,6 +26,19 @@ SCORES = ("val_acc", "val_loss", "test_acc", "test_loss")  # with the final weig
 # What `mlflow run` may record of a training, the last of which are no settings of it.
 OPTIONS = {field.name for field in dataclasses.fields(TrainConfig)}
 OPTIONS |= {"resume", "optimum", "no_cache", "open", "open_page", "timeout", "drain_timeout"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What a run predicts for the images of a split.
+
+    `group` and `optimum` are None where the run did not log them.
+    """
+
+    logits: np.ndarray  # (N, 10), with the final weights
+    y: np.ndarray  # (N,), the labels
+    group: np.ndarray | None  # (N,), the number of each image's group in the data set
+    optimum: np.ndarray | None  # (N, 10), logits with the weights of the lowest train loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +59,8 @@ class TrainingRun:
     data_sha256: str
     commit: str  # empty where it is unknown
     metrics: dict[str, float]
+    classes: tuple[str, ...] = tuple(LETTERS)
+    groups_cross: str = ""  # how many groups are in more than one split, such as "12 of 1,213 groups"
 
     @property
     def key(self) -> tuple:
@@ -138,7 +155,21 @@ def of(run: Run) -> TrainingRun:
         tags.get(names.DATA_SHA256, ""),
         tags.get(names.COMMIT, ""),
         run.data.metrics,
+        _classes(run),
+        tags.get(names.GROUPS_CROSS, ""),
     )
+
+
+def _classes(run: Run) -> tuple[str, ...]:
+    """Return the names of the classes of a run's data set."""
+    text = run.data.tags.get(names.CLASSES)
+    if text is None:
+        return tuple(LETTERS)
+    with contextlib.suppress(ValueError):
+        classes = json.loads(text)
+        if isinstance(classes, list) and len(classes) == len(LETTERS) and {*map(type, classes)} == {str}:
+            return tuple(classes)
+    raise InputError(f"run {run.info.run_id}: found {names.CLASSES} {text[:40]!r}, expected ten names")
 
 
 def config(run: Run) -> TrainConfig:
@@ -153,25 +184,36 @@ def config(run: Run) -> TrainConfig:
         raise InputError(f"run {run.info.run_id}: found params that no training has: {error}") from None
 
 
-def predictions(client: MlflowClient, run_id: str, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Download the logits and labels that a run logged.
+def predictions(client: MlflowClient, run_id: str, name: str, split: str) -> Predictions:
+    """Download the predictions that a run logged.
 
-    Returns logits (N, 10) and labels (N,) of `split`, which is val or test. `name` is the name of the run in the error
-    message. Raises `InputError` if the file is missing or not readable.
+    They are those of `split`, which is val or test. `name` is the name of the run in the error message. Raises
+    `InputError` if the file is missing or not readable.
     """
-    from poolnet.stats import paired  # and with it scipy.stats, for which a sweep need not wait
-
     file = f"predictions/{split}.npz"
     with tempfile.TemporaryDirectory() as scratch:
         try:
             path = Path(client.download_artifacts(run_id, file, scratch))
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as saved:  # closed even if no archive
-                logits, y = saved["logits"], saved["y"]
-            paired.per_example(logits, y)  # which refuses what does not fit
-            return logits, y
+                found = Predictions(saved["logits"], saved["y"], saved.get("group"), saved.get("optimum"))
+            _check(found)
+            return found
         except (MlflowException, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             text = " ".join(str(error).split())[:200]
             raise InputError(f"{name}: found no readable {file} on the server ({text})") from None
+
+
+def _check(found: Predictions) -> None:
+    """Raise `ValueError` if predictions do not fit together."""
+    from poolnet.stats import paired  # and with it scipy.stats, for which a sweep need not wait
+
+    for logits in (found.logits, found.optimum):
+        if logits is not None:
+            paired.per_example(logits, found.y)  # which refuses what does not fit
+    if (group := found.group) is not None and (
+        group.shape != found.y.shape or group.dtype.kind not in "iu" or (group < 0).any()
+    ):
+        raise ValueError(f"found groups {group.dtype} {group.shape}, expected one number from 0 for each label")
 
 
 def _parsed(raw: str, kind: type) -> Any:

@@ -15,8 +15,9 @@ from typing import Any, get_type_hints
 from poolnet.errors import InputError
 
 PLATEAU_MARGIN = 0.002  # of accuracy: what 30 epochs gain once the published run has flattened
+ARM_OPTIONS = ("pool", "epochs", "batch_size", "lr")  # what two arms may differ in
 # With data and device, all that the figures depend on; the seed is last.
-SAME_RUN = ("pool", "epochs", "batch_size", "lr", "seed")
+SAME_RUN = (*ARM_OPTIONS, "fold", "seed")
 POOLS = ("max", "avg", "conv")  # conv: the two strided convolutions that pooling replaced
 
 
@@ -29,6 +30,9 @@ class TrainConfig:
     epochs: int = dataclasses.field(default=30, metadata={"help": "Passes over the training split."})
     batch_size: int = dataclasses.field(default=128, metadata={"help": "Images per optimiser step."})
     lr: float = dataclasses.field(default=0.001, metadata={"help": "Learning rate of Adam."})
+    fold: str = dataclasses.field(
+        default="", metadata={"help": "Test on one fold of the whole data set, such as 2/5.  [default: its own splits]"}
+    )
     seed: int = dataclasses.field(default=42, metadata={"help": "Seed of the initial weights and of the batch order."})
     device: str = dataclasses.field(
         default="auto", metadata={"help": "auto (cuda, else mps, else cpu), cpu, cuda, cuda:N, or mps."}
@@ -49,8 +53,15 @@ class TrainConfig:
             raise InputError(f"lr: found {self.lr}, expected a finite number above 0")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise InputError(f"device: found {self.device!r}, expected auto, cpu, cuda, cuda:N or mps")
+        if self.fold and not _is_fold(self.fold):
+            raise InputError(f"fold: found {self.fold!r}, expected K/N such as 2/5, K from 1 to N and N from 2 to 100")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed: found {self.seed}, expected a whole number from 0 to 2**63 - 1")
+
+
+def _is_fold(text: str) -> bool:
+    part, count = map(int, text.split("/")) if re.fullmatch(r"[1-9]\d{0,2}/[1-9]\d{0,2}", text, re.ASCII) else (0, 0)
+    return 1 <= part <= count and 2 <= count <= 100
 
 
 def _typed(name: str, kind: type, value: Any) -> object:
