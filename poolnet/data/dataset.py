@@ -1,8 +1,9 @@
 """Open, validate and digest a data set in one pass.
 
 A data set is an `.npz` with six arrays, in the format of the notebook: `X_train y_train X_val y_val X_test y_test`. X
-is (N, 1, 28, 28) or (N, 28, 28), uint8 or float. y is (N,), integers 0..9 for A..J. The digest is computed while the
-pixels are read, so it belongs to what the model sees: nothing is read from the file again.
+is (N, 1, 28, 28) or (N, 28, 28), uint8 or float. y is (N,), integers 0..9 for A..J. Groups of images and names of
+classes are optional (see `annotations`). The digest is computed while the pixels are read, so it belongs to what the
+model sees: nothing is read from the file again.
 """
 
 import contextlib
@@ -10,17 +11,17 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from poolnet.data import npz
+from poolnet.data import annotations, npz
 from poolnet.errors import InputError, RunError
 from poolnet.files import Locked, expanded, home, locked
 from poolnet.text import Echo
 
-LETTERS = "ABCDEFGHIJ"
+LETTERS = annotations.LETTERS
 SIDE = 28  # pixels
 SPLITS = ("train", "val", "test")
 FLOAT_LIMIT = 10.0  # standardised pixels stay well inside; forgotten scaling, 0..255, does not
@@ -38,6 +39,7 @@ class Split:
     y: np.ndarray  # (N,) int64
     sha256: str  # of all images and labels
     dtype: str = ""  # of the pixels as stored
+    group: np.ndarray | None = None  # (N,) int64, what belongs together; None if the file does not say
 
     def __len__(self) -> int:
         return len(self.y)
@@ -57,18 +59,34 @@ class Dataset:
     val: Split
     test: Split
     overlap: int  # test images that occur in train
+    sha256: str = ""  # of all that the file holds: images, labels, groups and names
+    images_sha256: str = ""  # of images and labels alone, as all files were known before there were groups
+    group_names: tuple[str, ...] = ()
+    classes: tuple[str, ...] = tuple(LETTERS)
 
     @property
     def name(self) -> str:
         return self.path.stem
 
     @property
-    def sha256(self) -> str:
-        """Return one digest for the three splits."""
-        return hashlib.sha256("".join(split.sha256 for split in self).encode()).hexdigest()
+    def crossing(self) -> int:
+        """Count the groups that occur in more than one split."""
+        places = Counter(number for split in self if split.group is not None for number in set(split.group.tolist()))
+        return sum(n > 1 for n in places.values())
+
+    def is_recorded_as(self, sha256: str) -> bool:
+        """Whether a recorded digest means these images.
+
+        It may be of a time when the file had no groups and names.
+        """
+        return sha256 in (self.sha256, self.images_sha256)
 
     def summary(self) -> dict:
         """Return what a run record stores about the data."""
+        extra: dict = {"classes": list(self.classes)} if self.classes != tuple(LETTERS) else {}
+        groups = {split.name: len(np.unique(split.group)) for split in self if split.group is not None}
+        if groups:
+            extra["groups"] = {**groups, "crossing": self.crossing}
         return {
             "path": str(self.path),
             "name": self.name,
@@ -78,6 +96,7 @@ class Dataset:
                 {"name": split.name, "sha256": split.sha256, "shape": [len(split), SIDE, SIDE], "dtype": split.dtype}
                 for split in self
             ],
+            **extra,
         }
 
     def __iter__(self) -> Iterator[Split]:
@@ -143,13 +162,25 @@ def open_dataset(
                     f"{path}: y_{name}: found {len(labels[name]):,} labels, expected {members[name].shape[0]:,}, "
                     f"one for each image of X_{name}"
                 )
+        extra = annotations.read(archive, path, {name: len(labels[name]) for name in SPLITS})
         overlap = _Overlap(one_type=len({member.dtype for member in members.values()}) == 1)
         scale = _Scale(members)
         splits = {}
         for name in reversed(SPLITS):  # test first: its images are to be known when train passes by
-            splits[name] = _read_split(name, members[name], labels[name], name in keep, [scale.see, watch, overlap.see])
+            watchers = [scale.see, watch, overlap.see]
+            split = _read_split(name, members[name], labels[name], name in keep, watchers)
+            splits[name] = replace(split, group=extra.groups.get(name))
     scale.check()
-    return Dataset(path, **splits, overlap=overlap.count())
+    images_sha256 = hashlib.sha256("".join(splits[name].sha256 for name in SPLITS).encode()).hexdigest()
+    return Dataset(
+        path,
+        **splits,
+        overlap=overlap.count(),
+        sha256=extra.digest(images_sha256),
+        images_sha256=images_sha256,
+        group_names=extra.group_names,
+        classes=extra.classes,
+    )
 
 
 def _rendered_glyphs(echo: Echo) -> Path:
@@ -208,7 +239,7 @@ def _read_labels(member: npz.Member) -> np.ndarray:
 def _read_split(name: str, member: npz.Member, y: np.ndarray, keep: bool, watchers: list[Watch]) -> Split:
     """Read one split in one pass, that digests it too."""
     size, little = len(y), member.dtype.newbyteorder("<")
-    sha = hashlib.sha256(f"{little.str} {size}x{SIDE}x{SIDE}\n".encode())
+    sha = _begin_digest(member.dtype, size)
     try:
         X = np.empty((size, SIDE, SIDE), member.dtype.newbyteorder("=")) if keep else None
     except MemoryError:
@@ -224,6 +255,28 @@ def _read_split(name: str, member: npz.Member, y: np.ndarray, keep: bool, watche
         start += len(block)
     sha.update(np.ascontiguousarray(y, "<i8").data)
     return Split(name, X, y, sha.hexdigest(), str(member.dtype))
+
+
+def _begin_digest(dtype: np.dtype, size: int) -> "hashlib._Hash":
+    return hashlib.sha256(f"{dtype.newbyteorder('<').str} {size}x{SIDE}x{SIDE}\n".encode())
+
+
+def split_of(name: str, X: np.ndarray, y: np.ndarray, group: np.ndarray | None) -> Split:
+    """Make a split of images in memory, digested as those read."""
+    sha = _begin_digest(X.dtype, len(y))
+    sha.update(np.ascontiguousarray(X, X.dtype.newbyteorder("<")).data)
+    sha.update(np.ascontiguousarray(y, "<i8").data)
+    return Split(name, X, y, sha.hexdigest(), str(X.dtype), group)
+
+
+def count_overlap(train: Split, test: Split) -> int:
+    """Count the images of test that occur in train."""
+    assert train.X is not None
+    assert test.X is not None
+    overlap = _Overlap(one_type=True)
+    overlap.see("test", len(test), 0, test.X)
+    overlap.see("train", len(train), 0, train.X)
+    return overlap.count()
 
 
 class _Overlap:

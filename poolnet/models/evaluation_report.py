@@ -109,7 +109,7 @@ class EvaluationReport:
             return "Not compared with its run, which this server does not have."
         run = server_runs.name_of(self.trained)
         if self.recorded is None:
-            other = self.trained.data.tags.get(names.DATA_SHA256) != self.splits.sha256
+            other = not self.splits.is_recorded_as(self.trained.data.tags.get(names.DATA_SHA256, ""))
             why = "was on other data" if other else f"recorded no such figures of {self.split.name}"
             return f"Not compared with its run {run}, which {why}."
         if self.agrees:
@@ -140,7 +140,7 @@ def score(client: MlflowClient, model: Loaded, path: str, split: str, seed: int)
     except ValueError as error:  # weights that are not finite
         raise InputError(f"{model.uri} on {splits.path}: {error}") from None
     recorded = None
-    if trained and trained.data.tags.get(names.DATA_SHA256) == splits.sha256 and split != "train":
+    if trained and splits.is_recorded_as(trained.data.tags.get(names.DATA_SHA256, "")) and split != "train":
         loss, acc = (trained.data.metrics.get(f"{split}_{name}") for name in ("loss", "acc"))  # with the final weights
         recorded = LossAcc(loss, acc) if loss is not None and acc is not None else None
     return EvaluationReport(model, trained, splits, images, evaluation, all_scores, recorded)
@@ -163,7 +163,7 @@ def _training_data(uri: str, trained: Run | None) -> Dataset:
         splits = dataset.open_dataset(paths[0] if paths else dataset.locate(training_runs.config(trained).data))
     except InputError as error:
         raise InputError(f"{error} (what {uri} was trained on); name its place here with --data") from None
-    if splits.sha256 != digest:
+    if not splits.is_recorded_as(digest):
         raise InputError(
             f"{splits.path}: found SHA-256 {splits.sha256[:16]}..., but {digest[:16]}... in the record of {uri}; "
             "to score it on other data name them with --data"

@@ -157,7 +157,7 @@ def open_recorded_data(run: RunRecord, cache: bool, echo: Echo) -> tuple[Dataset
     path = Path(recorded["path"])
     config = settings(run)
     splits, pooled = open_training_data(config, cache, echo, path if path.exists() else None)
-    if splits.sha256 != recorded["sha256"]:
+    if not splits.is_recorded_as(recorded["sha256"]):
         raise InputError(
             f"{splits.path}: found SHA-256 {splits.sha256[:16]}..., but {recorded['sha256'][:16]}... in the record of "
             f"{run.name}; put the data set back, or start a new run"
