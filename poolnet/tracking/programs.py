@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # only where a network is made
 EXPORT, WEIGHTS = "data/model.pt2", "data/weights.safetensors"
 SERIAL = "model/.data/serialization_id"  # a hash of all that is in the export
 FLOAT32 = 7  # in the numbering of types in an export
+# of the pools that models have which hold the export alone
 LAYERS = {"max": "max_pool2d.default", "avg": "avg_pool2d.default", "conv": "conv2d.default"}
 CHECK = ["abs.default", "le.Scalar", "all.default", "_assert_async.msg"]  # the operations of `Checked`
 
@@ -322,8 +323,17 @@ def _pool(program: dict) -> str:
     operations = [node["target"].removeprefix("torch.ops.aten.") for node in nodes]
     if operations[: len(CHECK)] == CHECK:
         operations = operations[len(CHECK) :]
+    inputs = [each for node in nodes for each in node["inputs"] if each["name"] == "kernel_size"]
+    halves = all(each["arg"]["as_ints"] == [2, 2] for each in inputs)  # `stride` is a max of one pixel
     for pool, layer in LAYERS.items():
-        if operations == [layer, "relu.default", layer, "relu.default", "flatten.using_ints", "linear.default"]:
+        if halves and operations == [
+            layer,
+            "relu.default",
+            layer,
+            "relu.default",
+            "flatten.using_ints",
+            "linear.default",
+        ]:
             return pool
     raise ValueError(f"found a network that is none of {', '.join(LAYERS)}: {'; '.join(operations)[:200]}")
 

@@ -45,7 +45,7 @@ def train(
     without progress. Raises `InputError` and `RunError`.
     """
     if optimum and config.pool == "conv":
-        raise InputError("--optimum: found pool conv, expected max or avg, whose loss has a single minimum")
+        raise InputError("--optimum: found pool conv, expected a pooling, whose loss has a single minimum")
     home()  # first of all, since nothing goes without it
     old = _recorded(resume, timeout) if resume else None
     if not old:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from poolnet.errors import InputError
+from poolnet.training.poolings import POOLINGS
 
 PLATEAU_MARGIN = 0.002  # of accuracy: what 30 epochs gain once the published run has flattened
 ARM_OPTIONS = ("pool", "epochs", "batch_size", "lr")  # what two arms may differ in
 # With data and device, all that the figures depend on; the seed is last.
 SAME_RUN = (*ARM_OPTIONS, "fold", "seed")
-POOLS = ("max", "avg", "conv")  # conv: the two strided convolutions that pooling replaced
+POOLS = (*POOLINGS, "conv")  # conv: the two strided convolutions that pooling replaced
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class TrainConfig:
     """The settings of a training run, with their only defaults."""
 
     data: str = dataclasses.field(default="glyphs", metadata={"help": "glyphs, notmnist, or the path of an .npz file."})
-    pool: str = dataclasses.field(default="max", metadata={"help": "max, avg, or conv (the baseline)."})
+    pool: str = dataclasses.field(default="max", metadata={"help": f"{', '.join(POOLINGS)}, or conv (the baseline)."})
     epochs: int = dataclasses.field(default=30, metadata={"help": "Passes over the training split."})
     batch_size: int = dataclasses.field(default=128, metadata={"help": "Images per optimiser step."})
     lr: float = dataclasses.field(default=0.001, metadata={"help": "Learning rate of Adam."})

@@ -16,6 +16,7 @@ import numpy as np
 from poolnet.data.dataset import SPLITS, Dataset, Split, as_pixels, open_dataset
 from poolnet.files import home, replacing
 from poolnet.text import Echo
+from poolnet.training.poolings import POOLINGS
 
 WIDTH = 50
 KEPT = ("test",)  # whose images a figure shows; all else needs the features only
@@ -63,26 +64,9 @@ def pooled(images: np.ndarray, pool: str) -> np.ndarray:
     for start in range(0, len(images), BLOCK):
         x = images[start : start + BLOCK]
         for _ in range(2):
-            x = np.maximum(POOLINGS[pool](x), 0)
+            x = np.maximum(POOLINGS[pool].of_array(x), 0)
         array[start : start + len(x), :-1] = as_pixels(x).reshape(len(x), -1)
     return array
-
-
-def _max(x: np.ndarray) -> np.ndarray:
-    rows = np.maximum(x[:, ::2], x[:, 1::2])  # as stored: the largest stays the largest when it is scaled
-    return np.maximum(rows[:, :, ::2], rows[:, :, 1::2])
-
-
-def _avg(x: np.ndarray) -> np.ndarray:
-    x = as_pixels(x)
-    mean = x[:, ::2, ::2] + x[:, ::2, 1::2]  # added in torch's order, on which the last bit depends
-    mean += x[:, 1::2, ::2]
-    mean += x[:, 1::2, 1::2]
-    mean /= 4
-    return mean
-
-
-POOLINGS = {"max": _max, "avg": _avg}  # (n, 2h, 2w) -> (n, h, w), as `model.POOLINGS`
 
 
 def _folder() -> Path:

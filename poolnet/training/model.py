@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from poolnet.data.dataset import FLOAT_LIMIT
+from poolnet.training.poolings import POOLINGS
 
 PIXELS = "pixels: found some that are no numbers or beyond 10, expected 0 to 1"  # 255 is a forgotten division
-POOLINGS = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
 
 
 class TwoLayerNet(nn.Module):
@@ -46,8 +46,8 @@ class SimplePoolNet(TwoLayerNet):
     def __init__(self, pool_type: str, num_classes: int = 10):
         if pool_type not in POOLINGS:
             raise ValueError(f"pool_type: found {pool_type!r}, expected one of {', '.join(POOLINGS)}")
-        pool = POOLINGS[pool_type]
-        super().__init__(pool(kernel_size=2, stride=2), pool(kernel_size=2, stride=2), 1, num_classes)
+        layer = POOLINGS[pool_type].layer
+        super().__init__(layer(nn), layer(nn), 1, num_classes)
 
 
 class SimpleConvNet(TwoLayerNet):

@@ -27,7 +27,7 @@ from poolnet.training.config import TrainConfig
 
 BAD_OPTIONS = {  # the options, and the words of the line that refuses them
     "unknown option": (["--size", "3"], ["--size"]),
-    "unknown pool": (["--pool", "min"], ["--pool", "max", "avg", "conv"]),
+    "unknown pool": (["--pool", "min"], ["--pool", "max", "avg", "lp", "stride", "conv"]),
     "epochs in words": (["--epochs", "many"], ["--epochs", "many"]),
     "no epochs": (["--epochs", "0"], ["epochs", "0"]),
     "half an epoch": (["--epochs", "1.5"], ["--epochs", "1.5"]),
@@ -250,7 +250,7 @@ def test_the_version_is_the_packages(capsys):
         (["sweep", "study.toml", "--data"], "g", ["glyphs"]),
         (["compare", "--study"], "s", ["study.toml"]),
         (["compare", "--by"], "b", ["batch_size"]),
-        (["train", "--pool"], "", ["max", "avg", "conv"]),
+        (["train", "--pool"], "", ["max", "avg", "lp", "stride", "conv"]),
         (["train", "--device"], "c", ["cpu", "cuda"]),
         (["promote", "--alias"], "champion-", ["champion-max", "champion-avg", "champion-conv"]),
     ],

@@ -85,7 +85,7 @@ def test_the_shipped_studies_have_ten_seeds_and_two_arms(path):
         ("lr = [0.01, 1]", "learning_rate = 1", ["grid.learning_rate: unknown", "batch_size"]),
         ("epochs = 2", "epochs = 2.5", ["grid.epochs: found 2.5, expected a whole number"]),
         ("epochs = 2", "seed = 2", ["grid.seed: unknown"]),
-        ('pool = ["max", "avg"]', 'pool = ["max", "min"]', ["pool: found 'min'", "max, avg, conv"]),
+        ('pool = ["max", "avg"]', 'pool = ["max", "min"]', ["pool: found 'min'", "max, avg, lp, stride, conv"]),
         ('slow = { pool = "max", lr = 0.01 }', "", ["arms: found 1, expected two"]),
         ('slow = { pool = "max", lr = 0.01 }', "slow = 1", ["arms.slow: found 1"]),
         ('slow = { pool = "max", lr = 0.01 }', 'slow = { pool = "max" }', ["arms.slow: leaves lr open", "0.01, 1"]),

@@ -175,7 +175,7 @@ def avg_older(tmp_path):
     return older(Checked(build_model("avg", seed=1)), tmp_path / "older" / programs.EXPORT)
 
 
-@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("pool", programs.LAYERS)
 def test_models_of_earlier_versions_are_read_from_the_export(tmp_path, pool):
     net = build_model(pool, seed=1)
     for name, form in (("checked", Checked(net)), ("plain", net)):  # the first versions did not check pixels
@@ -192,8 +192,9 @@ def test_models_of_earlier_versions_are_read_from_the_export(tmp_path, pool):
         nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(49, 10)),  # without ReLU
         nn.Sequential(nn.MaxPool2d(2), nn.ReLU(), nn.AvgPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(49, 10)),
         nn.Sequential(nn.MaxPool2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(49, 10)),
+        build_model("stride", seed=1),
     ],
-    ids=["linear", "no relu", "two kinds", "one pooling"],
+    ids=["linear", "no relu", "two kinds", "one pooling", "stride"],
 )
 def test_another_network_is_none_of_ours(net, tmp_path):
     older(Checked(net), tmp_path / programs.EXPORT)

@@ -19,6 +19,7 @@ from poolnet.training.config import TrainConfig
 from poolnet.training.fast_step import FastSoftmaxRegression, lowest_train_loss
 from poolnet.training.features import open_pooled
 from poolnet.training.model import build_model
+from poolnet.training.poolings import POOLINGS
 from poolnet.training.train_loop import Autograd, fit
 
 
@@ -40,7 +41,7 @@ def assert_equal_runs(config, path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32, 128, 299, 300, 1000])
-@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize("pool", POOLINGS)
 def test_the_fast_path_equals_the_slow_one(letters, pool, batch_size):
     assert_equal_runs(TrainConfig(pool=pool, epochs=3, batch_size=batch_size, lr=0.01), letters)
 

@@ -16,7 +16,8 @@ from poolnet.errors import InputError
 from poolnet.files import home
 from poolnet.training import features
 from poolnet.training.features import open_pooled
-from poolnet.training.model import POOLINGS, SimplePoolNet
+from poolnet.training.model import SimplePoolNet
+from poolnet.training.poolings import POOLINGS
 
 
 def expected(path, pool):
@@ -31,7 +32,7 @@ def cached():
 
 
 @pytest.mark.parametrize("cache", [True, False])
-@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize("pool", POOLINGS)
 def test_features_are_those_of_the_network_and_a_one_for_the_bias(letters, pool, cache):
     splits, arrays = open_pooled(letters, pool, cache)
     for name, net_features in expected(letters, pool):

@@ -13,6 +13,14 @@ def test_pooling_by_hand():
     steps = 4.0 * torch.arange(7) + 112.0 * torch.arange(7)[:, None]
     assert torch.equal(SimplePoolNet("max").features(x)[0], (87 + steps).flatten())
     assert torch.equal(SimplePoolNet("avg").features(x)[0], (43.5 + steps).flatten())
+    assert torch.equal(SimplePoolNet("stride").features(x)[0], steps.flatten())
+    squares = (x.reshape(7, 4, 7, 4) ** 2).double().mean((1, 3))  # the mean of four means of four
+    torch.testing.assert_close(SimplePoolNet("lp").features(x)[0], squares.sqrt().float().flatten())
+
+
+def test_lp_is_torchs_own_divided_by_two():
+    x = torch.rand(3, 1, 28, 28) - 0.3
+    torch.testing.assert_close(SimplePoolNet("lp").layer1(x), nn.LPPool2d(2, 2)(x) / 2)
 
 
 def test_relu_stands_behind_each_pooling():
@@ -35,7 +43,7 @@ def test_the_notebooks_names():
 
 @pytest.mark.parametrize("pool_type", ["min", "MAX", "", None, "conv"])
 def test_any_other_pooling_is_refused_with_the_valid_names(pool_type):
-    with pytest.raises(ValueError, match="max, avg"):
+    with pytest.raises(ValueError, match=r"expected one of max, avg, lp, stride$"):
         SimplePoolNet(pool_type)
 
 
@@ -66,6 +74,6 @@ def test_initial_weights_are_torchs_own_for_the_seed_and_the_global_generator_st
 
 
 def test_the_commands_pools_are_those_that_can_be_built():
-    assert [TrainConfig(pool=pool).pool for pool in POOLS] == ["max", "avg", "conv"]
-    with pytest.raises(InputError, match="pool: found 'min', expected one of max, avg, conv"):
+    assert [TrainConfig(pool=pool).pool for pool in POOLS] == ["max", "avg", "lp", "stride", "conv"]
+    with pytest.raises(InputError, match="pool: found 'min', expected one of max, avg, lp, stride, conv"):
         TrainConfig(pool="min")
