@@ -465,14 +465,16 @@ def non_inferiority(right_a: ArrayLike, right_b: ArrayLike, margin: float, group
     with a 95 % interval.
 
     The statistic is `tango`, whose variance is multiplied by the design effect of the differences. Yang, Sun & Hardin
-    (2012) multiply it too, by one from an intracluster correlation, which is too large where few letters differ.
+    (2012) multiply it too, by one from an intracluster correlation, which is too large where few letters differ. With
+    groups p is from the t distribution with as many df as there are groups, less one, as the 95 % interval is.
     """
     if not 0 < margin < 1:
         raise ValueError(f"expected a margin between 0 and 1, found {margin}")
     right_a, right_b = _two_bools(right_a, right_b)
     only_a, only_b = (int(only.sum()) for only in (right_a & ~right_b, right_b & ~right_a))
-    effect = design_effect(right_b.astype(float) - right_a, group)
-    return float(scipy.special.ndtr(-tango(only_a, only_b, len(right_a), -margin, effect)))
+    n, effect = len(right_a), design_effect(right_b.astype(float) - right_a, group)
+    groups = group_index(group, n)[1]
+    return float(scipy.special.stdtr(groups - 1 if groups < n else np.inf, -tango(only_a, only_b, n, -margin, effect)))
 
 
 def tango(only_a: int, only_b: int, n: int, difference: float, inflation: float = 1.0) -> float:

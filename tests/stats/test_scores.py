@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 
 from poolnet.stats import paired, scores
@@ -114,3 +116,28 @@ def test_non_inferiority_keeps_its_level():
     counts = rng.multinomial(n, [0.05, 0.03, 0.92], 4000)  # only A right, only B right, both or none
     called = [paired.non_inferiority(*arms(a, b, n), margin) < paired.NOT_WORSE for a, b, _ in counts]
     assert 0.015 < np.mean(called) < 0.035
+
+
+@given(
+    st.integers(20, 3000),
+    st.tuples(st.floats(0, 0.3), st.floats(0, 0.3)),
+    st.none() | st.integers(2, 500),
+    st.floats(0, 1),
+    st.sampled_from([0.001, 0.0025, 0.005, 0.01, 0.02]),
+)
+def test_not_worse_and_the_interval_agree(n, shares, families, mixed, margin):
+    """Up to 2 points, what is not worse by a margin has an interval above it. Letters are mixed in families or not."""
+    only_a, only_b = (int(share * n) for share in shares)
+    right_a, right_b = arms(only_a, only_b, n)
+    places = np.arange(n) + mixed * n * np.random.default_rng(0).random(n)
+    group = None if families is None else np.argsort(np.argsort(places)) * min(families, n) // n
+    if paired.non_inferiority(right_a, right_b, margin, group) < paired.NOT_WORSE:
+        assert paired.clustered(right_b.astype(float) - right_a, group).low > -margin
+
+
+def test_twelve_letters_each_way_do_not_show_half_a_point():
+    right_a, right_b = arms(12, 12, 1823)
+    points = paired.clustered(100 * (right_b.astype(float) - right_a))
+    assert (round(points.low, 2), round(points.high, 2)) == (-0.53, 0.53)
+    assert paired.non_inferiority(right_a, right_b, 0.005) > paired.NOT_WORSE
+    assert paired.non_inferiority(right_a, right_b, 0.006) < paired.NOT_WORSE
