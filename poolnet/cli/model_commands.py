@@ -125,9 +125,9 @@ def promote(
     """Make a MODEL champion if it is better.
 
     Without MODEL the newest version. The name of a run means its model, which becomes a version if it is none. An exact
-    McNemar test decides, on what both models' runs predicted of the same validation letters. Its level is 5 %, shared
-    among the challengers that the champion may meet. The decision, with its numbers, is written on the model version.
-    Exit code 1 if the champion stays.
+    paired test decides, on what both models' runs predicted of the same validation letters, families kept together. Its
+    level is 5 %, shared among the challengers that the champion may meet. The decision, with its numbers, is written on
+    the model version. Exit code 1 if the champion stays.
     """
     margin, model = points("--non-inferior", non_inferior), model or by_option
     if rollback and (model or non_inferior or budget or force):

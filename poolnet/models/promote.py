@@ -18,7 +18,7 @@ from poolnet.files import home, locked
 from poolnet.models import BUDGET, budget, champions
 from poolnet.models.budget import Turn, Untested
 from poolnet.stats import paired
-from poolnet.stats.paired import Effect, McNemar
+from poolnet.stats.paired import Effect, PairedTest
 from poolnet.text import NATS, POINTS, interval, marked, p_value, step
 from poolnet.tracking import model_card, names, registry, result_runs, server_runs, training_runs
 from poolnet.tracking.registry import NAME
@@ -29,32 +29,37 @@ REMEMBERED = 100  # champions before the present one, as far as a tag of MLflow 
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-    """A comparison of champion and challenger on the same examples.
+    """A comparison of champion and challenger on the same letters.
 
-    There are `n` examples. `points` and `nats` are the difference of the challenger from the champion: in accuracy
+    There are `n` letters. `points` and `nats` are the difference of the challenger from the champion: in accuracy
     (points) and in loss (nats).
     """
 
     n: int
+    families: int | None  # None if the data name none, and each letter counts on its own
     points: Effect
     nats: Effect
-    mcnemar: McNemar  # only_a: the champion alone is right
+    paired_test: PairedTest  # only_a: the champion alone is right
     p_inferior: float | None  # that the challenger is worse by the margin or more, where one was given
 
     def better(self, challengers: int) -> bool:
         """Whether the challenger is better, as one of so many."""
-        return self.mcnemar.p < paired.ALPHA / challengers and self.mcnemar.only_b > self.mcnemar.only_a
+        return self.paired_test.p < paired.ALPHA / challengers and self.paired_test.only_b > self.paired_test.only_a
 
     def not_worse(self, challengers: int) -> bool:
         """Whether the challenger is not worse by the margin."""
-        return self.p_inferior is not None and self.p_inferior < paired.ALPHA / challengers
+        return self.p_inferior is not None and self.p_inferior < paired.NOT_WORSE / challengers
 
     def __str__(self) -> str:
-        points, nats, test = self.points, self.nats, self.mcnemar
+        points, nats, test = self.points, self.nats, self.paired_test
+        families = "each a family of its own, as the data name none"
+        if self.families:
+            families = f"of {self.families:,} families"
         return (
-            f"{points.estimate:{POINTS}} points, 95 % interval {interval(points.low, points.high, POINTS)} "
-            f"({test.only_b} right by it alone, {test.only_a} by the champion alone, exact McNemar p "
-            f"{p_value(test.p)}), and {nats.estimate:{NATS}} nats, {interval(nats.low, nats.high, NATS)}"
+            f"On the same {self.n:,} validation letters, {families}: {points.estimate:{POINTS}} points, 95 % interval "
+            f"{interval(points.low, points.high, POINTS)} ({test.only_b} right by it alone, {test.only_a} by the "
+            f"champion alone, p of the exact paired test {p_value(test.p)}), and {nats.estimate:{NATS}} nats, "
+            f"{interval(nats.low, nats.high, NATS)}"
         )
 
 
@@ -98,7 +103,7 @@ class Decision:
             return f"Version {self.version} is not {self.alias}: it was not tested. {self.untested}."
         text = f"Version {self.version} {verbs[self.kind]}."
         if self.val:
-            text += f" On the same {self.val.n:,} validation letters: {self.val}"
+            text += f" {self.val}"
             p = self.val.p_inferior
             text += "." if p is None else f"; p of being worse by the margin {p_value(p)}."
         if self.challenger:
@@ -110,6 +115,7 @@ class Decision:
     def _rule(self, turn: Turn) -> str:
         """Say at which level the challenger was tested, and why."""
         text = f" It is challenger {turn} of version {self.over}, so p must be below {turn.level:.2g}"
+        text += f", that of the margin below {paired.NOT_WORSE / turn.budget:.2g}" if self.margin else ""
         if turn.spent > 1.001 * paired.ALPHA:
             text += f"; with the budget raised, the levels of all tests against that add up to {turn.spent:.2g}"
         return f"{text}."
@@ -230,37 +236,61 @@ def _paired(
     """
     step(f"Comparing the two on {split}")
     runs = [_run(client, champion.run_id, f"{NAME} version {champion.version}"), challenger.run]
-    digests = [run.data.tags.get(names.DATA_SHA256, "") for run in runs]
-    if not all(digests) or digests[0] != digests[1]:
-        raise InputError(
-            f"{challenger.title}: found data SHA-256 {digests[1][:16] or 'unknown'}, but that of the "
-            f"champion, version {champion.version}, is {digests[0][:16] or 'unknown'}; train both on the same data, or "
-            "decide without a test: --force"
-        )
     titles = [f"version {champion.version}", challenger.title]
+    _check_data(runs, titles)
     a, b = (
         training_runs.predictions(client, run.info.run_id, title, split)
         for run, title in zip(runs, titles, strict=True)
     )
-    y = a.y
+    y, group = a.y, b.group if a.group is None else a.group  # which only one has, if the other is of an earlier version
     if not np.array_equal(y, b.y):
         raise InputError(f"{titles[1]}: found other labels in its predictions of {split} than in those of {titles[0]}")
+    if group is not None and b.group is not None and not np.array_equal(group, b.group):
+        raise InputError(f"{titles[1]}: found other groups in its predictions of {split} than in those of {titles[0]}")
+    families = None if group is None else len(np.unique(group))
+    if (families or len(y)) < 2:
+        what = "example" if group is None else "family"
+        raise InputError(f"{titles[1]}: found {families or len(y)} {what} of {split}, expected 2 or more")
     (right_a, nll_a), (right_b, nll_b) = (paired.per_example(each.logits, y) for each in (a, b))
-    if len(y) < 2:
-        raise InputError(f"{titles[1]}: found {len(y)} example of {split}, expected 2 or more")
     for title, run, nll in zip(titles, runs, (nll_a, nll_b), strict=True):
         loss, logged = nll.mean(), run.data.metrics.get(f"{split}_loss", np.nan)
         if not abs(loss - logged) < 1e-5:
             raise InputError(f"{title}: found predictions of {split} with loss {loss:.6f}, but {logged:.6f} logged")
-    rng = np.random.default_rng(0)
-    test = paired.mcnemar(right_a, right_b)
     return Paired(
         n=len(y),
-        points=paired.over_examples(100.0 * (right_b.astype(float) - right_a), rng),
-        nats=paired.over_examples(nll_b - nll_a, rng),
-        mcnemar=test,
-        p_inferior=paired.non_inferiority(right_a, right_b, margin / 100) if margin else None,
+        families=families,
+        points=paired.clustered(100.0 * (right_b.astype(float) - right_a), group),
+        nats=paired.clustered(nll_b - nll_a, group),
+        paired_test=paired.paired_test(right_a, right_b, group),
+        p_inferior=paired.non_inferiority(right_a, right_b, margin / 100, group) if margin else None,
     )
+
+
+def _check_data(runs: list[Run], titles: list[str]) -> None:
+    """Refuse two runs on different data or folds."""
+    (digest, fold, splits), (other_digest, other_fold, other_splits) = map(_digests, runs)
+    same = (digest and digest == other_digest) or ("val" in splits and splits == other_splits)
+    if same and fold == other_fold:
+        return
+    champion, challenger = (
+        f"{text[:16] or 'unknown'}{part and f' fold {part}'}"
+        for text, part in ((digest, fold), (other_digest, other_fold))
+    )
+    raise InputError(
+        f"{titles[1]}: found data SHA-256 {challenger}, but that of the champion, {titles[0]}, is {champion}; train "
+        "both on the same data, or decide without a test: --force"
+    )
+
+
+def _digests(run: Run) -> tuple[str, str, dict[str, str]]:
+    """Return what tells the data of two runs apart.
+
+    It is the digest of the data set, the fold, and the digests of the splits. The last stay the same if a later version
+    of poolnet adds families to a data set.
+    """
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    splits = {tag.value: each.dataset.digest for each in inputs for tag in each.tags if tag.key == names.CONTEXT}
+    return run.data.tags.get(names.DATA_SHA256, ""), run.data.params.get("fold", ""), splits
 
 
 def _run(client: MlflowClient, run_id: str | None, title: str) -> Run:
@@ -319,7 +349,7 @@ def _tags(decision: Decision) -> dict[str, str]:
     if decision.challenger:
         tags["challenger"] = str(decision.challenger)
     for key, value in _numbers(decision).items():
-        plain = "n" if key in ("n", "margin_points") else key.partition("_")[0]
+        plain = "n" if key in ("n", "families", "margin_points") else key.partition("_")[0]
         tags[key] = {"n": f"{value:g}", "p": p_value(value)}.get(plain, f"{value:+.2f}")
     return {f"{decision.alias}.{key}": value for key, value in tags.items()}
 
@@ -329,8 +359,9 @@ def _numbers(decision: Decision) -> dict[str, float]:
     val, numbers = decision.val, dict[str, float]()
     if val:
         points = val.points
-        numbers |= {"n": val.n, "points": points.estimate, "points_low": points.low, "points_high": points.high}
-        numbers["p"] = val.mcnemar.p
+        numbers |= {"n": val.n} | ({"families": val.families} if val.families else {})
+        numbers |= {"points": points.estimate, "points_low": points.low, "points_high": points.high}
+        numbers["p"] = val.paired_test.p
     if val and val.p_inferior is not None and decision.margin:
         numbers |= {"margin_points": decision.margin, "p_inferior": val.p_inferior}
     if decision.test:

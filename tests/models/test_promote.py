@@ -89,15 +89,15 @@ def test_a_better_challenger_wins_and_says_why(capsys, client):
     saved = [np.load(client.download_artifacts(each.info.run_id, "predictions/val.npz")) for each in runs]
     a, b = (each["logits"].argmax(1) == each["y"] for each in saved)
     val = decision["val"]
-    assert (val["mcnemar"]["only_a"], val["mcnemar"]["only_b"]) == ((a & ~b).sum(), (b & ~a).sum())
+    assert (val["paired_test"]["only_a"], val["paired_test"]["only_b"]) == ((a & ~b).sum(), (b & ~a).sum())
     assert val["points"]["estimate"] == pytest.approx(100 * (b.mean() - a.mean()))
     assert val["points"]["low"] > 0
-    assert val["mcnemar"]["p"] < 0.05
+    assert val["paired_test"]["p"] < 0.05
     assert val["n"] == 90
     # the version says the same, test beside it
     tags, text = (getattr(client.get_model_version("poolnet", "2"), name) for name in ("tags", "description"))
     assert tags["champion.points"] == f"{val['points']['estimate']:+.2f}"
-    assert tags["champion.p"] == p_value(val["mcnemar"]["p"])
+    assert tags["champion.p"] == p_value(val["paired_test"]["p"])
     assert max(len(text) for key, text in tags.items() if key != "champion.since") <= 12
     assert (tags["champion.decision"], tags["champion.over"]) == ("better", "1")
     assert tags["champion.test_points"] == f"{decision['test']['points']['estimate']:+.2f}"
@@ -140,6 +140,7 @@ def test_a_challenger_is_one_of_ten_and_says_so(capsys, client):
         decision = promoted(capsys, "models:/poolnet/1", code=1)
         assert decision["challenger"] == {"number": 1, "budget": 10, "level": 0.005, "spent": 0.005}
         assert "It is challenger 1 of 10 of version 2, so p must be below 0.005." in decision["sentence"]
+        assert "90 validation letters, each a family of its own, as the data name none" in decision["sentence"]
         assert client.get_model_version("poolnet", "1").tags["champion.challenger"] == "1 of 10"
     other = promoted(capsys, "models:/poolnet/3", "--alias", "champion-avg")  # an alias without a champion
     assert (other["kind"], other["challenger"]) == ("first", None)
@@ -166,6 +167,56 @@ def test_another_seed_and_too_many_challengers_are_refused_untested(capsys, clie
     assert "Version 8 stands for these settings, as the first seed that was tested (seed=1 on cpu)" in err
     decision = promoted(capsys, "models:/poolnet/2", "--force")
     assert (decision["kind"], decision["val"]["n"], champion(client)) == ("forced", 90, 2)
+
+
+def with_groups(client, number, group, folder):
+    """Log the predictions of a version's run again, as those of data that name families."""
+    run_id = client.get_model_version("poolnet", str(number)).run_id
+    for split in ("val", "test"):
+        path = client.download_artifacts(run_id, f"predictions/{split}.npz", str(folder))
+        with np.load(path) as saved:
+            arrays = {"logits": saved["logits"], "y": saved["y"]}
+        np.savez(path, **arrays, group=group[: len(arrays["y"])])
+        client.log_artifact(run_id, path, "predictions")
+
+
+def test_families_are_kept_together(capsys, client, tmp_path):
+    """Where only one of the two runs knows them, as the other was trained before, too."""
+    promoted(capsys, "models:/poolnet/1")
+    number, group = version(**STRONG), np.arange(110) // 9
+    with_groups(client, number, group, tmp_path)
+    decision = promoted(capsys, f"models:/poolnet/{number}")
+    assert "On the same 90 validation letters, of 10 families: +" in decision["sentence"]
+    runs = [client.get_run(client.get_model_version("poolnet", str(each)).run_id) for each in (1, number)]
+    saved = [np.load(client.download_artifacts(each.info.run_id, "predictions/val.npz")) for each in runs]
+    a, b = (each["logits"].argmax(1) == each["y"] for each in saved)
+    sums = np.bincount(group[:90], b.astype(int) - a).astype(int)
+    assert (sums > 0).all()  # so that no flip goes farther
+    assert decision["val"]["paired_test"]["p"] == 2 / 2**10
+    assert decision["val"]["families"] == 10
+    assert client.get_model_version("poolnet", str(number)).tags["champion.families"] == "10"
+    other = version(**STRONG)
+    with_groups(client, other, group + 1, tmp_path)
+    code, _, err = run(capsys, "promote", f"models:/poolnet/{other}")
+    assert_refused(code, err, f"version {other}: found other groups in its predictions of val than in those of")
+    with_groups(client, other, np.zeros(110, int), tmp_path)
+    client.delete_registered_model_alias("poolnet", "champion")
+    promoted(capsys, "models:/poolnet/1")
+    code, _, err = run(capsys, "promote", f"models:/poolnet/{other}")
+    assert_refused(code, err, f"version {other}: found 1 family of val, expected 2 or more")
+
+
+def test_data_that_were_given_families_are_the_same_and_other_folds_are_not(capsys, client):
+    """The digest of the whole covers families, those of the splits do not."""
+    promoted(capsys, "models:/poolnet/1")
+    run_id = client.get_model_version("poolnet", "2").run_id
+    digest = client.get_run(run_id).data.tags["poolnet.data_sha256"]
+    client.set_tag(run_id, "poolnet.data_sha256", "f" * 64)
+    assert promoted(capsys, "models:/poolnet/2")["kind"] == "better"
+    client.set_tag(run_id, "poolnet.data_sha256", digest)
+    number = version(**STRONG, fold="2/5")
+    code, _, err = run(capsys, "promote", f"models:/poolnet/{number}")
+    assert_refused(code, err, f"version {number}: found data SHA-256 {digest[:16]} fold 2/5, but that of the champion")
 
 
 def test_force_is_recorded_as_such(capsys, client):
@@ -307,7 +358,7 @@ def test_the_run_of_mlflow_run_says_what_was_decided(capsys, client, monkeypatch
     val = decision["val"]  # to the last digit
     assert (kept.data.metrics["promote/points"], kept.data.metrics["promote/p"]) == (
         val["points"]["estimate"],
-        val["mcnemar"]["p"],
+        val["paired_test"]["p"],
     )
     assert decision["look"].endswith(f"/#/models/poolnet/versions/{challenger}")
 
