@@ -42,7 +42,8 @@ def test_defaults_are_the_same_everywhere():
         set(options) < training_runs.OPTIONS
     )  # or a run with one of them, by `mlflow run`, would be of another version
     for entry in MLPROJECT["entry_points"].values():  # an empty param says nothing where people look
-        assert all(parameter.get("default", "of the user's") != "" for parameter in entry["parameters"].values())
+        parameters = entry.get("parameters", {}).values()
+        assert all(parameter.get("default", "of the user's") != "" for parameter in parameters)
     for name, default in fields.items():
         assert options[name].default == default
         if default == "":  # `-P fold=2/5` follows as it is
@@ -55,7 +56,7 @@ def test_defaults_are_the_same_everywhere():
 def test_the_entry_points_pass_every_parameter_on():
     for name, entry in MLPROJECT["entry_points"].items():
         used = re.findall(r"\{(\w+)\}", entry["command"])
-        assert used == list(entry["parameters"]), name
+        assert used == list(entry.get("parameters", {})), name
     command = MLPROJECT["entry_points"]["main"]["command"]
     assert re.findall(r"--(\w+) \{(\w+)\}", command) == [
         (name, name) for name in MLPROJECT["entry_points"]["main"]["parameters"]
@@ -192,7 +193,7 @@ def test_the_commands_of_the_docs_are_such_that_can_be_typed():
                 assert address == "http://127.0.0.1:5001/invocations"
             case ["mlflow", "run", ".", *words]:
                 entry = words[words.index("-e") + 1] if "-e" in words else "main"
-                declared = MLPROJECT["entry_points"][entry]["parameters"]
+                declared = MLPROJECT["entry_points"][entry].get("parameters", {})
                 given = [word.partition("=")[0] for flag, word in pairwise(words) if flag == "-P"]
                 assert given
                 options = {text for each in cli.commands[COMMANDS.get(entry, entry)].params for text in each.opts}

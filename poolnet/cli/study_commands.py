@@ -16,7 +16,6 @@ from poolnet.cli.options import (
     DATA,
     FILE,
     OPEN,
-    SEED,
     STUDY,
     TIMEOUT,
     completed,
@@ -81,9 +80,10 @@ def sweep(
 
     That is each combination of its grid and seeds. Cut off, the same command goes on.
 
-    A study is a .toml file with question, data, seeds, margin (in points of accuracy) and register (of the models, by
-    default false); under [grid] options of `poolnet train`, each a value or a list; under [arms] the two that are
-    compared, as in: max = { pool = "max" }
+    A study is a .toml file with question, data, seeds, folds, primary (accuracy or loss), margin, optimum and register
+    (both false by default); under [grid] options of `poolnet train`, each a value or a list; under [tune] values of lr
+    or batch_size, of which each arm takes its best on val; under [arms] those that are compared, as in:
+    max = { pool = "max" }
     """
     from poolnet.tracking.train import look_ahead
 
@@ -130,7 +130,7 @@ def _option_of_arms(context: click.Context, option: click.Parameter, name: str) 
 @click.command()
 @click.argument("runs", nargs=-1, metavar="[RUN RUN]")
 @click.option("--runs", "by_option", default="", hidden=True, help="RUN RUN, as `mlflow run` passes them.")
-@click.option("--study", default="", shell_complete=STUDY, help="The two arms of this study, a .toml file.")
+@click.option("--study", default="", shell_complete=STUDY, help="The arms of this study, a .toml file.")
 @click.option("--data", default="", shell_complete=DATA, help="Runs on this data set; of a study, instead of its own.")
 @click.option("--experiment", default="", help="All runs of this experiment.  [default: the one in the environment]")
 @click.option(
@@ -142,7 +142,8 @@ def _option_of_arms(context: click.Context, option: click.Parameter, name: str) 
 )
 @click.option("--arms", nargs=2, help="With --by: the two values to compare, the second with the first.")
 @click.option("--margin", default="", help="Points within which arms are equivalent.  [default: the study's, or 0.5]")
-@SEED
+@click.option("--plan", is_flag=True, help="Say what other numbers of seeds and letters would find; publish nothing.")
+@click.option("--seed", default=0, hidden=True, help="Of no effect: earlier versions drew random numbers here.")
 @OPEN
 @TIMEOUT
 @AS_JSON
@@ -157,50 +158,55 @@ def compare(
     by: str,
     arms: tuple[str, str] | None,
     margin: str,
+    plan: bool,
     seed: int,
     open_page: bool,
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Say which of two arms is better, and how sure.
+    """Say which of two or more arms is better, and how sure.
 
     From what the tracking server has of a study, an experiment or two runs. The answer becomes a run in MLflow, with a
     report.
     """
-    from poolnet.studies.study import MARGIN, read
+    from poolnet.studies.study import read
 
     names = [*runs, *_words(by_option)]
     if experiment and not (names or study):
         by = by or "pool"
     _check_selection(names, study, by, arms)
-    plan = read(Path(study), data) if study else None
-    within = points("--margin", margin) or (plan.margin if plan else MARGIN)
+    asked = read(Path(study), data) if study else None
+    within = points("--margin", margin)
 
     with tracking_server(timeout):
-        from poolnet.studies import compare, report
+        from poolnet.studies import compare, page, planning, report
         from poolnet.studies import selection as select
         from poolnet.tracking import pages, servers
 
         client = servers.own_client()
         experiment_id = servers.experiment_named(client, experiment)
-        if plan:
-            selected = select.of_study(client, [experiment_id], plan)
+        if asked:
+            selected = select.of_study(client, [experiment_id], asked)
         elif by:
             selected = select.of_experiment(client, [experiment_id], by, arms or (), data)
         else:
             selected = select.of_runs(client, names)
-        comparison = compare.of_selected(client, selected, plan.question if plan else "", within, seed)
-        run_id = report.publish(client, client.uri, experiment_id, comparison, _typed(context))
-        page = pages.artifact(experiment_id, run_id, "report.html")
+        found = compare.of_selected(client, selected, asked, within)
+        if plan:
+            designs = planning.designs(found)
+            echo(to_json(designs) if as_json else planning.table(designs))
+            return
+        run_id = report.publish(client, client.uri, experiment_id, found, _typed(context))
+        look = pages.artifact(experiment_id, run_id, "report.html")
     if as_json:
-        echo(to_json({**report.contents(comparison), "run_id": run_id, "look": pages.link(client.uri, page)}))
+        echo(to_json({**page.contents(found), "run_id": run_id, "look": pages.link(client.uri, look)}))
     else:
-        echo(report.table(comparison))
-    look_at(client.uri, page, open_page, as_json)
+        echo(report.table(found))
+    look_at(client.uri, look, open_page, as_json)
 
 
 def _check_selection(names: list[str], study: str, by: str, arms: tuple[str, str] | None) -> None:
-    """Refuse options that do not select two arms."""
+    """Refuse options that do not select arms."""
     if [bool(names), bool(study), bool(by)].count(True) != 1 or (names and len(names) != 2):
         raise InputError("compare: expected one of --study STUDY.toml, --experiment NAME --by OPTION, or two runs")
     if arms and (not by or arms[0] == arms[1]):

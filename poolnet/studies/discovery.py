@@ -24,8 +24,9 @@ def take_server_runs(sweep: Sweep, echo_warning: Echo) -> None:
     They are runs of the same data and settings, whoever made them.
     """
     client = servers.client_of(sweep.uri)
-    experiment_ids = [servers.own_experiment(client)]
-    for key, run in training_runs.finished(client, experiment_ids, sweep.data_sha256, echo_warning).items():
+    ids, optimum = [servers.own_experiment(client)], sweep.study.optimum
+    finished = training_runs.finished(client, ids, sweep.data_sha256, optimum, echo_warning)
+    for key, run in finished.items():
         result = sweep.results.get(key)
         if result and not result.run_id:
             result.status, result.run, result.run_id = run.status, run.name, run.run_id
@@ -73,7 +74,8 @@ def _records(sweep: Sweep, echo_warning: Echo) -> Iterator[tuple[tuple, RunRecor
             run = RunRecord(run_record.folder() / name)
             config = TrainConfig(**run.record["config"])
             key = training_runs.key(config, run.record["device"], run.record["data"]["sha256"])
-            if key in sweep.results and not sweep.results[key].done and _is_published_here(run, sweep.uri):
+            wanted = key in sweep.results and not sweep.results[key].done and _is_published_here(run, sweep.uri)
+            if wanted and (_has_optimum(run) or not sweep.study.optimum):
                 yield key, run
         except (InputError, KeyError, TypeError) as error:  # damaged, or of another version
             unknown[name] = error
@@ -89,6 +91,13 @@ def _is_published_here(run: RunRecord, uri: str) -> bool:
     experiments = [tracking["experiment_id"] or tracking["experiment_name"] for tracking in trackings]
     own, its = ("0" if experiment in ("", "Default") else experiment for experiment in experiments)
     return own == its and servers.home_of(run) == uri and not run.record["reproduces"]
+
+
+def _has_optimum(run: RunRecord) -> bool:
+    """Whether a run has or will have the scores at the optimum."""
+    if run.record["config"]["pool"] == "conv" or not run.record["optimum"]:
+        return run.record["config"]["pool"] == "conv"
+    return not run.finished or "optimum_test_loss" in run.by_step().get(0, {})
 
 
 def take_record(result: Result, run: RunRecord) -> None:

@@ -3,6 +3,7 @@
 The arms come from a study, an experiment or two runs. All other settings are held equal.
 """
 
+import dataclasses
 import itertools
 import operator
 from collections.abc import Callable, Collection, Sequence
@@ -13,25 +14,37 @@ from mlflow.tracking.client import MlflowClient
 from poolnet.data import dataset
 from poolnet.errors import InputError
 from poolnet.runs import run_record
-from poolnet.studies.study import Study
+from poolnet.studies.study import ARMS, Study
 from poolnet.text import pasted, step
 from poolnet.tracking import server_runs, training_runs
 from poolnet.tracking.training_runs import TrainingRun
-from poolnet.training.config import SAME_RUN, TrainConfig
+from poolnet.training.config import ARM_OPTIONS, SAME_RUN, TrainConfig
 from poolnet.training.device import resolve_device
 
-Arms = dict[str, list[TrainingRun]]  # the two arms' runs by the arms' names
-Selected = tuple[Arms, set[str]]  # and the options by which the arms may differ
+Arms = dict[str, list[TrainingRun]]  # the arms' runs by the arms' names
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """The runs of each arm, and the options that may differ.
+
+    `free` are the options by which the arms differ. `tuned` are those that each arm chose on val, fold by fold.
+    """
+
+    arms: Arms
+    free: Collection[str]
+    tuned: Collection[str] = ()
 
 
 def of_study(client: MlflowClient, experiment_ids: list[str], study: Study) -> Selected:
     """Select the runs of a study's arms.
 
-    For each arm and seed, it takes the newest finished run on the study's data. For device `auto` see `_device`.
+    For each arm, seed and fold, it takes the newest finished run on the study's data. Of tuned options, each arm has
+    the values that are best on val. For device `auto` see `_device`.
     """
-    configs = {arm: study.arm(arm) for arm in study.arms}
+    configs = {arm: study.all_of(arm) for arm in study.arms}
     sha256 = _digest_here(study.data) or _digest_by_name(client, experiment_ids, study)
-    finished = training_runs.finished(client, experiment_ids, sha256)
+    finished = training_runs.finished(client, experiment_ids, sha256, study.optimum)
     device = _device([*itertools.chain(*configs.values())], finished.values())
     missing = [(arm, each) for arm in configs for each in configs[arm] if _key(each, device, sha256) not in finished]
     if missing:
@@ -43,12 +56,18 @@ def of_study(client: MlflowClient, experiment_ids: list[str], study: Study) -> S
             if run.status != "FINISHED" and run.key == _key(config, run.device, sha256)
         ]
         again = pasted("poolnet", "sweep", study.path, "--data", study.data)
+        fold, name = f" on fold {config.fold}" if config.fold else "", Path(study.data).stem
         raise InputError(
-            f"{study.path}: found no finished run of {arm} with seed {config.seed}{more} on {Path(study.data).stem}, "
+            f"{study.path}: found no finished run of {arm} with seed {config.seed}{fold}{more} on {name}, "
             f"SHA-256 {sha256[:8] or 'unknown'}{''.join(begun)}; train what is missing with: {again}"
         )
-    runs = {arm: [finished[_key(config, device, sha256)] for config in configs[arm]] for arm in configs}
-    return runs, set().union(*study.arms.values())
+
+    def run(config: TrainConfig) -> TrainingRun:
+        return finished[_key(config, device, sha256)]
+
+    chosen = {arm: study.arm(arm, lambda config: study.val_score(run(config).metrics)) for arm in study.arms}
+    arms = {arm: [*map(run, configs)] for arm, configs in chosen.items()}
+    return Selected(arms, set().union(*study.arms.values()), study.tune)
 
 
 def _key(config: TrainConfig, auto: str, data_sha256: str) -> tuple:
@@ -89,7 +108,7 @@ def _digest_by_name(client: MlflowClient, experiment_ids: list[str], study: Stud
 
     It looks at runs on data of the same name. They must agree on the SHA-256. Otherwise `InputError` is raised.
     """
-    wanted = {_key(config, "", "") for arm in study.arms for config in study.arm(arm)}
+    wanted = {_key(config, "", "") for config in study.configs()}
     runs = [
         run
         for run in training_runs.search(client, experiment_ids, "attributes.status = 'FINISHED'", _say_nothing)
@@ -125,23 +144,29 @@ def of_experiment(
 ) -> Selected:
     """Select the runs of an experiment by one option.
 
-    The runs that have the same value of option `by` are an arm. The arms are the only two values, or those in `names`.
-    With `data`, only runs on that data set count.
+    The runs that have the same value of option `by` are an arm. The arms are all of its values, or those in `names`.
+    With `data`, only runs on that data set count. If some runs are of folds and some of the file's own splits, the
+    latter count.
     """
     sha256 = _digest_here(data) if data else ""
+    runs = [
+        run
+        for run in training_runs.search(client, experiment_ids)
+        if (run.data_sha256 == sha256 if sha256 else not data or _is_on(run, data))
+    ]
+    whole = [run for run in runs if not run.config.fold] or runs
     arms: Arms = {}
-    for run in training_runs.search(client, experiment_ids):
-        if run.data_sha256 == sha256 if sha256 else not data or _is_on(run, data):
-            arms.setdefault(str(getattr(run.config, by)), []).append(run)
+    for run in whole:
+        arms.setdefault(str(getattr(run.config, by)), []).append(run)
     for name in names:
         if name not in arms:
             raise InputError(f"--arms: found no run whose {by} is {name}, expected two of {', '.join(sorted(arms))}")
-    if not names and len(arms) != 2:
+    if not names and not 2 <= len(arms) <= ARMS:
         values = ", ".join(sorted(arms)) or "none"
         raise InputError(f"--by {by}: found {len(arms)} values, {values}, expected two; choose with --arms ONE OTHER")
     # in the order named, or the one with the first run first
     order = names or sorted(arms, key=lambda name: min(run.started for run in arms[name]))
-    return {name: arms[name] for name in order}, {by}
+    return Selected({name: arms[name] for name in order}, {by})
 
 
 def of_runs(client: MlflowClient, names: Sequence[str]) -> Selected:
@@ -154,45 +179,67 @@ def of_runs(client: MlflowClient, names: Sequence[str]) -> Selected:
         runs.append(training_runs.of(run))
     one, other = runs
     differing = [name for name in SAME_RUN if getattr(one.config, name) != getattr(other.config, name)]
-    if len(differing) != 1:
+    if len(differing) != 1 or differing == ["fold"]:
         raise InputError(
             f"{one.name} and {other.name}: found that they differ in {', '.join(differing) or 'nothing'}, expected "
             "exactly one option, the arm"
         )
     values = [str(getattr(run.config, differing[0])) for run in runs]
     labels = values if differing == ["pool"] else [f"{differing[0]} {value}" for value in values]
-    return {label: [run] for label, run in zip(labels, runs, strict=True)}, set(differing)
+    return Selected({label: [run] for label, run in zip(labels, runs, strict=True)}, set(differing))
 
 
 def checked(selected: Selected) -> tuple[Arms, list[str]]:
     """Check that the selected arms can be compared.
 
-    Returns the arms with one run per seed, in the order of seeds, and notes for the reader. Refuses runs that must not
-    be mixed, and names them: unfinished runs, other data, settings that differ besides the arm, seeds without a
-    partner.
+    Returns the arms with one run per seed and fold, in the order of seeds, and notes for the reader. Refuses runs that
+    must not be mixed, and names them: unfinished runs, other data, settings that differ besides the arm, seeds and
+    folds without a partner.
     """
-    arms, free = selected
-    arms, notes = _finished(arms)
+    arms, notes = _finished(selected.arms)
     runs = list(itertools.chain(*arms.values()))
     _refuse_mixed("SHA-256 of the data", runs, operator.attrgetter("data_sha256"))
-    for option in ("device", *SAME_RUN[:-1]):
+    _refuse_mixed("number of folds", runs, lambda run: run.config.fold.partition("/")[2] or "none")
+    for option in ("device", *ARM_OPTIONS):
         value = operator.attrgetter("device" if option == "device" else f"config.{option}")
-        for group in arms.values() if option in free else [runs]:
-            _refuse_mixed(option, group, value)
+        if option not in selected.tuned:
+            for group in arms.values() if option in selected.free else [runs]:
+                _refuse_mixed(option, group, value)
     unique = {}
     for name, group in arms.items():
-        by_seed = {run.config.seed: run for run in sorted(group, key=operator.attrgetter("started"))}
-        unique[name] = [by_seed[seed] for seed in sorted(by_seed)]
-        if len(by_seed) < len(group):
-            notes.append(f"{name}: {len(group)} runs of {len(by_seed)} seeds; the newest of each seed counts.")
-    for one, other in itertools.permutations(unique.values()):
-        for run in one if "seed" not in free else ():
-            if run.config.seed not in [partner.config.seed for partner in other]:
+        newest = {_place(run): run for run in sorted(group, key=operator.attrgetter("started"))}
+        unique[name] = [newest[place] for place in sorted(newest)]
+        if len(newest) < len(group):
+            what = "seeds and folds" if group[0].config.fold else "seeds"
+            notes.append(f"{name}: {len(group)} runs of {len(newest)} {what}; the newest of each counts.")
+    if "seed" not in selected.free:
+        _refuse_single([*unique.values()])
+    return unique, notes
+
+
+def _place(run: TrainingRun) -> tuple[int, int]:
+    """Return seed and fold, in whose order the runs of an arm are."""
+    return run.config.seed, int(run.config.fold.partition("/")[0] or 0)
+
+
+def _refuse_single(groups: list[list[TrainingRun]]) -> None:
+    """Refuse a run whose seed and fold another arm lacks.
+
+    Each seed must have the same folds, too.
+    """
+    places = [set(map(_place, group)) for group in groups]
+    folds = {fold for seed, fold in set().union(*places)}
+    for one, other in itertools.permutations(range(len(groups)), 2):
+        for run in groups[one]:
+            seed, fold = _place(run)
+            if (seed, fold) not in places[other]:
+                where = f" on fold {run.config.fold}" if fold else ""
                 raise InputError(
-                    f"{run.name}: found its seed {run.config.seed} in one arm only, expected pairs; train the other "
+                    f"{run.name}: found its seed {seed}{where} in one arm only, expected it in all; train the other "
                     "one, or delete this one from MLflow"
                 )
-    return unique, notes
+            if missing := sorted(folds - {fold for other_seed, fold in places[one] if other_seed == seed}):
+                raise InputError(f"{run.name}: found no run of its seed on fold {missing[0]}, expected the same folds")
 
 
 def _finished(arms: Arms) -> tuple[Arms, list[str]]:

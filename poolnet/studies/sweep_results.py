@@ -1,6 +1,7 @@
 """The results of a sweep, and the tables that show them."""
 
 import dataclasses
+import math
 import statistics
 from pathlib import Path
 
@@ -69,12 +70,20 @@ class Sweep:
 def _arm_scores(sweep: Sweep) -> dict[str, dict[str, list[float]]]:
     """Return each arm's scores, by arm and score name.
 
-    There is one value for each seed that is finished so far.
+    There is one value for each seed that is finished so far, the mean of its folds. If options are tuned, it is that of
+    the values chosen so far.
     """
-    arms = {}
+
+    def val_score(config: TrainConfig) -> float:
+        result = sweep.result(config)
+        return sweep.study.val_score(result.scores) if result.done else -math.inf
+
+    arms, count = {}, len(sweep.study.folds)
     for arm in sweep.study.arms:
-        done = [result.scores for result in map(sweep.result, sweep.study.arm(arm)) if result.done]
-        arms[arm] = {name: [scores[name] for scores in done] for name in SCORES}
+        results = [*map(sweep.result, sweep.study.arm(arm, val_score))]
+        by_seed = [results[start : start + count] for start in range(0, len(results), count)]
+        done = [folds for folds in by_seed if all(result.done for result in folds)]
+        arms[arm] = {name: [statistics.fmean(each.scores[name] for each in folds) for folds in done] for name in SCORES}
     return arms
 
 
@@ -84,7 +93,7 @@ def metrics(sweep: Sweep) -> dict[str, float]:
         "runs_finished": len(sweep.results) - len(sweep.missing),
         "runs_missing": len(sweep.missing),
     }
-    for letter, scores in zip("ab", _arm_scores(sweep).values(), strict=True):
+    for letter, scores in zip("abcdefghij", _arm_scores(sweep).values(), strict=False):
         for name, seeds in scores.items():
             if seeds:
                 values[f"{letter}_{name}_mean"] = statistics.mean(seeds)
@@ -124,21 +133,23 @@ def contents(sweep: Sweep) -> dict[str, object]:
 def note(sweep: Sweep, experiment_id: str) -> str:
     """Return the description of the parent run in Markdown."""
     study, arms = sweep.study, _arm_rows(sweep)
-    for letter, row in zip("ab", arms[1:], strict=True):
+    for letter, row in zip("abcdefghij", arms[1:], strict=False):
         row[0] = f"{letter}: {row[0]}"
-    options = [name for name, values in study.grid.items() if len(values) > 1]
-    runs = [["run", *options, "seed", "status"]]
+    options = [name for name, values in (study.grid | study.tune).items() if len(values) > 1]
+    options += ["fold", "seed"] if len(study.folds) > 1 else ["seed"]
+    runs = [["run", *options, "status"]]
     for result in sweep.results.values():
         name = result.run or "none yet"
         if result.run_id:
             name = pages.in_markdown(name, pages.run(experiment_id, result.run_id))
-        values = [str(getattr(result.config, option)) for option in (*options, "seed")]
+        values = [str(getattr(result.config, option)) for option in options]
         runs.append([name, *map(marked, (*values, result.error or result.status))])
+    over_folds = f", each the mean of {len(study.folds)} folds" if len(study.folds) > 1 else ""
     lines = [
         *piped(arms),
         "",
         f"{len(sweep.results) - len(sweep.missing)} of {len(sweep.results)} runs are finished, on "
-        f"{coded(sweep.path.stem)}. Mean and standard deviation over seeds.",
+        f"{coded(sweep.path.stem)}. Mean and standard deviation over seeds{over_folds}.",
         "",
         f"**{marked(study.question)}** "
         + coded(pasted("poolnet", "compare", "--study", study.path.as_posix(), "--data", study.data)),

@@ -16,6 +16,10 @@ METRICS = {
     "plateau_epoch": "best/plateau_epoch",
     "optimum_train_loss": "optimum/train_loss",
     "optimality_gap": "optimum/gap",
+    "optimum_val_loss": "optimum/val_loss",
+    "optimum_val_acc": "optimum/val_acc",
+    "optimum_test_loss": "optimum/test_loss",
+    "optimum_test_acc": "optimum/test_acc",
 }
 RECORDED = {metric: name for name, metric in METRICS.items()}
 

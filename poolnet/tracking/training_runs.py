@@ -79,16 +79,21 @@ def finished(
     client: MlflowClient,
     experiment_ids: list[str],
     data_sha256: str,
+    optimum: bool = False,
     echo_warning: Echo = echo_warning,
 ) -> dict[tuple, TrainingRun]:
     """Return the newest finished run of each key.
 
-    The runs are on the data set with this digest, and have all metrics in `SCORES`. A sweep need not train these runs
-    again, and a comparison compares them.
+    The runs are on the data set with this digest, and have all metrics in `SCORES`. With `optimum`, those of poolings
+    have the scores at the optimum too. A sweep need not train these runs again, and a comparison compares them.
     """
     query = f"attributes.status = 'FINISHED' AND tags.`{names.DATA_SHA256}` = '{data_sha256}'"
-    runs = [run for run in search(client, experiment_ids, query, echo_warning) if set(SCORES) <= set(run.metrics)]
-    return {run.key: run for run in reversed(runs)}
+    at_optimum = {*SCORES, names.METRICS["optimum_test_loss"]}
+    return {
+        run.key: run
+        for run in reversed([*search(client, experiment_ids, query, echo_warning)])
+        if run.metrics.keys() >= (at_optimum if optimum and run.config.pool != "conv" else {*SCORES})
+    }
 
 
 def search(

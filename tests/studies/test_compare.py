@@ -53,7 +53,11 @@ BY_POOL = ("--experiment", "Default", "--by", "pool")
 
 
 def plant(client, logits, experiment="0", status="FINISHED", **options):
-    """A run on the server, with what the record of a run has of it."""
+    """A run on the server, with what the record of a run has of it.
+
+    `arrays` are further ones of its predictions, `scores` are metrics other than those of a run that learns nothing.
+    """
+    arrays, scores = options.pop("arrays", {}), options.pop("scores", {})
     config = {"data": "letters.npz", "pool": "max", "epochs": 2, "batch_size": 128, "lr": 0.001, "seed": 1}
     config |= {"device": "auto", "register": True}
     sha256, ran_on = options.pop("sha256", SHA), options.pop("ran_on", "cpu")
@@ -63,13 +67,14 @@ def plant(client, logits, experiment="0", status="FINISHED", **options):
     tags = {"poolnet.run": name, "poolnet.data_sha256": sha256, "poolnet.device": ran_on}
     metrics = [Metric(key, 0.5, 1, step) for key in compare.HISTORIES for step in (1, 2)]
     metrics += [Metric("test_acc", 0.5, 1, 0), Metric("test_loss", 0.5, 1, 0)]
+    metrics += [Metric(key, value, 2, 2) for key, value in scores.items()]
     params = [Param(key, str(value)) for key, value in config.items()]
     client.log_batch(run_id, metrics, params, [RunTag(*tag) for tag in tags.items()])
     dataset = Dataset("letters", sha256[:32], "local", json.dumps({"uri": "letters.npz"}))
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "test")])])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "test.npz"
-        np.savez(path, logits=logits, y=np.arange(len(logits)) % 10)
+        np.savez(path, logits=logits, y=np.arange(len(logits)) % 10, **arrays)
         client.log_artifact(run_id, str(path), "predictions")
     client.set_terminated(run_id, status)
     return name
@@ -143,6 +148,152 @@ def test_a_planted_effect_of_two_points_is_found_and_its_interval_holds_it(clien
     turned = compared("--experiment", "Default", "--by", "pool", "--arms", "avg", "max")
     assert turned["winner"] == "avg"
     assert turned["effects"]["acc"]["estimate"] == -acc["estimate"]
+
+
+def test_letters_of_one_family_count_as_alike_as_they_are(client):
+    """Ten copies of each letter widen the interval by the root of ten, and flip together."""
+    tenth, copies = N // 10, np.arange(N) // 10
+    for pool, accuracy in (("max", 0.8), ("avg", 0.86)):
+        (logits,) = predictions(1, accuracy, n=tenth)
+        shifted = np.stack([np.roll(logits[i], j - i % 10) for i in range(tenth) for j in range(10)])
+        plant(client, shifted, pool=pool, arrays={"group": copies})
+        plant(client, logits, pool=pool, seed=2)
+    families, single = compared("max-seed1", "avg-seed1"), compared("max-seed2", "avg-seed2")
+    assert (families["n_examples"], families["n_families"], families["varied"]) == (N, tenth, "families")
+    assert (single["n_examples"], single["n_families"], single["varied"]) == (tenth, None, "examples")
+    for name in ("acc", "nll"):
+        for end in ("estimate", "low", "high", "p"):
+            assert families["effects"][name][end] == pytest.approx(single["effects"][name][end])
+    assert families["paired_test"]["p"] == pytest.approx(single["paired_test"]["p"])
+    assert families["paired_test"]["only_b"] == 10 * single["paired_test"]["only_b"]
+    assert f"{N:,} examples of {tenth} families" in families["sentence"]
+    assert not any("names no families" in caveat for caveat in families["caveats"])
+    assert any("names no families" in caveat for caveat in single["caveats"])
+
+
+def test_the_folds_of_a_seed_are_one_test_of_all_letters(client):
+    for pool, accuracy in (("max", 0.8), ("avg", 0.86)):
+        for seed, logits in enumerate(predictions(2, accuracy), 1):
+            plant(client, logits, pool=pool, seed=seed)
+            for fold in (2, 1):  # in any order
+                half = slice((fold - 1) * N // 2, fold * N // 2)
+                plant(client, logits[half], pool=pool, seed=seed, fold=f"{fold}/2")
+    path = write_study(2)
+    whole = compared("--study", path)
+    path.write_text(path.read_text().replace("[grid]", "folds = 2\n[grid]"), encoding="utf-8")
+    folds = compared("--study", path)
+    assert (folds["n_folds"], folds["n_examples"], whole["n_folds"]) == (2, N, 0)
+    assert folds["effects"] == whole["effects"]
+    assert folds["per_class"] == whole["per_class"]
+    assert client.get_run(folds["run_id"]).info.run_name == "avg vs max, letters, 2 seeds, 2 folds"
+    assert "2 seeds, 2 folds, 800 examples" in folds["sentence"]
+    # of an experiment that has both, the file's own splits count
+    assert compared(*BY_POOL)["n_folds"] == 0
+
+
+def test_each_arm_takes_its_best_value_of_a_tuned_option_by_val_and_not_by_test(client):
+    path = write_study(2)
+    path.write_text(
+        path.read_text().replace("[arms]", "[tune]\nlr = [0.001, 0.01]\n[arms]").replace("[grid]", "folds = 2\n[grid]"),
+        encoding="utf-8",
+    )
+    best = {("max", "1/2"): 0.001, ("max", "2/2"): 0.01, ("avg", "1/2"): 0.01, ("avg", "2/2"): 0.01}
+    for (pool, fold), lr in best.items():
+        for seed, logits in enumerate(predictions(2, 0.8, n=100), 1):
+            plant(client, logits, pool=pool, seed=seed, fold=fold, lr=lr, scores={"val_acc": 0.6})
+            other = {0.001: 0.01, 0.01: 0.001}[lr]  # with more right answers on test
+            (better,) = predictions(1, 1.0, n=100)
+            plant(client, better, pool=pool, seed=seed, fold=fold, lr=other, scores={"val_acc": 0.55, "val_loss": 0.1})
+    found = compared("--study", path)
+    assert [arm["tuned"] for arm in found["arms"]] == [{"lr": [0.001, 0.01, 0.001, 0.01]}, {"lr": 4 * [0.01]}]
+    assert found["arms"][0]["test_acc"] == pytest.approx([0.8, 0.8], abs=0.1)
+    note = client.get_run(found["run_id"]).data.tags["mlflow.note.content"]
+    assert (
+        "lr, chosen on val by accuracy: max lr 0.001 in 1 of 2 folds, 0.01 in 1 of 2 folds, avg lr 0.01 in 2 of" in note
+    )
+    assert not any("At lr" in caveat for caveat in found["caveats"])
+
+
+def test_a_study_of_the_loss_is_decided_by_the_loss(client):
+    """The arms are right equally often, and the first is surer of it."""
+    for seed, logits in enumerate(predictions(6, 0.85), 1):
+        plant(client, logits, seed=seed)
+        plant(client, 0.6 * logits, seed=seed, pool="avg")
+    path = write_study(6)
+    by_acc = compared("--study", path, "--margin", "0.1")
+    path.write_text(path.read_text().replace("[grid]", 'primary = "loss"\n[grid]'), encoding="utf-8")
+    by_loss = compared("--study", path)
+    assert (by_acc["verdict"], by_loss["verdict"], by_loss["winner"]) == ("equivalent", "better", "max")
+    assert by_loss["effects"] == by_acc["effects"]
+    assert "nats of test loss, 95 % interval" in by_loss["sentence"]
+    assert (by_loss["margin_nats"], "margin_points" in by_loss) == (0.01, False)
+
+
+def plant_four(client, seeds, **options):
+    for pool, accuracy in (("max", 0.7), ("avg", 0.86), ("lp", 0.86), ("stride", 0.6)):
+        for seed, logits in enumerate(predictions(seeds, accuracy), 1):
+            plant(client, logits, pool=pool, seed=seed, **options)
+
+
+FOUR = """question = "Which?"
+data = "letters.npz"
+seeds = [1, 2]
+optimum = true
+[grid]
+pool = ["max", "avg", "lp", "stride"]
+epochs = 2
+[arms]
+max = { pool = "max" }
+avg = { pool = "avg" }
+lp = { pool = "lp" }
+stride = { pool = "stride" }
+"""
+
+
+def test_of_four_arms_all_pairs_are_compared_at_once_and_the_best_are_named(client, drawn):
+    (at_optimum,) = predictions(1, 0.9, seed=3)
+    plant_four(client, 2, arrays={"optimum": at_optimum, "group": np.arange(N) // 4}, scores={"optimum/test_loss": 0.1})
+    path = Path("four.toml")
+    path.write_text(FOUR, encoding="utf-8")
+    found = compared("--study", path)
+    assert sorted(found["not_worse_than_the_best"]) == ["avg", "lp"]
+    assert found["verdict"] == "inconclusive"
+    pairs = {(each["a"], each["b"]): each for each in found["contrasts"]["acc"]}
+    assert len(pairs) == 6
+    assert pairs["max", "avg"]["low"] > 0 > pairs["avg", "stride"]["high"]
+    assert pairs["max", "avg"]["p_holm"] < 0.05 < pairs["avg", "lp"]["p_holm"]
+    # wider than the same pair on its own
+    alone = compared(*BY_POOL, "--arms", "max", "avg")["effects"]["acc"]
+    assert pairs["max", "avg"]["estimate"] == alone["estimate"]
+    assert pairs["max", "avg"]["low"] < alone["low"]
+    # the same network everywhere at the optimum, so that all are best
+    assert len(found["at_optimum"]["not_worse_than_the_best"]) == 4
+    assert [arm["at_optimum"]["test_acc"] for arm in found["arms"]] == 4 * [pytest.approx(0.9, abs=0.03)]
+    assert "shown to be worse: max, stride" in found["sentence"]
+    names = {file.path for file in client.list_artifacts(found["run_id"], "figures")}
+    assert names == {f"figures/{name}.png" for name in ("intervals", "learning_curves", "calibration")}
+    assert client.get_run(found["run_id"]).data.params["arm_d"] == "stride"
+
+
+def test_an_optimum_that_a_study_asks_for_and_runs_lack_is_missing(client, capsys):
+    plant_four(client, 2)
+    Path("four.toml").write_text(FOUR, encoding="utf-8")
+    assert "found no finished run of max with seed 1 and 7 more" in refused(capsys, "--study", "four.toml")
+
+
+def test_a_plan_says_what_more_seeds_and_letters_would_find(client, capsys):
+    plant_arms(client, seeds=3, lead=0.02)
+    found = json.loads(inside("compare", *BY_POOL, "--plan", "--json").stdout)
+    by_size = {(plan["seeds"], plan["examples"]): plan for plan in found["designs"]}
+    now = compared(*BY_POOL)
+    assert by_size[3, N]["accuracy"] == pytest.approx(now["smallest_effect_points"])
+    assert by_size[3, N]["margin"] == pytest.approx(now["smallest_margin_points"])
+    assert by_size[3, 4 * N]["accuracy"] < by_size[3, N]["accuracy"] < by_size[3, N // 10]["accuracy"]
+    assert by_size[20, N]["accuracy"] < by_size[3, N]["accuracy"] < by_size[2, N]["accuracy"]
+    code, out, _ = run(capsys, "compare", *BY_POOL, "--plan")
+    assert code == 0
+    assert "four times in five" in " ".join(out.split())
+    assert len(client.search_runs(["0"], "tags.`poolnet.comparison` != ''")) == 1  # a plan is not published
 
 
 def test_a_terminal_is_told_what_takes_long_and_a_pipe_only_the_answer(client, capsys):
@@ -226,12 +377,14 @@ def test_of_a_study_the_runs_of_this_machines_device_count_or_those_of_another_t
     plant_arms(client, seeds=2, lead=0.05, ran_on="cuda")
     plant(client, SOME, ran_on="cpu")
     found = study.read(write_study(2))
-    selected, _ = selection.of_study(client, ["0"], found)
-    assert {run.device for group in selected.values() for run in group} == {"cuda"}
+    selected = selection.of_study(client, ["0"], found)
+    assert {run.device for group in selected.arms.values() for run in group} == {"cuda"}
     plant_arms(client, seeds=2, lead=0.05)
-    selected, _ = selection.of_study(client, ["0"], found)
+    selected = selection.of_study(client, ["0"], found)
     own = resolve_device("auto")
-    assert {run.device for group in selected.values() for run in group} == {own if own in ("cpu", "cuda") else "cpu"}
+    assert {run.device for group in selected.arms.values() for run in group} == {
+        own if own in ("cpu", "cuda") else "cpu"
+    }
 
 
 def test_runs_of_another_version_are_left_out_with_one_warning_that_names_one(client, capsys):
@@ -341,8 +494,8 @@ def test_runs_on_other_data_are_left_out_where_one_is_named(client, capsys):
     plant_arms(client, seeds=2)
     plant(client, SOME, data="glyphs", sha256="6" * 64)
     assert "SHA-256 of the data" in refused(capsys, *BY_POOL)
-    selected, _ = selection.of_experiment(client, ["0"], "pool", ["max", "avg"], data="elsewhere/letters.npz")
-    assert [len(group) for group in selected.values()] == [2, 2]
+    selected = selection.of_experiment(client, ["0"], "pool", ["max", "avg"], data="elsewhere/letters.npz")
+    assert [len(group) for group in selected.arms.values()] == [2, 2]
 
 
 def test_a_server_that_is_not_there_is_one_line(capsys, monkeypatch):
@@ -369,11 +522,11 @@ def test_of_runs_that_repeat_a_seed_the_newest_counts(client):
     selected = selection.of_experiment(client, ["0"], "pool", ["max", "avg"])
     groups, notes = selection.checked(selected)
     assert groups["max"][0].name == newest
-    assert notes == ["max: 3 runs of 2 seeds; the newest of each seed counts."]
+    assert notes == ["max: 3 runs of 2 seeds; the newest of each counts."]
 
 
 def test_a_study_is_selected_from_servers_params_as_mlflow_run_types_them(client):
     plant_arms(client, seeds=2, lr="1e-3", data="'letters.npz'")
-    selected, free = selection.of_study(client, ["0"], study.read(write_study(2)))
-    assert [len(group) for group in selected.values()] == [2, 2]
-    assert free == {"pool"}
+    selected = selection.of_study(client, ["0"], study.read(write_study(2)))
+    assert [len(group) for group in selected.arms.values()] == [2, 2]
+    assert selected.free == {"pool"}

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.text import Text
 
 from poolnet.stats import paired
-from poolnet.studies import compare, comparison_figures, report
-from poolnet.studies.compare import Arm, Comparison
+from poolnet.studies import compare, comparison_figures, page, report
+from poolnet.studies.comparison import Arm, Design, Scored
 from poolnet.text import WIDTH, to_json
 from poolnet.tracking.training_runs import TrainingRun
 from poolnet.training.config import TrainConfig
@@ -31,31 +31,28 @@ def arm(name, seeds, accuracy, rng, y):
     seen = [paired.per_example(each, y) for each in logits]
     histories = {metric: np.sort(rng.random((seeds, 2)), 1) for metric in compare.HISTORIES}
     calibration = tuple(paired.calibration(each, y) for each in logits)
-    return Arm(
-        name, runs, logits, np.array([r for r, _ in seen]), np.array([n for _, n in seen]), histories, calibration
-    )
+    scored = np.array([r for r, _ in seen]), np.array([n for _, n in seen])
+    return Arm(*scored, name, runs, logits, histories, calibration, Scored(*(part[:1] for part in scored)))
 
 
-def made(seeds=10, names=("max", "avg"), lead=0.1, classes=10):
+def made(seeds=10, names=("max", "avg"), lead=0.1, classes=10, primary="accuracy"):
     rng = np.random.default_rng(0)
     y = np.arange(N) % classes
-    a, b = arm(names[0], seeds, 0.8, rng, y), arm(names[1], seeds, 0.8 + lead, rng, y)
-    right, nll = 100.0 * (b.right.astype(float) - a.right), b.nll - a.nll
-    examples = [paired.over_examples(d.mean(0), rng, 200) for d in (right, nll)]
-    both = [paired.two_way(d, rng, 200) for d in (right, nll)] if seeds > 1 else examples
-    single = [paired.over_seeds(d.mean(1)) if seeds > 1 else None for d in (right, nll)]
-    return Comparison(
-        "Which <loses> less?", a, b, y, 0.5, *both, *single,
-        paired.sign_flip(b.right.sum(1) - a.right.sum(1)) if seeds > 1 else None,
-        *examples, tuple(paired.mcnemar(*pair) for pair in zip(a.right, b.right, strict=True)),
-        paired.per_class(right, y), paired.equivalence(both[0], 0.5),
-        paired.smallest_effect(both[0].se, both[0].df), ("A caveat.",),
-    )  # fmt: skip
+    accuracies = (0.8, 0.8 + lead, 0.8 - lead, 0.6)
+    arms = tuple(arm(name, seeds, accuracy, rng, y) for name, accuracy in zip(names, accuracies, strict=False))
+    design = Design("Which <loses> less?", arms, y, np.arange(N) // 3, primary, 0.5)
+    found = compare._two_arms(design) if len(names) == 2 else compare._ranking(design)
+    return dataclasses.replace(found, caveats=("A caveat.",))
 
 
 @pytest.fixture(scope="module", params=[1, 2, 10])
 def c(request):
     return made(request.param)
+
+
+@pytest.fixture(scope="module")
+def ranking():
+    return made(3, ("max", "avg", "lp", "stride of a long name"))
 
 
 pngs = report._drawn
@@ -82,7 +79,7 @@ def test_the_same_comparison_gives_the_same_bytes(c):
     links = {run.run_id: "" for each in (c.a, c.b) for run in each.runs}
     first, second = pngs(c), pngs(c)
     assert first == second
-    assert set(first) == set(report.HOW) - {"disagreements"}  # the data set of these runs is nowhere
+    assert set(first) == set(report.HOW) - {"disagreements", "intervals"}  # the data set of these runs is nowhere
     assert all(png.startswith(b"\x89PNG") for png in first.values())
     assert report.html(c, first, links) == report.html(c, second, links)
 
@@ -101,7 +98,7 @@ def test_markdown_tables_have_as_many_cells_in_each_row(c):
     lines = report.markdown(c).splitlines()
     assert lines[0] == f"**{c.sentence}**"
     tables = [line for line in lines if line.startswith("|")]
-    assert {line.count("|") for line in tables} == {6, 5}
+    assert {line.count("|") for line in tables} == {6, 5, 4}
     for run in (*c.a.runs, *c.b.runs):
         assert f"[{run.name}](#/experiments/7/runs/{run.run_id}?workflowType=machine_learning)" in lines[-1]
 
@@ -110,6 +107,22 @@ def test_the_terminal_gets_lines_that_fit_and_the_verdict_first(c):
     lines = report.table(c).splitlines()
     assert max(map(len, lines)) <= WIDTH
     assert " ".join(report.table(c).split()).startswith(c.sentence)
+
+
+def test_of_more_than_two_arms_each_form_says_the_same(ranking):
+    assert max(map(len, report.table(ranking).splitlines())) <= WIDTH + 20  # with a name of 21 letters
+    links = {run.run_id: "" for run in ranking.runs}
+    drawn = pngs(ranking)
+    assert drawn.keys() == {"intervals", "learning_curves", "calibration"}
+    forms = report.table(ranking), report.markdown(ranking), report.html(ranking, drawn, links)
+    for form in forms:
+        words = " ".join(form.split())
+        assert ranking.sentence in words
+        assert "avg minus max, points" in words
+        assert "95 % interval" in words
+        assert "At the lowest train loss" in words or "at the lowest train loss" in words
+    assert json.loads(to_json(page.contents(ranking)))["not_worse_than_the_best"] == ["avg", "max"]
+    assert all(math.isfinite(value) for value in page.metrics(ranking).values())
 
 
 def test_the_description_has_the_table_before_all_else_and_no_long_number(c):
@@ -137,11 +150,11 @@ def test_the_page_says_how_it_was_made_and_who_serves_its_links(c):
 @pytest.mark.parametrize("classes", [10, 9])
 def test_json_and_metrics_hold_plain_numbers(c, classes):
     found = made(len(c.seeds), classes=classes)  # with 9, no test image is a J
-    text = to_json(report.contents(found))
+    text = to_json(page.contents(found))
     back = json.loads(text)
     assert back["effects"]["acc"]["estimate"] == found.acc.estimate
     assert (back["per_class"][9]["estimate"] is None) == (classes == 9)
-    assert all(math.isfinite(value) for value in report._metrics(found).values())
+    assert all(math.isfinite(value) for value in page.metrics(found).values())
 
 
 def test_a_letter_that_is_not_in_test_is_drawn_too():
@@ -152,9 +165,9 @@ def test_the_example_that_the_arms_see_most_differently_comes_first(c):
     a, b = (dataclasses.replace(each, logits=np.zeros_like(each.logits)) for each in (c.a, c.b))
     b.logits[:, 17, c.y[17]] = 20  # sure and right, where a has no idea
     b.logits[:, 5, c.y[5]] = 1
-    changed = dataclasses.replace(c, a=a, b=b)
+    changed = dataclasses.replace(c, arms=(a, b))
     assert comparison_figures.disagreements(changed)[:3].tolist() == [17, 5, 0]
-    letter, p = comparison_figures.predicted_letter(b, 17)
+    letter, p = comparison_figures.predicted_class(changed, b, 17)
     assert (letter, p) == ("ABCDEFGHIJ"[c.y[17]], pytest.approx(1, abs=1e-6))
     images = np.zeros((3, 28, 28), np.uint8)
     assert comparison_figures.disagreement_images(changed, images).axes
@@ -173,7 +186,7 @@ def test_the_example_that_the_arms_see_most_differently_comes_first(c):
 def test_verdicts(c, estimate, low, high, verdict, winner):
     se = (high - low) / 4
     effect = paired.Effect(estimate, low, high, se, 100, 0.5)
-    found = dataclasses.replace(c, acc=effect, equivalence_p=paired.equivalence(effect, c.margin))
+    found = dataclasses.replace(c, acc=effect)
     assert (found.verdict, found.winner) == (verdict, winner)
     says = {"better": f"{winner} is better than", "equivalent": "max and avg are equivalent within 0.5 points"}
     assert found.sentence.startswith(says.get(verdict, "Inconclusive whether avg is better than max"))
@@ -193,7 +206,7 @@ def test_verdicts(c, estimate, low, high, verdict, winner):
 )
 def test_accuracy_and_loss_disagree_only_where_both_are_sure(c, acc, nll, said):
     effects = [paired.Effect(sum(ends) / 2, *ends, 0.1, 100, 0.5) for ends in (acc, nll)]
-    notes = compare._caveats(dataclasses.replace(c, acc=effects[0], nll=effects[1]))
+    notes = compare._disagreements(dataclasses.replace(c, acc=effects[0], nll=effects[1]))
     assert any("also pays more" in note for note in notes) == said
 
 

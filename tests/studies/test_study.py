@@ -31,7 +31,8 @@ def read(tmp_path, text):
 
 def test_every_combination_comes_once_seed_by_seed(tmp_path):
     found = read(tmp_path, WHOLE)
-    assert (found.name, found.question, found.margin) == ("trial", "Which?", 0.5)
+    assert (found.name, found.question, found.primary, found.margin) == ("trial", "Which?", "accuracy", 0.5)
+    assert (found.folds, found.optimum, found.tune) == (("",), False, {})
     configs = found.configs()
     assert [config.seed for config in configs] == [3] * 4 + [1] * 4
     expected = [("max", 0.01), ("max", 1.0), ("avg", 0.01), ("avg", 1.0)]
@@ -58,12 +59,37 @@ def test_another_data_set_takes_the_place_of_the_studys_own(tmp_path):
     assert {config.data for config in study.read(path, "other.npz").configs()} == {"other.npz"}
 
 
+def test_folds_and_tuned_options_multiply_the_runs_and_an_arm_takes_its_best_in_each_fold(tmp_path):
+    text = WHOLE.replace("[grid]", "folds = 2\n[tune]\nbatch_size = [32, 64]\n[grid]").replace(
+        "lr = [0.01, 1]", "lr = 0.01"
+    )
+    found = read(tmp_path, text.replace(", lr = 0.01", "").replace(", lr = 1", ""))
+    assert found.folds == ("1/2", "2/2")
+    configs = found.configs()
+    assert len(configs) == len(set(configs)) == 2 * 2 * 2 * 2  # seeds, folds, poolings, sizes of a batch
+    assert [(config.seed, config.fold) for config in configs[::4]] == [(3, "1/2"), (3, "2/2"), (1, "1/2"), (1, "2/2")]
+    assert set(found.all_of("slow")) == {config for config in configs if config.pool == "max"}
+
+    def score(config):  # 64 is better in the second fold, by the mean over seeds though not by each
+        return {"1/2": 0.5, "2/2": 0.9 if config.seed == 3 else 0.4}[config.fold] if config.batch_size == 64 else 0.6
+
+    chosen = [(config.seed, config.fold, config.batch_size) for config in found.arm("slow", score)]
+    assert chosen == [(3, "1/2", 32), (3, "2/2", 64), (1, "1/2", 32), (1, "2/2", 64)]
+
+
+def test_a_study_of_the_loss_tunes_by_the_loss_and_has_a_margin_in_nats(tmp_path):
+    found = read(tmp_path, WHOLE.replace("[grid]", 'primary = "loss"\n[grid]'))
+    assert (found.primary, found.margin) == ("loss", 0.01)
+    low, high = {"val_loss": 0.4, "val_acc": 0.8}, {"val_loss": 0.5, "val_acc": 0.9}
+    assert found.val_score(low) > found.val_score(high)
+    assert read(tmp_path, WHOLE).val_score(low) < read(tmp_path, WHOLE).val_score(high)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda path: path.stem)
-def test_the_shipped_studies_have_ten_seeds_and_two_arms(path):
+def test_the_shipped_studies_test_each_letter_or_have_ten_seeds(path):
     found = study.read(path)
-    assert len(found.seeds) == 10
-    assert found.data == "glyphs"
-    assert len(found.arms) == 2
+    assert len(found.folds) == 5 or len(found.seeds) == 10
+    assert found.data == ("fashion.npz" if path.stem == "fashion" else "glyphs")
 
 
 @pytest.mark.parametrize(
@@ -79,14 +105,24 @@ def test_the_shipped_studies_have_ten_seeds_and_two_arms(path):
         ("seeds = [3, 1]", "seeds = [1]\nmargin = 0", ["margin: found 0.0"]),
         ("seeds = [3, 1]", "seeds = [1]\nmargin = nan", ["margin: found nan"]),
         ("seeds = [3, 1]", "seeds = [1]\nmargins = 1", ["margins: unknown; did you mean margin?"]),
+        ("seeds = [3, 1]", "seeds = [1]\nfolds = 0", ["folds: found 0, expected a whole number from 2 to 20"]),
+        ("seeds = [3, 1]", "seeds = [1]\nfolds = 2.0", ["folds: found 2.0, expected a whole number"]),
+        ("seeds = [3, 1]", 'seeds = [1]\nprimary = "f1"', ["primary: found 'f1', expected one of accuracy, loss"]),
+        ("seeds = [3, 1]", 'seeds = [1]\nprimary = "loss"\nmargin = 0', ["margin: found 0.0, expected nats"]),
+        ("seeds = [3, 1]", "seeds = [1]\noptimum = 1", ["optimum: found 1, expected true or false"]),
+        ("[grid]", "[tune]\nlr = [1, 2]\n[grid]", ["tune.lr: found it in grid too"]),
+        ("[grid]", "[tune]\nbatch_size = 8\n[grid]", ["tune.batch_size: found one value"]),
+        ("[grid]", "[tune]\nepochs = [1, 2]\n[grid]", ["tune.epochs: unknown; expected one of lr, batch_size"]),
+        ("[grid]", "[tune]\n[grid]", ["tune: found {}"]),
         ("seeds = [3, 1]", "seeds = [1]\nregister = 1", ["register: found 1, expected true or false"]),
         ("lr = [0.01, 1]", 'lr = ["0.01"]', ["grid.lr: found '0.01', expected a number"]),
         ("lr = [0.01, 1]", "lr = [-1]", ["lr: found -1.0"]),
         ("lr = [0.01, 1]", "learning_rate = 1", ["grid.learning_rate: unknown", "batch_size"]),
         ("epochs = 2", "epochs = 2.5", ["grid.epochs: found 2.5, expected a whole number"]),
         ("epochs = 2", "seed = 2", ["grid.seed: unknown"]),
+        ("epochs = 2", 'fold = "1/2"', ["grid.fold: unknown"]),
         ('pool = ["max", "avg"]', 'pool = ["max", "min"]', ["pool: found 'min'", "max, avg, lp, stride, conv"]),
-        ('slow = { pool = "max", lr = 0.01 }', "", ["arms: found 1, expected two"]),
+        ('slow = { pool = "max", lr = 0.01 }', "", ["arms: found 1, expected two to 10"]),
         ('slow = { pool = "max", lr = 0.01 }', "slow = 1", ["arms.slow: found 1"]),
         ('slow = { pool = "max", lr = 0.01 }', 'slow = { pool = "max" }', ["arms.slow: leaves lr open", "0.01, 1"]),
         ("lr = 0.01 }", "lr = 0.1 }", ["arms.slow.lr: found 0.1", "grid.lr"]),
