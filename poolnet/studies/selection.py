@@ -40,13 +40,18 @@ def of_study(client: MlflowClient, experiment_ids: list[str], study: Study) -> S
     """Select the runs of a study's arms.
 
     For each arm, seed and fold, it takes the newest finished run on the study's data. Of tuned options, each arm has
-    the values that are best on val. For device `auto` see `_device`.
+    the values that are best on val. For device `auto` see `_device`. If runs are missing, but an earlier version
+    trained all of them on the same images, before these had families, then those count.
     """
     configs = {arm: study.all_of(arm) for arm in study.arms}
-    sha256 = _digest_here(study.data) or _digest_by_name(client, experiment_ids, study)
-    finished = training_runs.finished(client, experiment_ids, sha256, study.optimum)
-    device = _device([*itertools.chain(*configs.values())], finished.values())
-    missing = [(arm, each) for arm in configs for each in configs[arm] if _key(each, device, sha256) not in finished]
+    found = []
+    for sha256 in _digests_here(study.data) or [_digest_by_name(client, experiment_ids, study)]:
+        finished = training_runs.finished(client, experiment_ids, sha256, study.optimum)
+        device = _device([*itertools.chain(*configs.values())], finished.values())
+        wanted = [(arm, each) for arm in configs for each in configs[arm]]
+        missing = [(arm, each) for arm, each in wanted if _key(each, device, sha256) not in finished]
+        found.append((sha256, finished, device, missing))
+    sha256, finished, device, missing = min(found, key=lambda each: bool(each[-1]))
     if missing:
         arm, config = missing[0]
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -90,17 +95,21 @@ def _device(configs: list[TrainConfig], runs: Collection[TrainingRun]) -> str:
     return own if own in whole or not whole else whole[0]
 
 
-def _digest_here(name: str) -> str:
+def _digests_here(name: str) -> list[str]:
     """Return the SHA-256 of a data set on this machine.
 
-    The text is empty if the data set is not here.
+    The second is that of its images and labels alone, by which runs of earlier versions know it. The list is empty if
+    the data set is not here.
     """
     step(f"Opening the data set {name}")
     try:
         path = dataset.locate(name)
     except InputError:
-        return ""
-    return dataset.open_dataset(path).sha256 if path.exists() else ""
+        return []
+    if not path.exists():
+        return []
+    found = dataset.open_dataset(path, keep=())
+    return [*dict.fromkeys((found.sha256, found.images_sha256))]
 
 
 def _digest_by_name(client: MlflowClient, experiment_ids: list[str], study: Study) -> str:
@@ -148,12 +157,11 @@ def of_experiment(
     With `data`, only runs on that data set count. If some runs are of folds and some of the file's own splits, the
     latter count.
     """
-    sha256 = _digest_here(data) if data else ""
-    runs = [
-        run
-        for run in training_runs.search(client, experiment_ids)
-        if (run.data_sha256 == sha256 if sha256 else not data or _is_on(run, data))
-    ]
+    found = [*training_runs.search(client, experiment_ids)]
+    digests = _digests_here(data) if data else []
+    runs = [run for run in found if not digests and (not data or _is_on(run, data))]
+    for sha256 in reversed(digests):  # runs on images with families, or else those of images alone
+        runs = [run for run in found if run.data_sha256 == sha256] or runs
     whole = [run for run in runs if not run.config.fold] or runs
     arms: Arms = {}
     for run in whole:

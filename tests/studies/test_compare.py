@@ -530,3 +530,18 @@ def test_a_study_is_selected_from_servers_params_as_mlflow_run_types_them(client
     selected = selection.of_study(client, ["0"], study.read(write_study(2)))
     assert [len(group) for group in selected.arms.values()] == [2, 2]
     assert selected.free == {"pool"}
+
+
+def test_runs_on_the_same_images_before_these_had_families_count_where_no_others_do(client, letters):
+    before = open_dataset(letters).sha256
+    plant_arms(client, seeds=2, lead=0.05, sha256=before)
+    with np.load(letters) as arrays:
+        groups = {f"group_{name}": np.arange(len(arrays[f"y_{name}"])) for name in ("train", "val", "test")}
+        whole = {**arrays, **groups}
+    np.savez(letters, **whole)
+    assert open_dataset(letters).sha256 != before
+    for arguments in (("--study", write_study(2)), (*BY_POOL, "--data", "letters.npz")):
+        assert compared(*arguments)["data_sha256"] == before
+    plant_arms(client, seeds=2, lead=0.05, sha256=open_dataset(letters).sha256)
+    for arguments in (("--study", write_study(2)), (*BY_POOL, "--data", "letters.npz")):
+        assert compared(*arguments)["data_sha256"] == open_dataset(letters).sha256
