@@ -6,6 +6,7 @@ For example by the notebook. They become a version of the registered model.
 import dataclasses
 import errno
 import hashlib
+import json
 import pickle
 import tempfile
 import warnings
@@ -18,7 +19,7 @@ import torch
 from mlflow.tracking.client import MlflowClient
 
 from poolnet.data import dataset
-from poolnet.data.dataset import Dataset
+from poolnet.data.dataset import LETTERS, Dataset
 from poolnet.errors import InputError
 from poolnet.files import home, locked
 from poolnet.models import WEIGHTS_FILE
@@ -153,14 +154,20 @@ def _log(
         return
     note += f"; scored on {coded(splits.name)}. Whether its test images took part in the training is not known here."
     final = {name: (evaluation.acc, evaluation.loss) for name, evaluation in scores.items()}
-    note = "\n".join([*description.answer(final, len(splits.test)), "", note])
+    test = scores["test"]
+    note = "\n".join([*description.answer(final, test.logits.argmax(1) == test.y, splits.test.group), "", note])
     tags = {names.DATA_SHA256: splits.sha256, names.NOTE: note}
+    if splits.classes != tuple(LETTERS):
+        tags[names.CLASSES] = json.dumps(splits.classes)
     inputs = publication.datasets(splits.summary())
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "predictions"
         folder.mkdir()
         for name, evaluation in scores.items():
-            np.savez(folder / f"{name}.npz", logits=evaluation.logits, y=evaluation.y)
+            arrays = {"logits": evaluation.logits, "y": evaluation.y}
+            group = getattr(splits, name).group
+            arrays |= {} if group is None else {"group": group}
+            np.savez(folder / f"{name}.npz", allow_pickle=False, **arrays)
         client.log_inputs(run_id, [inputs[name] for name in scores])
         for name, evaluation in scores.items():
             metrics = {f"{name}_loss": evaluation.loss, f"{name}_acc": evaluation.acc}

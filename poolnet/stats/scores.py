@@ -97,11 +97,6 @@ def wilson(x: ArrayLike, group: ArrayLike | None = None) -> Share:
     return _wilson(float(x.mean()), n / paired.design_effect(x, index), stdtrit(groups - 1, 0.975))
 
 
-def wilson_of_counts(successes: int, n: int) -> Share:
-    """Return a share of n independent examples, with Wilson's interval."""
-    return _wilson(successes / n, n, ndtri(0.975)) if n else Share(*[np.nan] * 3)
-
-
 def _wilson(share: float, n: float, z: float) -> Share:
     middle = share + z * z / (2 * n)
     reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))

@@ -6,6 +6,8 @@ lines, so the result comes first.
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from poolnet.runs.run_record import RunRecord
 from poolnet.stats import scores
 from poolnet.text import DIGITS, SHARE, coded, interval, pasted, piped
@@ -24,10 +26,13 @@ def of_run(run: RunRecord, version: int | None) -> str:
     sizes = {split["name"]: split["shape"][0] for split in data["splits"]}
     final = {"train, last epoch": (last["train_acc"], last["train_loss"]), "val": (last["val_acc"], last["val_loss"])}
     options = [word for name, value in record["config"].items() if value != "" for word in (f"--{name}", value)]
+    with np.load(run.folder / "predictions" / "test.npz", allow_pickle=False) as saved:
+        right, group = saved["logits"].argmax(1) == saved["y"], saved.get("group")
+    others = "families" if group is not None else "letters, as if each were independent"
     lines = [
-        *answer(final | {"test": (once["test_acc"], once["test_loss"])}, sizes["test"]),
+        *answer(final | {"test": (once["test_acc"], once["test_loss"])}, right, group),
         "",
-        "- The interval (Wilson's) is about other letters; other seeds vary as well",
+        f"- The interval (Wilson's) is about other {others}; other seeds vary as well",
         f"- Best validation accuracy: {once['best_val_acc']:{SHARE}} in epoch {once['best_val_epoch']}; "
         f"within {PLATEAU_MARGIN} of it from epoch {once['plateau_epoch']} on",
         f"- Data: {coded(data['name'])}, train / val / test {' / '.join(f'{size:,}' for size in sizes.values())}, "
@@ -49,14 +54,15 @@ def of_run(run: RunRecord, version: int | None) -> str:
     return "\n".join(lines)
 
 
-def answer(final: Mapping[str, tuple[float, float]], n: int) -> list[str]:
+def answer(final: Mapping[str, tuple[float, float]], right: np.ndarray, group: np.ndarray | None) -> list[str]:
     """Return the first lines: test accuracy, and a table.
 
-    `final` has the accuracy and the loss of each split with the final weights. There are `n` test letters.
+    `final` has the accuracy and the loss of each split with the final weights. `right` (N,) says which test letters are
+    right, and `group` (N,) of which family each is, if the data say so.
     """
-    acc = final["test"][0]
-    share = scores.wilson_of_counts(round(acc * n), n)
+    share = scores.wilson(right, group)
     rows = [["final weights", *final]]
     rows += [[name, *(f"{each[i]:{SHARE}}" for each in final.values())] for i, name in enumerate(("accuracy", "loss"))]
-    sentence = f"**Test accuracy {acc:{SHARE}}**, 95 % interval {interval(share.low, share.high)} over {n:,} letters."
+    sentence = f"**Test accuracy {share.estimate:{SHARE}}**, 95 % interval {interval(share.low, share.high)} over "
+    sentence += f"{len(right):,} letters" + (f" of {len(np.unique(group)):,} families." if group is not None else ".")
     return [sentence, "", *piped(rows)]
