@@ -170,6 +170,8 @@ def predict(
 ) -> None:
     """Say which letter, A to J, is on each IMAGE.
 
+    A model that was trained on other classes, such as clothes, says their names.
+
     PNG, JPEG and the like, or folders of them, of any size and colour. An image that cannot be read is named, and the
     others are predicted all the same; exit code 1 then, and 2 if there are no others.
     """
@@ -180,12 +182,13 @@ def predict(
     paths = find(images)
     with tracking_server(timeout):
         from poolnet.models import predict
-        from poolnet.tracking import registry
+        from poolnet.tracking import registry, server_runs, servers, training_runs
 
-        net = registry.load(model).net
+        loaded = registry.load(model)
+        classes = training_runs.classes(server_runs.get_run(servers.own_client(), loaded.run_id))
     unreadable: list[InputError] = []
     with progress(paths, label="Reading images") as bar:
-        predictions = list(predict.predict(net, bar, invert, unreadable.append))
+        predictions = list(predict.predict(loaded.net, bar, invert, unreadable.append, classes))
     if as_json:
         echo(to_json({"predictions": predictions}))
     elif as_csv:

@@ -69,6 +69,16 @@ class Dataset:
         return self.path.stem
 
     @property
+    def thing(self) -> str:
+        """What a class is: a letter, or a class if the file names its own."""
+        return "letter" if self.classes == tuple(LETTERS) else "class"
+
+    @property
+    def things(self) -> str:
+        """What the images are called."""
+        return "letters" if self.classes == tuple(LETTERS) else "images"
+
+    @property
     def crossing(self) -> int:
         """Count the groups that occur in more than one split."""
         places = Counter(number for split in self if split.group is not None for number in set(split.group.tolist()))

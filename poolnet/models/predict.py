@@ -5,7 +5,7 @@ Any readable image is converted to the form of the images that the models were t
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,8 @@ BATCH = 256  # images given to the model at once
 class Prediction:
     """The predicted letter of one image, and the runner-up.
 
-    The runner-up is the second most likely letter. `inverted` is true if the image was dark on bright.
+    A letter is the name of its class. The runner-up is the second most likely one. `inverted` is true if the image was
+    dark on bright.
     """
 
     path: Path
@@ -47,13 +48,15 @@ def predict(
     paths: Path | str | Iterable[Path | str],
     invert: bool | None = None,
     on_unreadable: Callable[[InputError], object] = _refuse,
+    classes: Sequence[str] = LETTERS,
 ) -> Iterator[Prediction]:
     """Predict the letter on each readable image, in order.
 
     Each image that cannot be read is reported to `on_unreadable`. By default the first such image raises its
     `InputError`.
 
-    `model` takes float32 (N, 1, 28, 28) in 0..1 and returns logits (N, 10). N is at most `BATCH`.
+    `model` takes float32 (N, 1, 28, 28) in 0..1 and returns logits (N, 10). N is at most `BATCH`. `classes` are the
+    names of its classes.
     """
     readable = _readable([paths] if isinstance(paths, (Path, str)) else paths, invert, on_unreadable)
     while batch := list(islice(readable, BATCH)):
@@ -61,7 +64,7 @@ def predict(
             logits = model(torch.from_numpy(as_images(np.stack([image for _, image, _ in batch]))))
         top = logits.double().softmax(1).topk(2)
         for (path, _, dark), p, (first, second) in zip(batch, top.values.tolist(), top.indices.tolist(), strict=True):
-            yield Prediction(path, LETTERS[first], p[0], LETTERS[second], p[1], dark)
+            yield Prediction(path, classes[first], p[0], classes[second], p[1], dark)
 
 
 def _readable(
@@ -85,7 +88,8 @@ def table(predictions: Iterable[Prediction]) -> str:
     for p in predictions:
         sure, less_sure = f"{p.probability:{SHARE}}", f"{p.runner_up_probability:{SHARE}}"
         turned = "dark on bright" if p.inverted else ""
-        rows.append((printable(p.path), p.letter, sure, p.runner_up, less_sure, turned))
+        letters = printable(p.letter), printable(p.runner_up)
+        rows.append((printable(p.path), letters[0], sure, letters[1], less_sure, turned))
     return "\n".join(aligned(rows))
 
 

@@ -160,20 +160,23 @@ def of(run: Run) -> TrainingRun:
         tags.get(names.DATA_SHA256, ""),
         tags.get(names.COMMIT, ""),
         run.data.metrics,
-        _classes(run),
+        classes(run),
         tags.get(names.GROUPS_CROSS, ""),
     )
 
 
-def _classes(run: Run) -> tuple[str, ...]:
-    """Return the names of the classes of a run's data set."""
-    text = run.data.tags.get(names.CLASSES)
-    if text is None:
+def classes(run: Run | None) -> tuple[str, ...]:
+    """Return the names of the classes of a run's data set.
+
+    They are A to J if the run does not say, or is not on this server.
+    """
+    text = run.data.tags.get(names.CLASSES) if run else None
+    if not run or text is None:
         return tuple(LETTERS)
     with contextlib.suppress(ValueError):
-        classes = json.loads(text)
-        if isinstance(classes, list) and len(classes) == len(LETTERS) and {*map(type, classes)} == {str}:
-            return tuple(classes)
+        found = json.loads(text)
+        if isinstance(found, list) and len(found) == len(LETTERS) and {*map(type, found)} == {str}:
+            return tuple(found)
     raise InputError(f"run {run.info.run_id}: found {names.CLASSES} {text[:40]!r}, expected ten names")
 
 

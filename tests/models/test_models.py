@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, Payload, assert_refused, enter, make_arrays, run
 from finished_runs import REGISTERED, journaled, publish
+from PIL import Image
 from torch import nn
 
 from poolnet.data.dataset import open_dataset
@@ -175,6 +176,90 @@ def test_the_table_says_the_same(capsys, trained):
     page = f"(#/experiments/0/runs/{trained.info.run_id}?workflowType=machine_learning)"
     assert any(line.endswith(f"of run [{trained.info.run_name}]{page}") for line in rest)
     assert re.search("[0-9a-f]{13}", "".join(rest).replace(trained.info.run_id, "")) is None
+
+
+CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
+
+def with_families(path, classes=None):
+    """The letters, in families of eleven."""
+    arrays = make_arrays()
+    group = np.arange(500) // 11
+    arrays |= {"group_train": group[:300], "group_val": group[300:390] + 50, "group_test": group[390:] + 50}
+    np.savez(path, **arrays, **({"classes": np.array(classes)} if classes else {}))
+    return arrays
+
+
+def test_intervals_are_about_other_families(capsys):
+    """The same letters with and without families: the same estimates, other intervals."""
+    with_families("families.npz")
+    np.savez("letters.npz", **make_arrays())
+    publish(journaled(dataclasses.replace(REGISTERED, data="families.npz")))
+    report, _ = scored(capsys, "models:/poolnet/1")
+    plain, _ = scored(capsys, "models:/poolnet/1", "--data", "letters.npz")
+    assert (report["agrees"], report["groups"], plain["groups"], plain["n_effective"]) == (True, 11, None, 110)
+    assert report["acc"]["estimate"] == plain["acc"]["estimate"]
+    client = mlflow.MlflowClient()
+    saved = np.load(client.download_artifacts(report["run_id"], "predictions/test.npz"))
+    right, group = saved["logits"].argmax(1) == saved["y"], open_dataset(Path("families.npz")).test.group
+    assert saved["group"].tolist() == group.tolist()
+    # by hand: the variance of eleven sums of deviations, and that of 110 letters on their own
+    sums = np.bincount(np.unique(group, return_inverse=True)[1], right - right.mean())
+    effect = max(1, (sums**2).sum() * 11 / 10 / ((right - right.mean()) ** 2).sum() * 109 / 110)
+    assert report["n_effective"] == pytest.approx(110 / effect)
+    kept = client.get_run(report["run_id"])
+    assert kept.data.metrics["eval/groups"] == 11
+    assert kept.data.metrics["eval/n_effective"] == report["n_effective"]
+    out = run(capsys, "evaluate", "models:/poolnet/1")[1]
+    assert f"are of 11 families; for the accuracy, worth {110 / effect:.0f}" in " ".join(out.split())
+
+
+def test_letters_that_were_trained_on_have_estimates_alone(capsys, trained):
+    report, _ = scored(capsys, "models:/poolnet/1", "--split", "train")
+    assert report["acc"]["estimate"] > 0.5
+    none = {"low": None, "high": None}
+    shares = [report["acc"], report["loss"], *(each[name] for each in report["per_class"] for name in ("f1", "recall"))]
+    assert all(share == {"estimate": share["estimate"], **none} for share in shares)
+    assert (report["n_effective"], report["ece_if_calibrated"]) == (None, None)
+    metrics = mlflow.MlflowClient().get_run(report["run_id"]).data.metrics
+    assert {name for name in metrics if name.startswith("eval/")} == {"eval/ece"}
+    code, out, _ = run(capsys, "evaluate", "models:/poolnet/1", "--split", "train")
+    assert (code, "interval " in out.splitlines()[0]) == (0, False)
+    assert "the model was trained on these letters, so its scores say nothing about others" in " ".join(out.split())
+    np.savez("other.npz", **make_arrays(seed=9))  # on which it was not trained
+    report, _ = scored(capsys, "models:/poolnet/1", "--split", "train", "--data", "other.npz")
+    assert report["acc"]["low"] > 0
+
+
+def test_classes_have_the_names_of_the_data(capsys):
+    arrays = with_families("clothes.npz", CLOTHES)
+    run_id = publish(journaled(dataclasses.replace(REGISTERED, data="clothes.npz"))).info.run_id
+    mlflow.MlflowClient().set_tag(run_id, "poolnet.classes", json.dumps(CLOTHES))
+    report, _ = scored(capsys, "models:/poolnet/1")
+    assert tuple(each["letter"] for each in report["per_class"]) == CLOTHES
+    table = mlflow.load_table("letters.json", run_ids=[report["run_id"]])
+    assert tuple(table["class"]) == CLOTHES
+    out = run(capsys, "evaluate", "models:/poolnet/1")[1]
+    assert "test: 110 images" in out
+    assert "\nT-shirt/top " in out
+    assert "true          0 " in out
+    assert "9 Ankle boot " in out
+    Image.fromarray(arrays["X_test"][0]).save("one.png")
+    said = predicted(capsys, "one.png")
+    assert said["letter"] in CLOTHES
+    weights = registry.load("models:/poolnet/1").net.state_dict()
+    torch.save(weights, "weights.pt")
+    assert run(capsys, "register", "weights.pt", "--pool", "avg", "--data", "clothes.npz")[0] == 0
+    assert predicted(capsys, "one.png", "models:/poolnet/2")["letter"] == said["letter"]
+    assert f",{said['letter']}," in run(capsys, "predict", "models:/poolnet/1", "one.png", "--csv")[1]
+    assert said["letter"] in run(capsys, "predict", "models:/poolnet/1", "one.png")[1]
+
+
+def predicted(capsys, image, model="models:/poolnet/1"):
+    code, out, err = run(capsys, "predict", model, image, "--json")
+    assert code == 0, err
+    (found,) = json.loads(out)["predictions"]
+    return found
 
 
 @pytest.mark.parametrize(("device", "agrees"), [("cpu", False), ("cuda:0", True), ("mps", True)])
@@ -469,6 +554,7 @@ def test_what_mlflow_would_run_of_a_models_folder_is_refused(trained, tmp_path, 
 
 NOTEBOOK = """
 import torch
+from PIL import Image
 from torch import nn
 
 class SimplePoolNet(nn.Module):
