@@ -74,13 +74,13 @@ def take(client: MlflowClient, champion: ModelVersion, version: int, run: Run, b
     if alike:
         raise Untested(
             f"Version {alike.version} stands for these settings, as the first seed that was tested ({alike.seed}): the "
-            "best of many seeds is luck, and no better model"
+            "best of many seeds is luck, and no better model; decide without a test: --force"
         )
     budget = max([budget, *(entry.budget for entry in entries)])
     if len(entries) >= budget:
         raise Untested(
-            f"Version {champion.version} has met {len(entries)} challengers on these validation letters, which is its "
-            f"budget; raise that, as in --budget {2 * budget}, or train both on data with other validation letters"
+            f"Version {champion.version} has met {len(entries)} challengers on these validation images, which is its "
+            f"budget; raise that, as in --budget {2 * budget}, or train both on data with other validation images"
         )
     entry = _Entry(version, len(entries) + 1, budget, settings, seed)
     key, value = f"{PREFIX}{version}", f"{entry.number} of {budget}: {settings}" + (f", {seed}" if seed else "")

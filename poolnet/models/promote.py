@@ -56,7 +56,7 @@ class Paired:
         if self.families:
             families = f"of {self.families:,} families"
         return (
-            f"On the same {self.n:,} validation letters, {families}: {points.estimate:{POINTS}} points, 95 % interval "
+            f"On the same {self.n:,} validation images, {families}: {points.estimate:{POINTS}} points, 95 % interval "
             f"{interval(points.low, points.high, POINTS)} ({test.only_b} right by it alone, {test.only_a} by the "
             f"champion alone, p of the exact paired test {p_value(test.p)}), and {nats.estimate:{NATS}} nats, "
             f"{interval(nats.low, nats.high, NATS)}"

@@ -35,8 +35,8 @@ logits = model(images)  # float32 (N, 1, 28, 28) in 0..1 -> (N, 10)
 class Card:
     """The facts in the tags and description of a version.
 
-    `seed` is that of the training. `file` names the file of weights that were trained elsewhere. Such weights have no
-    scores if they were registered without data.
+    `seed` is that of the training, and `fold` its fold, if any. `file` names the file of weights that were trained
+    elsewhere. Such weights have no scores if they were registered without data.
     """
 
     pool: str
@@ -47,22 +47,25 @@ class Card:
     val_acc: float | None = None
     test_acc: float | None = None
     n_test: int = 0
+    fold: str = ""
 
     @property
     def tags(self) -> dict[str, str]:
         accs = {"val_acc": self.val_acc, "test_acc": self.test_acc}
         rounded = {name: f"{acc:.4f}" for name, acc in accs.items() if acc is not None}
-        tags = {"pool": self.pool, "seed": self.seed, "source": self.file, "data_sha256": self.data_sha256[:12]}
+        tags = {"pool": self.pool, "seed": self.seed, "fold": self.fold, "source": self.file}
+        tags["data_sha256"] = self.data_sha256[:12]
         return {name: text for name, text in (tags | rounded).items() if text}
 
     @property
     def sentence(self) -> str:
         origin = f"weights from {marked(self.file)}" if self.file else f"seed {self.seed}"
+        origin += f", fold {self.fold}" if self.fold else ""
         if self.val_acc is None or self.test_acc is None:
             return f"{self.pool} pooling, {origin}, not scored on any data."
         return (
             f"{self.pool} pooling, {origin}, {'scored' if self.file else 'trained'} on {marked(self.data)}: accuracy "
-            f"{self.val_acc:.4f} on val and {self.test_acc:.4f} on {self.n_test:,} test letters. "
+            f"{self.val_acc:.4f} on val and {self.test_acc:.4f} on {self.n_test:,} test images. "
             "`poolnet evaluate` gives the intervals."
         )
 
@@ -77,5 +80,5 @@ def of_run(run: Run, pool: str, seed: str) -> Card:
     metrics, data_sha256 = run.data.metrics, run.data.tags.get(names.DATA_SHA256)
     if not tests or not data_sha256 or not metrics.keys() >= {"val_acc", "test_acc"}:
         raise InputError(f"{run.info.run_name}: found no scores or no data set in its run, which poolnet train logs")
-    n_test = json.loads(tests[0].profile or "{}")["features_shape"][0]
-    return Card(pool, seed, "", tests[0].name, data_sha256, metrics["val_acc"], metrics["test_acc"], n_test)
+    n_test, fold = json.loads(tests[0].profile or "{}")["features_shape"][0], run.data.params.get("fold", "")
+    return Card(pool, seed, "", tests[0].name, data_sha256, metrics["val_acc"], metrics["test_acc"], n_test, fold)

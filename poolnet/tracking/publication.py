@@ -308,6 +308,7 @@ def register_model(publication: Publication) -> None:
         val_acc=records[max(records)]["val_acc"],
         test_acc=records[0]["test_acc"],
         n_test=next(split["shape"][0] for split in data["splits"] if split["name"] == "test"),
+        fold=config.get("fold", ""),
     )
     server_copy.version = registry.register(publication.client, server_copy.run_id, server_copy.model_id, card)
 

@@ -598,7 +598,7 @@ def test_weights_of_the_notebook_become_a_version_that_says_the_same(capsys, let
     assert version.tags["pool"] == "avg"
     assert version.tags["test_acc"] == f"{printed['scores']['test']['acc']:.4f}"
     assert version.description.startswith("avg pooling, weights from notebook.pt, scored on letters: accuracy 0.")
-    assert "test letters. `poolnet evaluate` gives the intervals." in version.description
+    assert "test images. `poolnet evaluate` gives the intervals." in version.description
     assert scored(capsys, "models:/poolnet/1")[0]["agrees"] is True
 
 

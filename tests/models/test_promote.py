@@ -140,7 +140,7 @@ def test_a_challenger_is_one_of_ten_and_says_so(capsys, client):
         decision = promoted(capsys, "models:/poolnet/1", code=1)
         assert decision["challenger"] == {"number": 1, "budget": 10, "level": 0.005, "spent": 0.005}
         assert "It is challenger 1 of 10 of version 2, so p must be below 0.005." in decision["sentence"]
-        assert "90 validation letters, each a family of its own, as the data name none" in decision["sentence"]
+        assert "90 validation images, each a family of its own, as the data name none" in decision["sentence"]
         assert client.get_model_version("poolnet", "1").tags["champion.challenger"] == "1 of 10"
     other = promoted(capsys, "models:/poolnet/3", "--alias", "champion-avg")  # an alias without a champion
     assert (other["kind"], other["challenger"]) == ("first", None)
@@ -156,7 +156,7 @@ def test_another_seed_and_too_many_challengers_are_refused_untested(capsys, clie
     decision = promoted(capsys, "models:/poolnet/2", "--budget", "2", code=1)
     assert (decision["kind"], decision["val"], decision["challenger"]) == ("refused", None, None)
     assert decision["sentence"].startswith(
-        "Version 2 is not champion: it was not tested. Version 1 has met 2 challengers on these validation letters, "
+        "Version 2 is not champion: it was not tested. Version 1 has met 2 challengers on these validation images, "
         "which is its budget; raise that, as in --budget 4"
     )
     assert decision["sentence"] in client.get_model_version("poolnet", "2").description
@@ -186,7 +186,7 @@ def test_families_are_kept_together(capsys, client, tmp_path):
     number, group = version(**STRONG), np.arange(110) // 9
     with_groups(client, number, group, tmp_path)
     decision = promoted(capsys, f"models:/poolnet/{number}")
-    assert "On the same 90 validation letters, of 10 families: +" in decision["sentence"]
+    assert "On the same 90 validation images, of 10 families: +" in decision["sentence"]
     runs = [client.get_run(client.get_model_version("poolnet", str(each)).run_id) for each in (1, number)]
     saved = [np.load(client.download_artifacts(each.info.run_id, "predictions/val.npz")) for each in runs]
     a, b = (each["logits"].argmax(1) == each["y"] for each in saved)
@@ -316,7 +316,7 @@ def test_a_run_is_registered_by_its_name(capsys, client):
     metrics = client.get_run(made.run_id).data.metrics
     assert paragraphs[0].startswith(
         f"avg pooling, seed 42, trained on letters: accuracy {metrics['val_acc']:.4f} on val and "
-        f"{metrics['test_acc']:.4f} on 110 test letters."
+        f"{metrics['test_acc']:.4f} on 110 test images."
     )
 
 

@@ -188,7 +188,7 @@ def test_the_registered_version_is_tagged_and_linked(trained):
     }
     assert version.description == (
         f"avg pooling, seed 42, trained on letters: accuracy {metrics['val_acc']:.4f} on val and "
-        f"{metrics['test_acc']:.4f} on 110 test letters. `poolnet evaluate` gives the intervals."
+        f"{metrics['test_acc']:.4f} on 110 test images. `poolnet evaluate` gives the intervals."
     )
     assert f"Model: models:/poolnet/{version.version}" in trained.stdout
     model = trained.client.get_logged_model(version.source.removeprefix("models:/"))
