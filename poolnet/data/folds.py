@@ -4,25 +4,15 @@ Fold k of n tests one part of n, takes a tenth of the rest as val and trains on 
 the letters of a family of fonts. The division depends on the groups alone, not on a seed or on the machine.
 """
 
-import re
 from dataclasses import replace
 
 import numpy as np
 
 from poolnet.data.dataset import SPLITS, Dataset, as_pixels, count_overlap, split_of
+from poolnet.data.fold_number import parse
 from poolnet.errors import InputError
 
-MOST = 100
 VAL = 10  # parts of what is not tested, of which one is val; fewer, if there are not so many groups
-
-
-def parse(fold: str) -> tuple[int, int]:
-    """Parse "2/5" as the second of five folds; raise `InputError`."""
-    match = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", fold, re.ASCII)
-    k, n = map(int, match.groups()) if match else (0, 0)
-    if not (1 <= k <= n and 2 <= n <= MOST):
-        raise InputError(f"fold: found {fold!r}, expected such as 2/5, the second of five, and {MOST} folds at most")
-    return k, n
 
 
 def rows(group: np.ndarray, fold: str) -> dict[str, np.ndarray]:

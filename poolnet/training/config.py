@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
+from poolnet.data import fold_number
 from poolnet.errors import InputError
 from poolnet.training.poolings import POOLINGS
 
@@ -54,15 +55,10 @@ class TrainConfig:
             raise InputError(f"lr: found {self.lr}, expected a finite number above 0")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise InputError(f"device: found {self.device!r}, expected auto, cpu, cuda, cuda:N or mps")
-        if self.fold and not _is_fold(self.fold):
-            raise InputError(f"fold: found {self.fold!r}, expected K/N such as 2/5, K from 1 to N and N from 2 to 100")
+        if self.fold:
+            fold_number.parse(self.fold)
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed: found {self.seed}, expected a whole number from 0 to 2**63 - 1")
-
-
-def _is_fold(text: str) -> bool:
-    part, count = map(int, text.split("/")) if re.fullmatch(r"[1-9]\d{0,2}/[1-9]\d{0,2}", text, re.ASCII) else (0, 0)
-    return 1 <= part <= count and 2 <= count <= 100
 
 
 def _typed(name: str, kind: type, value: Any) -> object:
