@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,14 @@ CACHE_LIMIT = 4 << 30  # bytes; the reference experiment takes 95 MB a pooling
 
 
 def open_pooled(
-    path: Path, pool: str, cache: bool = True, echo: Echo = lambda line: None
+    path: Path, pool: str, cache: bool = True, echo: Echo = lambda line: None, keep: Collection[str] = KEPT
 ) -> tuple[Dataset, dict[str, np.ndarray]]:
-    """Open a data set, with its features by split name."""
+    """Open a data set, with its features by split name.
+
+    The images of the splits in `keep` are kept too.
+    """
     if cache:
-        splits = open_dataset(path, keep=KEPT)
+        splits = open_dataset(path, keep)
         cached = {split.name: array for split in splits if (array := _load(split, pool)) is not None}
         if len(cached) == len(SPLITS):
             return splits, cached
@@ -40,7 +44,7 @@ def open_pooled(
             arrays[name] = np.empty((size, WIDTH), np.float32)
         arrays[name][start : start + len(block)] = pooled(block, pool)
 
-    splits = open_dataset(path, KEPT, watch)  # in one pass, so that the features are of what has this digest
+    splits = open_dataset(path, keep, watch)  # in one pass, so that the features are of what has this digest
     if cache:
         _save_all(splits, arrays, pool, echo)
     return splits, arrays
@@ -60,11 +64,14 @@ def pooled(images: np.ndarray, pool: str) -> np.ndarray:
 
     They are those of `SimplePoolNet.features`, to the bit. torch takes three to twelve times as long for them.
     """
+    pooling = POOLINGS[pool]
     array = np.ones((len(images), WIDTH), np.float32)
     for start in range(0, len(images), BLOCK):
         x = images[start : start + BLOCK]
+        if not pooling.picks:
+            x = as_pixels(x)
         for _ in range(2):
-            x = np.maximum(POOLINGS[pool].of_array(x), 0)
+            x = np.maximum(pooling.of_array(x), 0)
         array[start : start + len(x), :-1] = as_pixels(x).reshape(len(x), -1)
     return array
 
