@@ -79,10 +79,24 @@ class Dataset:
         return "letters" if self.classes == tuple(LETTERS) else "images"
 
     @property
+    def groups(self) -> int:
+        """Count the groups, of which there are none in many files."""
+        return len(set().union(*(split.group.tolist() for split in self if split.group is not None)))
+
+    @property
     def crossing(self) -> int:
         """Count the groups that occur in more than one split."""
         places = Counter(number for split in self if split.group is not None for number in set(split.group.tolist()))
         return sum(n > 1 for n in places.values())
+
+    def warnings(self) -> list[str]:
+        """Say what makes test letters less new than they seem."""
+        found = []
+        if self.overlap:
+            found.append(f"{self.path}: {self.overlap:,} of {len(self.test):,} test images also occur in train")
+        if self.crossing:
+            found.append(f"{self.path}: {self.crossing:,} of {self.groups:,} groups are in more than one split")
+        return found
 
     def is_recorded_as(self, sha256: str) -> bool:
         """Whether a recorded digest means these images.
@@ -96,7 +110,7 @@ class Dataset:
         extra: dict = {"classes": list(self.classes)} if self.classes != tuple(LETTERS) else {}
         groups = {split.name: len(np.unique(split.group)) for split in self if split.group is not None}
         if groups:
-            extra["groups"] = {**groups, "crossing": self.crossing}
+            extra["groups"] = {**groups, "all": self.groups, "crossing": self.crossing}
         return {
             "path": str(self.path),
             "name": self.name,

@@ -353,8 +353,10 @@ def publish(client: MlflowClient, report: EvaluationReport) -> str:
     step("Drawing and uploading the report")
     title = figures.drawable(report.title)
     drawn = {
-        "confusion_matrix": figures.confusion_matrix(evaluation, title),
-        "worst_mistakes": figures.worst_mistakes(evaluation, report.split, f"{title}, highest losses"),
+        "confusion_matrix": figures.confusion_matrix(evaluation, title, report.splits.classes),
+        "worst_mistakes": figures.worst_mistakes(
+            evaluation, report.split, f"{title}, highest losses", report.splits.classes
+        ),
     }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

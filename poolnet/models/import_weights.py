@@ -6,7 +6,6 @@ For example by the notebook. They become a version of the registered model.
 import dataclasses
 import errno
 import hashlib
-import json
 import pickle
 import tempfile
 import warnings
@@ -19,7 +18,7 @@ import torch
 from mlflow.tracking.client import MlflowClient
 
 from poolnet.data import dataset
-from poolnet.data.dataset import LETTERS, Dataset
+from poolnet.data.dataset import Dataset
 from poolnet.errors import InputError
 from poolnet.files import home, locked
 from poolnet.models import WEIGHTS_FILE
@@ -156,10 +155,9 @@ def _log(
     final = {name: (evaluation.acc, evaluation.loss) for name, evaluation in scores.items()}
     test = scores["test"]
     note = "\n".join([*description.answer(final, test.logits.argmax(1) == test.y, splits.test.group), "", note])
-    tags = {names.DATA_SHA256: splits.sha256, names.NOTE: note}
-    if splits.classes != tuple(LETTERS):
-        tags[names.CLASSES] = json.dumps(splits.classes)
-    inputs = publication.datasets(splits.summary())
+    data = splits.summary()
+    tags = {names.DATA_SHA256: splits.sha256, names.NOTE: note, **publication.data_tags(data)}
+    inputs = publication.datasets(data)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "predictions"
         folder.mkdir()

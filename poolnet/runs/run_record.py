@@ -40,6 +40,8 @@ from poolnet.runs.metrics_file import Step
 
 # A name cannot be a path out of the folder of runs.
 NAME = re.compile(r"\w+-seed\d+(?:-fold\d+)?-[0-9a-f]{4}(?:[0-9a-f]{4})?")
+# The arrays for a split, of which the last two are there if the data set has groups, and if the optimum was found.
+PREDICTIONS = ("logits", "y", "group", "optimum")
 TRIES = 20  # of names for a new run
 
 
@@ -179,15 +181,19 @@ class RunRecord:
         """Load saved arrays, or return None if absent or damaged."""
         return tensors.load(self.folder / f"{name}.safetensors")
 
-    def save_predictions(self, name: str, logits: np.ndarray, y: np.ndarray) -> None:
+    def save_predictions(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """Save what is predicted for a split: some of `PREDICTIONS`."""
         path = self.folder / "predictions" / f"{name}.npz"
         with self.writing(), replacing(path) as part, part.open("wb") as file:
-            np.savez(file, logits=logits, y=y)
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # none is called allow_pickle
 
-    def load_predictions(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Load logits and labels of a split from a checked record."""
+    def load_predictions(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Load logits, labels and groups of a split.
+
+        The record must have been checked. Without groups the last is None.
+        """
         with np.load(self.folder / "predictions" / f"{name}.npz") as saved:
-            return saved["logits"], saved["y"]
+            return saved["logits"], saved["y"], saved.get("group")
 
     def check_results(self) -> None:
         """Refuse results that are incomplete or damaged.
@@ -202,7 +208,9 @@ class RunRecord:
             path = self.folder / "predictions" / f"{name}.npz"
             try:
                 with zipfile.ZipFile(path) as archive:
-                    whole = archive.namelist() == ["logits.npy", "y.npy"] and archive.testzip() is None
+                    found = [member.removesuffix(".npy") for member in archive.namelist()]
+                    expected = [*PREDICTIONS[:2], *(each for each in PREDICTIONS[2:] if each in found)]
+                    whole = found == expected and archive.testzip() is None
             except (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error):
                 whole = False
             if not whole:

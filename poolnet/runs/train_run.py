@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from poolnet import process
-from poolnet.data import dataset
-from poolnet.data.dataset import Dataset
+from poolnet.data import dataset, folds
+from poolnet.data.dataset import SPLITS, Dataset
 from poolnet.errors import InputError, RunError
 from poolnet.runs import provenance, run_record
 from poolnet.runs.run_record import RunRecord
@@ -22,8 +22,9 @@ from poolnet.text import Echo
 from poolnet.training import fast_step, features, train_loop
 from poolnet.training.config import TrainConfig
 from poolnet.training.device import resolve_device
-from poolnet.training.evaluation import Evaluation
+from poolnet.training.evaluation import Evaluation, score_logits
 from poolnet.training.model import build_model
+from poolnet.training.optimum import Optimum, find_optimum, loss_of
 from poolnet.training.train_loop import EpochRecord, FitResult, Start, State
 
 Begun = Callable[[RunRecord], object]  # is called as soon as the run can be published
@@ -45,8 +46,8 @@ def run(
     """Train a new run, tracked by `server`, and write its files."""
     resolve_device(config.device)
     splits, pooled = open_training_data(config, cache, echo)
-    if splits.overlap:
-        echo_warning(f"{splits.path}: {splits.overlap:,} of {len(splits.test):,} test images also occur in train")
+    for warning in splits.warnings():
+        echo_warning(warning)
     check()
     new = create(config, optimum, splits, server)
     process.last_words = f"stopped; go on with: {run_record.resume_command(new.name)}"
@@ -90,14 +91,20 @@ def resume(
 def open_training_data(
     config: TrainConfig, cache: bool, echo: Echo, path: Path | None = None
 ) -> tuple[Dataset, Pooled]:
-    """Open the data set and its pooled features.
+    """Open the data set, or its fold, and the pooled features.
 
     The data set is that of the settings, or the one at `path`. There are no features (None) for pool `conv`.
     """
     path = path or dataset.locate(config.data, echo)
     if config.pool == "conv":
-        return dataset.open_dataset(path), None
-    return features.open_pooled(path, config.pool, cache, echo)
+        whole = dataset.open_dataset(path)
+        return folds.take(whole, config.fold)[0] if config.fold else whole, None
+    if not config.fold:
+        return features.open_pooled(path, config.pool, cache, echo)
+    whole, pooled = features.open_pooled(path, config.pool, cache, echo, keep=SPLITS)
+    splits, rows = folds.take(whole, config.fold)
+    of_all = np.concatenate([pooled[name] for name in SPLITS])
+    return splits, {name: of_all[at] for name, at in rows.items()}
 
 
 def create(
@@ -173,16 +180,26 @@ def carry_out(
     echo: Echo = print,
     echo_warning: Echo = print,
     figures: bool = True,
+    best: Optimum | None = None,
 ) -> None:
-    """Train the rest of a run and write its results."""
-    result, best = _train(run, splits, pooled, check, echo, echo_warning)
+    """Train the rest of a run and write its results.
+
+    If the record says that the optimum is wanted, it is `best`, or it is found.
+    """
+    result = _train(run, splits, pooled, check, echo, echo_warning)
     echo(f"TEST: loss={result.test.loss:.4f}, acc={result.test.acc:.4f}")
-    if best:
-        echo(f"Optimum: train loss={best.train_loss:.6f}, {best.gap:.6f} below that of the trained weights")
-    _write_result(run, splits, result, best)
+    at_optimum = None
+    if pooled and run.record["optimum"]:
+        best = best or find_optimum(pooled["train"], splits.train.y)
+        at_optimum = _at_optimum(best, result, splits, pooled)
+        echo(at_optimum)
+        if not best.converged:
+            echo_warning("the lowest train loss is lower still: it falls for ever as the weights grow")
+    _write_result(run, splits, result, at_optimum)
     if figures:
         echo("Drawing the figures ...")
-        _draw(run, splits, result, best)  # last, so that the publisher can upload the rest meanwhile
+        # last, so that the publisher can upload the rest meanwhile
+        _draw(run, splits, result, at_optimum.train_loss if at_optimum else None)
     run.end("FINISHED")
 
 
@@ -204,16 +221,44 @@ def draw(run: RunRecord, echo: Echo = print) -> None:
     if not once.keys() >= {"test_loss", "test_acc"} or not all(values.keys() >= METRICS for values in records.values()):
         raise RunError(f"{run.folder}: metrics.jsonl lacks some of what figures show, as earlier versions recorded it")
     history = tuple(EpochRecord(epoch, **_metrics(records[epoch])) for epoch in sorted(records))
-    val = Evaluation(history[-1].val_loss, history[-1].val_acc, *run.load_predictions("val"))
-    test = Evaluation(once["test_loss"], once["test_acc"], *run.load_predictions("test"))
-    lowest = once.get("optimum_train_loss")
-    best = None if lowest is None else fast_step.LowestLoss(lowest, once["optimality_gap"], converged=True)
-    _draw(run, splits, FitResult(model, history, val, test), best, f"poolnet figures {run.name}")
+    val = Evaluation(history[-1].val_loss, history[-1].val_acc, *run.load_predictions("val")[:2])
+    test = Evaluation(once["test_loss"], once["test_acc"], *run.load_predictions("test")[:2])
+    result = FitResult(model, history, val, test)
+    _draw(run, splits, result, once.get("optimum_train_loss"), f"poolnet figures {run.name}")
 
 
-def _train(
-    run: RunRecord, splits: Dataset, pooled: Pooled, check: Check, echo: Echo, echo_warning: Echo
-) -> tuple[FitResult, fast_step.LowestLoss | None]:
+@dataclasses.dataclass(frozen=True)
+class _AtOptimum:
+    """The scores of the weights with the lowest train loss."""
+
+    train_loss: float  # nats
+    gap: float  # how far the loss of the trained weights is above it
+    val: Evaluation
+    test: Evaluation
+
+    def __str__(self) -> str:
+        return (
+            f"Optimum: train loss={self.train_loss:.6f}, {self.gap:.6f} below that of the trained weights; "
+            f"test loss={self.test.loss:.4f}, acc={self.test.acc:.4f}"
+        )
+
+    def metrics(self) -> dict[str, float]:
+        scores = {"val_loss": self.val.loss, "val_acc": self.val.acc}
+        scores |= {"test_loss": self.test.loss, "test_acc": self.test.acc}
+        return {
+            "optimum_train_loss": self.train_loss,
+            "optimality_gap": self.gap,
+            **{f"optimum_{name}": value for name, value in scores.items()},
+        }
+
+
+def _at_optimum(best: Optimum, result: FitResult, splits: Dataset, pooled: dict[str, np.ndarray]) -> _AtOptimum:
+    trained = loss_of(fast_step.weights(result.model).numpy(), pooled["train"], splits.train.y)
+    val, test = (score_logits(best.logits(pooled[split.name]), split.y) for split in (splits.val, splits.test))
+    return _AtOptimum(best.train_loss, trained - best.train_loss, val, test)
+
+
+def _train(run: RunRecord, splits: Dataset, pooled: Pooled, check: Check, echo: Echo, echo_warning: Echo) -> FitResult:
     config = dataclasses.replace(settings(run), device=run.record["device"])  # the one that `auto` chose
     recorded = run.by_step()
     if recorded and (differences := _differences(run)):
@@ -244,12 +289,8 @@ def _train(
 
     if pooled is None:
         threads = run.record["environment"]["threads"]
-        return train_loop.fit(config, splits, on_epoch, run.save_checkpoint, resume_from, threads), None
-    result = fast_step.fit(config, splits, pooled, on_epoch, run.save_checkpoint, resume_from)
-    best = fast_step.lowest_train_loss(result, splits.train, pooled["train"]) if run.record["optimum"] else None
-    if best and not best.converged:
-        echo_warning("the search for the optimum stopped early: the lowest train loss is lower still")
-    return result, best
+        return train_loop.fit(config, splits, on_epoch, run.save_checkpoint, resume_from, threads)
+    return fast_step.fit(config, splits, pooled, on_epoch, run.save_checkpoint, resume_from)
 
 
 def _metrics(values: Mapping[str, float]) -> dict[str, float]:
@@ -270,24 +311,28 @@ def _differences(run: RunRecord) -> str:
     return ", ".join([*commit, *provenance.differences(run.record)])
 
 
-def _write_result(run: RunRecord, splits: Dataset, result: FitResult, best: fast_step.LowestLoss | None) -> None:
+def _write_result(run: RunRecord, splits: Dataset, result: FitResult, at_optimum: _AtOptimum | None) -> None:
     """Write predictions, scores and weights."""
-    for name, evaluation in (("val", result.val), ("test", result.test)):
-        run.save_predictions(name, evaluation.logits, evaluation.y)
+    for split in (splits.val, splits.test):
+        trained: Evaluation = getattr(result, split.name)
+        arrays = {"logits": trained.logits, "y": trained.y}
+        if split.group is not None:
+            arrays["group"] = split.group
+        if at_optimum:
+            arrays["optimum"] = getattr(at_optimum, split.name).logits
+        run.save_predictions(split.name, arrays)
     once = train_loop.score(result.history) | {"test_loss": result.test.loss, "test_acc": result.test.acc}
-    if best:
-        once |= {"optimum_train_loss": best.train_loss, "optimality_gap": best.gap}
+    if at_optimum:
+        once |= at_optimum.metrics()
     run.append(0, once)
     weights = {name: tensor.detach().cpu().numpy() for name, tensor in result.model.state_dict().items()}
     example = splits.test.images(np.arange(2) % len(splits.test))
     run.save_tensors("model", {**weights, "example": example})
 
 
-def _draw(
-    run: RunRecord, splits: Dataset, result: FitResult, best: fast_step.LowestLoss | None, again: str = ""
-) -> None:
+def _draw(run: RunRecord, splits: Dataset, result: FitResult, lowest: float | None, again: str = "") -> None:
     from poolnet.runs import figures  # matplotlib takes a second
 
-    drawn = figures.of_run(settings(run), splits, result, best)
+    drawn = figures.of_run(settings(run), splits, result, lowest)
     with run.writing(again):
         figures.save_all(run.folder / "figures", drawn)

@@ -36,8 +36,8 @@ def open_sweep(study: Study, echo: Echo, echo_warning: Echo) -> Sweep:
     """Open a study's data set and return its sweep."""
     path = dataset.locate(study.data, echo=echo)
     splits = dataset.open_dataset(path)
-    if splits.overlap:
-        echo_warning(f"{splits.path}: {splits.overlap:,} of {len(splits.test):,} test images also occur in train")
+    for warning in splits.warnings() if not study.folds else ():  # folds keep groups together
+        echo_warning(warning)
     return Sweep(study, path, splits.sha256, addresses.own())
 
 
@@ -67,7 +67,7 @@ def carry_out(sweep: Sweep, workers: int, figures: bool, timeout: float, echo: E
         count = min(workers, untrained(sweep))
         publisher = stack.enter_context(Publisher(timeout)) if count else None
         try:
-            with Crew(sweep.path, sweep.name, figures) as crew:
+            with Crew(sweep.path, sweep.name, figures, sweep.study.optimum) as crew:
                 crew.start(count)  # its imports are done while the server is asked
                 echo("Looking for runs that are done ...")
                 problem = "cannot be asked which runs it has; going by the records on disk alone"

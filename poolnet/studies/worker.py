@@ -6,6 +6,7 @@ known what is left to train, so that their imports are done then.
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import multiprocessing
 import signal
@@ -16,9 +17,15 @@ from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from poolnet import process
 from poolnet.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from poolnet.data.dataset import Dataset
+    from poolnet.runs.train_run import Pooled
+    from poolnet.training.optimum import Optimum
 
 Task = tuple[TrainConfig, str]  # the settings of a run, and the name of its record if it was begun before
 
@@ -46,10 +53,10 @@ class Worker:
     run: str
     epoch: int
 
-    def __init__(self, path: Path, sweep: str, figures: bool):
+    def __init__(self, path: Path, sweep: str, figures: bool, optimum: bool):
         context = multiprocessing.get_context("spawn")  # the same on every system
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, path, sweep, figures), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, path, sweep, figures, optimum), daemon=True)
         with _no_ctrl_c():
             self.process.start()
         theirs.close()  # so that its death is the end of the connection
@@ -84,11 +91,12 @@ class Worker:
 class Crew:
     """The worker processes of a sweep.
 
-    They end with the `with` block. With `figures`, those of each run are drawn.
+    They end with the `with` block. With `figures`, those of each run are drawn. With `optimum`, it is found for each
+    pooling.
     """
 
-    def __init__(self, path: Path, sweep: str, figures: bool):
-        self.arguments = (path, sweep, figures)
+    def __init__(self, path: Path, sweep: str, figures: bool, optimum: bool):
+        self.arguments = (path, sweep, figures, optimum)
         self.workers: list[Worker] = []
         self.idle: deque[Worker] = deque()
 
@@ -147,7 +155,23 @@ def _no_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(connection: Connection, path: Path, sweep: str, figures: bool) -> None:
+class _Opened:
+    """A data set or fold that a worker has opened for a pooling.
+
+    The optimum depends on nothing else, so it is found once.
+    """
+
+    def __init__(self, splits: "Dataset", pooled: "Pooled"):
+        self.splits, self.pooled = splits, pooled
+
+    @functools.cached_property
+    def optimum(self) -> "Optimum | None":
+        from poolnet.training.optimum import find_optimum
+
+        return find_optimum(self.pooled["train"], self.splits.train.y) if self.pooled else None
+
+
+def _work(connection: Connection, path: Path, sweep: str, figures: bool, optimum: bool) -> None:
     """Train the runs that arrive over the connection.
 
     For each task that arrives, this process sends messages: `begun`, `epoch` for each epoch, and at last `ended`.
@@ -155,18 +179,26 @@ def _work(connection: Connection, path: Path, sweep: str, figures: bool) -> None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to answer, and on Windows it gets here
     process.install()
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    opened: dict[str, tuple] = {}
+    opened: dict[tuple[str, str], _Opened] = {}
     with contextlib.suppress(EOFError, OSError, process.Stop):  # the sweep is over
         importlib.import_module("poolnet.runs.train_run")  # seconds, before there is a task
         while True:
-            error = _train(connection, opened, path, connection.recv(), sweep, figures)
+            error = _train(connection, opened, path, connection.recv(), sweep, figures, optimum)
             connection.send(Message("ended", error=error))
 
 
-def _train(connection: Connection, opened: dict[str, tuple], path: Path, task: Task, sweep: str, figures: bool) -> str:
+def _train(
+    connection: Connection,
+    opened: dict[tuple[str, str], _Opened],
+    path: Path,
+    task: Task,
+    sweep: str,
+    figures: bool,
+    optimum: bool,
+) -> str:
     """Train one run and return the error, if any.
 
-    The text is empty if nothing went wrong. `opened` keeps data and features by pooling.
+    The text is empty if nothing went wrong. `opened` keeps what was opened, by pooling and fold.
     """
     from poolnet.runs import run_record, train_run
     from poolnet.tracking import addresses
@@ -178,17 +210,26 @@ def _train(connection: Connection, opened: dict[str, tuple], path: Path, task: T
 
     try:
         config, name = task
-        if config.pool not in opened:
-            opened[config.pool] = train_run.open_training_data(config, True, echo, path)
-        splits, pooled = opened[config.pool]
+        if (config.pool, config.fold) not in opened:
+            opened[config.pool, config.fold] = _Opened(*train_run.open_training_data(config, True, echo, path))
+        data = opened[config.pool, config.fold]
         run = (
             run_record.RunRecord(run_record.folder() / name)
             if name
-            else train_run.create(config, False, splits, addresses.environment(), sweep)
+            else train_run.create(config, optimum and bool(data.pooled), data.splits, addresses.environment(), sweep)
         )
         connection.send(Message("begun", run.name))
         with run.training():
-            train_run.carry_out(run, splits, pooled, echo=echo, echo_warning=lambda line: None, figures=figures)
+            best = data.optimum if run.record["optimum"] else None
+            train_run.carry_out(
+                run,
+                data.splits,
+                data.pooled,
+                echo=echo,
+                echo_warning=lambda line: None,
+                figures=figures,
+                best=best,
+            )
     except Exception as error:  # whatever it was: the sweep reports it, and goes on with the others
         return " ".join(str(error).split()) or type(error).__name__
     return ""

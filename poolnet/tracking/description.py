@@ -22,21 +22,21 @@ def of_run(run: RunRecord, version: int | None) -> str:
     """
     record, records = run.record, run.by_step()
     once, last = records[0], records[max(records)]
-    data, code, environment = record["data"], record["code"], record["environment"]
+    data, code, environment, config = record["data"], record["code"], record["environment"], record["config"]
     sizes = {split["name"]: split["shape"][0] for split in data["splits"]}
     final = {"train, last epoch": (last["train_acc"], last["train_loss"]), "val": (last["val_acc"], last["val_loss"])}
-    options = [word for name, value in record["config"].items() if value != "" for word in (f"--{name}", value)]
-    with np.load(run.folder / "predictions" / "test.npz", allow_pickle=False) as saved:
-        right, group = saved["logits"].argmax(1) == saved["y"], saved.get("group")
+    options = [word for name, value in config.items() if value != "" for word in (f"--{name}", value)]
+    logits, y, group = run.load_predictions("test")
     others = "families" if group is not None else "letters, as if each were independent"
     lines = [
-        *answer(final | {"test": (once["test_acc"], once["test_loss"])}, right, group),
+        *answer(final | {"test": (once["test_acc"], once["test_loss"])}, logits.argmax(1) == y, group),
         "",
         f"- The interval (Wilson's) is about other {others}; other seeds vary as well",
         f"- Best validation accuracy: {once['best_val_acc']:{SHARE}} in epoch {once['best_val_epoch']}; "
         f"within {PLATEAU_MARGIN} of it from epoch {once['plateau_epoch']} on",
         f"- Data: {coded(data['name'])}, train / val / test {' / '.join(f'{size:,}' for size in sizes.values())}, "
         f"SHA-256 `{data['sha256'][:DIGITS]}`"
+        + (f", fold {config['fold']}" if config["fold"] else "")
         + (f". **{data['overlap']:,} test images also occur in train.**" if data["overlap"] else ""),
         f"- Code: commit `{(code['commit'] or 'unknown')[:DIGITS]}`, uncommitted changes: {code['dirty']}",
         f"- Machine: {record['device']}, torch {environment['torch']} ({environment['threads']} threads), "
@@ -48,6 +48,9 @@ def of_run(run: RunRecord, version: int | None) -> str:
             f"- Lowest train loss that any weights reach: {once['optimum_train_loss']:.6f}; the trained ones are "
             f"{once['optimality_gap']:.6f} above it"
         )
+    if "optimum_test_acc" in once:
+        acc, loss = once["optimum_test_acc"], once["optimum_test_loss"]
+        lines.append(f"- On test with the weights that reach it: accuracy {acc:{SHARE}}, loss {loss:{SHARE}}")
     if version:
         model = f"models:/{registry.NAME}/{version}"
         lines.append(f'- Use: `poolnet evaluate {model}`, or in Python `poolnet.load_model("{model}")`')

@@ -201,6 +201,7 @@ def log_start(publication: Publication) -> None:
         names.DATA_SHA256: record["data"]["sha256"],
         names.DEVICE: record["device"],
         names.GIT_DIRTY: record["code"]["dirty"],
+        **data_tags(record["data"]),
     }
     if sweep := record.get("sweep"):
         tags[names.SWEEP] = sweep
@@ -212,6 +213,19 @@ def log_start(publication: Publication) -> None:
     if RANDOM_NAME.fullmatch(server_run.info.run_name):
         tags[names.TITLE] = run.name
     client.log_batch(server_copy.run_id, params=params, tags=[RunTag(*tag) for tag in tags.items()])
+
+
+def data_tags(data: dict) -> dict[str, str]:
+    """Return the tags for what is particular about a data set.
+
+    `data` is as in `Dataset.summary`. Records of earlier versions have nothing of it.
+    """
+    tags, groups = {}, data.get("groups", {})
+    if classes := data.get("classes"):
+        tags[names.CLASSES] = json.dumps(classes, ensure_ascii=False)
+    if groups.get("crossing"):
+        tags[names.GROUPS_CROSS] = f"{groups['crossing']:,} of {groups['all']:,} groups"
+    return tags
 
 
 def log_inputs(publication: Publication) -> None:

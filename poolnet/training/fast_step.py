@@ -8,7 +8,6 @@ optimiser object take ten times as long for the same arithmetic.
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -62,61 +61,7 @@ def fetcher_of_features(features: np.ndarray, y: np.ndarray, device: torch.devic
     return lambda rows: (x[rows], labels[rows])
 
 
-@dataclass(frozen=True)
-class LowestLoss:
-    """The lowest train loss that any weights can reach.
-
-    `train_loss` is in nats. `gap` is how far the loss of the trained weights is above it.
-    """
-
-    train_loss: float
-    gap: float
-    converged: bool  # otherwise the minimum is lower still
-
-
-def lowest_train_loss(result: FitResult, train: Split, features: np.ndarray) -> LowestLoss:
-    """Find the global minimum of the train loss.
-
-    The loss on these features is convex. L-BFGS starts from the trained weights. The features are scaled to unit
-    variance meanwhile, which changes the path and not the minimum. Sums are in double precision.
-    """
-    from scipy.optimize import minimize  # half a second, for those who want it; and a BLAS of its own, to be limited
-
-    scale = np.ones(WIDTH)
-    scale[:-1] = 1 / np.maximum(features[:, :-1].std(0, dtype=np.float64), 1e-6)
-    start = _weights(result.model).numpy() / scale[:, None]
-    with threads():
-        lowest = minimize(
-            _loss_and_gradient,
-            start.ravel(),
-            (features, train.y, scale),
-            method="L-BFGS-B",
-            jac=True,
-            options={"maxiter": 5000, "maxfun": 10_000, "maxcor": 30, "ftol": 1e-12, "gtol": 1e-7},
-        )
-        at_start, _ = _loss_and_gradient(start.ravel(), features, train.y, scale)
-    return LowestLoss(float(lowest.fun), float(at_start - lowest.fun), bool(lowest.success))
-
-
-def _loss_and_gradient(
-    weights: np.ndarray, features: np.ndarray, y: np.ndarray, scale: np.ndarray
-) -> tuple[float, np.ndarray]:
-    """Compute mean cross-entropy over all images, and its gradient (500,)."""
-    from scipy.special import log_softmax  # as slow to import
-
-    W = weights.reshape(WIDTH, -1) * scale[:, None]
-    loss, gradient = 0.0, np.zeros_like(W)
-    for start in range(0, len(y), BLOCK):
-        x, labels = features[start : start + BLOCK].astype(np.float64), y[start : start + BLOCK]
-        log_p = log_softmax(x @ W, axis=1)
-        loss -= log_p[np.arange(len(labels)), labels].sum()
-        p = np.exp(log_p)
-        p[np.arange(len(labels)), labels] -= 1
-        gradient += x.T @ p
-    return loss / len(y), (gradient * scale[:, None] / len(y)).ravel()
-
-
-def _weights(model: TwoLayerNet) -> torch.Tensor:
+def weights(model: TwoLayerNet) -> torch.Tensor:
     """Return the classifier as (50, 10), with the bias last."""
     fc = model.classifier
     return torch.cat([fc.weight.detach().T, fc.bias.detach()[None]]).cpu()
@@ -136,7 +81,7 @@ class FastSoftmaxRegression:
 
     def __init__(self, model: TwoLayerNet, lr: float, features: dict[str, np.ndarray], y: np.ndarray):
         self.model, self.lr, self.features, self.y = model, lr, features, y.astype(np.uint8)
-        self.W = _weights(model).numpy()
+        self.W = weights(model).numpy()
         self.M, self.V, self.t = np.zeros_like(self.W), np.zeros_like(self.W), 0
 
     def train_epoch(self, order: torch.Tensor, batch_size: int) -> tuple[float, float]:

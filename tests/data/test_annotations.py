@@ -47,7 +47,7 @@ def test_groups_and_names_are_read_and_digested(tmp_path, arrays):
     assert data.classes == tuple(NAMES)
     assert data.group_names[166] == "font 166"
     assert data.summary()["classes"] == NAMES
-    assert data.summary()["groups"] == {"train": 100, "val": 30, "test": 37, "crossing": 0}
+    assert data.summary()["groups"] == {"train": 100, "val": 30, "test": 37, "all": 167, "crossing": 0}
     assert [split.sha256 for split in data] == [split.sha256 for split in plain]
     assert data.images_sha256 == plain.sha256 != data.sha256
     assert data.is_recorded_as(plain.sha256)
@@ -72,7 +72,13 @@ def test_groups_of_any_integer_type_are_the_same(tmp_path, arrays, dtype):
 def test_groups_that_cross_splits_are_counted(tmp_path, arrays):
     groups = {"group_train": np.arange(300) % 5, "group_val": np.full(90, 4), "group_test": np.arange(110) + 3}
     assert opened(tmp_path, arrays, **groups).crossing == 2  # 3 and 4
-    assert opened(tmp_path, arrays, **groups).summary()["groups"] == {"train": 5, "val": 1, "test": 110, "crossing": 2}
+    assert opened(tmp_path, arrays, **groups).summary()["groups"] == {
+        "train": 5,
+        "val": 1,
+        "test": 110,
+        "all": 113,
+        "crossing": 2,
+    }
 
 
 class Payload:

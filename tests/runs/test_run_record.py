@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poolnet import files, process
+from poolnet.data import folds
 from poolnet.data.dataset import open_dataset
 from poolnet.errors import InputError, RunError
 from poolnet.runs import figures, provenance, run_record, train_run
@@ -411,7 +412,7 @@ def test_a_checkpoint_that_is_none_of_this_training_is_passed_over(letters, pool
     def trained():
         lines = []
         with run.training():
-            result, _ = train_run._train(run, splits, pooled, lambda: None, lines.append, pytest.fail)
+            result = train_run._train(run, splits, pooled, lambda: None, lines.append, pytest.fail)
         return result, str(lines[0])
 
     expected, _ = trained()
@@ -431,6 +432,31 @@ def test_a_checkpoint_that_is_none_of_this_training_is_passed_over(letters, pool
 
 def flipped(data):
     return data[:60] + bytes([data[60] ^ 1]) + data[61:]
+
+
+@pytest.mark.parametrize("pool", ["avg", "conv"])
+def test_a_fold_is_trained_as_a_file_that_holds_just_its_splits(letters, tmp_path, pool):
+    config = TrainConfig(data=str(letters), pool=pool, epochs=2, fold="2/3")
+    quiet = lambda line: None  # noqa: E731
+    train_run.open_training_data(config, cache=True, echo=quiet)  # so that the features come from the cache
+    fold, _ = folds.take(open_dataset(letters), config.fold)
+    arrays = {f"{kind}_{split.name}": getattr(split, kind) for split in fold for kind in "Xy"}
+    np.savez(tmp_path / "fold.npz", **arrays)
+    finished = []
+    for each in (config, dataclasses.replace(config, fold="", data=str(tmp_path / "fold.npz"))):
+        splits, pooled = train_run.open_training_data(each, cache=True, echo=quiet)
+        run = train_run.create(each, pool == "avg", splits, addresses.environment())
+        with run.training():
+            train_run.carry_out(run, splits, pooled, echo=quiet, echo_warning=quiet, figures=False)
+        finished.append(run)
+    one, other = finished
+    assert without_times(one) == without_times(other)
+    assert one.record["data"]["splits"] == other.record["data"]["splits"]
+    for name in ("val", "test"):
+        for mine, theirs in zip(one.load_predictions(name), other.load_predictions(name), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    resumed = train_run.resume(one, {}, False, echo=quiet)
+    assert resumed.finished
 
 
 def test_what_is_damaged_of_a_finished_run_is_named_and_made_again_by_resuming_it(letters):
@@ -484,7 +510,8 @@ def test_figures_drawn_later_are_of_what_was_trained(letters, monkeypatch, pool,
     for one, other in ((recorded.val, trained.val), (recorded.test, trained.test)):
         assert (one.loss, one.acc) == (other.loss, other.acc)
         np.testing.assert_array_equal(one.y, other.y)
-    assert (lowest and (lowest.train_loss, lowest.gap)) == (best and (best.train_loss, best.gap))
+    assert lowest == best
+    assert (best is not None) == optimum
     records = run.by_step()
     del records[2]["epoch_seconds"]
     with monkeypatch.context() as patch:

@@ -17,20 +17,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import inside, keep_exports, make_arrays, poolnet, world
-from finished_runs import journaled, publish
+from finished_runs import CONFIG, journaled, publish
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from PIL import Image
 
+from poolnet.data import folds
 from poolnet.data.dataset import open_dataset
 from poolnet.errors import InputError
 from poolnet.runs import provenance, run_record
 from poolnet.runs.figures import of_run, save_all
-from poolnet.tracking import pages, publisher, servers, sync, upload_process
+from poolnet.tracking import pages, publisher, servers, sync, training_runs, upload_process
 from poolnet.tracking.publication import Publication, adopt
 from poolnet.training import fast_step, features
 from poolnet.training.config import TrainConfig
 from poolnet.training.device import resolve_device
+from poolnet.training.evaluation import score_logits
 
 EPOCHS = 3
 OPTIONS = {"pool": "avg", "epochs": EPOCHS, "batch_size": 32, "lr": 0.01}
@@ -484,6 +486,37 @@ def test_uncommitted_changes_are_kept_with_the_run(tmp_path, monkeypatch):
 
 
 def test_the_optimum_is_recorded():
-    data = publish(journaled(optimum=True)).data
+    run = publish(journaled(optimum=True))
+    data = run.data
     assert 0 < data.metrics["optimum/gap"] < data.metrics["train_loss"]
     assert f"any weights reach: {data.metrics['optimum/train_loss']:.6f}" in data.tags["mlflow.note.content"]
+    for split in ("val", "test"):
+        found = training_runs.predictions(mlflow.MlflowClient(), run.info.run_id, "run", split)
+        scored = score_logits(found.optimum, found.y)
+        assert (scored.loss, scored.acc) == tuple(data.metrics[f"optimum/{split}_{name}"] for name in ("loss", "acc"))
+        assert found.group is None
+
+
+def test_groups_classes_and_the_fold_are_recorded(letters):
+    with np.load(letters) as saved:
+        arrays = dict(saved)
+    sizes = {name: len(arrays[f"y_{name}"]) for name in ("train", "val", "test")}
+    groups = {f"group_{name}": np.arange(size) % 40 for name, size in sizes.items()}
+    names = [f"Größe {n}" for n in range(10)]
+    np.savez(letters, **arrays, **groups, classes=names)
+    client = mlflow.MlflowClient()
+    own, fold = (publish(journaled(dataclasses.replace(CONFIG, fold=fold))) for fold in ("", "2/5"))
+    assert own.data.tags["poolnet.groups_cross"] == "40 of 40 groups"
+    assert "poolnet.groups_cross" not in fold.data.tags  # which keeps them together
+    assert ("fold" in own.data.params, fold.data.params["fold"]) == (False, "2/5")
+    assert re.fullmatch(r"max-seed42-fold2-[0-9a-f]{4}", fold.info.run_name)
+    assert "fold 2/5" in fold.data.tags["mlflow.note.content"]
+    assert own.data.tags["poolnet.data_sha256"] == fold.data.tags["poolnet.data_sha256"]
+    expected, _ = folds.take(open_dataset(letters), "2/5")
+    digests = {each.dataset.name: each.dataset.digest for each in fold.inputs.dataset_inputs}
+    assert digests == {"letters": digests["letters"]}
+    assert {each.dataset.digest for each in fold.inputs.dataset_inputs} == {split.sha256[:32] for split in expected}
+    for run, test in ((own, np.arange(sizes["test"]) % 40), (fold, expected.test.group)):
+        trained = training_runs.of(run)
+        assert (trained.classes, trained.config.fold) == (tuple(names), run.data.params.get("fold", ""))
+        np.testing.assert_array_equal(training_runs.predictions(client, run.info.run_id, "run", "test").group, test)

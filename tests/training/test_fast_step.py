@@ -1,22 +1,17 @@
 """The fast path against the readable one: same figures, whatever the batch size, device or data."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_arrays
-from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
 from poolnet.data.dataset import open_dataset
 from poolnet.errors import RunError
 from poolnet.training import fast_step
 from poolnet.training.config import TrainConfig
-from poolnet.training.fast_step import FastSoftmaxRegression, lowest_train_loss
+from poolnet.training.fast_step import FastSoftmaxRegression
 from poolnet.training.features import open_pooled
 from poolnet.training.model import build_model
 from poolnet.training.poolings import POOLINGS
@@ -123,58 +118,3 @@ def test_the_same_seed_gives_the_same_run(letters):
     first, again = (fast_step.fit(config, *open_pooled(letters, "max")) for _ in range(2))
     np.testing.assert_array_equal(figures(first.history), figures(again.history))
     np.testing.assert_array_equal(first.test.logits, again.test.logits)
-
-
-def test_the_optimum_is_where_scikit_learn_finds_it_and_training_goes_there(sklearn, tmp_path):
-    noisy = make_arrays((1500, 50, 50))  # without the wrong labels the letters could be told apart, at no loss at all
-    noisy["y_train"][:900] = np.random.default_rng(1).integers(0, 10, 900)  # with 300, some kernels need 5,000 steps
-    np.savez(tmp_path / "noisy.npz", **noisy)
-    splits, arrays = open_pooled(tmp_path / "noisy.npz", "avg")
-    short, long = (
-        lowest_train_loss(
-            fast_step.fit(TrainConfig("", "avg", epochs, lr=0.01), splits, arrays), splits.train, arrays["train"]
-        )
-        for epochs in (2, 200)
-    )
-    x = arrays["train"][:, :49].astype(np.float64)
-    with threadpool_limits(1, user_api="blas"):  # with two threads its small products take fifty times as long
-        theirs = sklearn.linear_model.LogisticRegression(C=np.inf, tol=1e-8, max_iter=100_000).fit(x, splits.train.y)
-    log_p = theirs.predict_log_proba(x)
-    their_loss = -log_p[np.arange(len(x)), splits.train.y].mean()
-    assert short.converged
-    assert short.train_loss == pytest.approx(their_loss, abs=1e-5)
-    assert long.train_loss == pytest.approx(short.train_loss, abs=1e-5)
-    assert 0 <= long.gap < short.gap / 2
-
-
-def test_the_gap_is_what_training_is_above_the_optimum(letters):
-    splits, arrays = open_pooled(letters, "avg")
-    result = fast_step.fit(TrainConfig(pool="avg", epochs=3, lr=0.01), splits, arrays)
-    lowest = lowest_train_loss(result, splits.train, arrays["train"])
-    logits = torch.from_numpy(arrays["train"]) @ fast_step._weights(result.model)
-    loss = F.cross_entropy(logits, torch.from_numpy(splits.train.y)).item()
-    assert loss - lowest.train_loss == pytest.approx(lowest.gap, abs=1e-5)
-
-
-OPTIMUM = """
-from poolnet.training import fast_step
-from poolnet.training.config import TrainConfig
-from poolnet.training.features import open_pooled
-splits, arrays = open_pooled("more.npz", "avg")
-result = fast_step.fit(TrainConfig(pool="avg", epochs=1, batch_size=3000), splits, arrays)
-for _ in range(2):
-    print(result.test.loss, fast_step.lowest_train_loss(result, splits.train, arrays["train"]))
-"""
-
-
-def test_no_digit_of_the_optimum_depends_on_blas_threads_or_on_what_is_loaded(tmp_path):
-    """In processes of their own, which load each library's BLAS when they need it."""
-    np.savez(tmp_path / "more.npz", **make_arrays((3000, 50, 50)))
-    lines = set()
-    for count in "14":
-        environment = os.environ | {"OPENBLAS_NUM_THREADS": count, "OMP_NUM_THREADS": count}
-        done = subprocess.run([sys.executable, "-c", OPTIMUM], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        lines |= set(done.stdout.splitlines())
-    (line,) = lines
-    assert "converged=True" in line
