@@ -42,12 +42,12 @@ def simultaneous(x: ArrayLike, group: ArrayLike | None = None) -> tuple[Contrast
     x = np.asarray(x)
     if x.ndim != 3 or min(len(x), x.shape[2]) < 2 or not np.isfinite(x).all():
         raise ValueError(f"expected finite values (K, S, N) of 2 or more arms, found {x.dtype} {x.shape}")
-    sums = np.array([paired.cells(arm, group) for arm in x.astype(np.float64)])
-    means, n, pairs = x.mean((1, 2)), x.shape[2], list(combinations(range(len(x)), 2))
-    effects = [paired.from_cells(float(means[b] - means[a]), sums[b] - sums[a], n) for a, b in pairs]
+    x, pairs = x.astype(np.float64), list(combinations(range(len(x)), 2))
+    effects = [paired.clustered(x[b] - x[a], group) for a, b in pairs]
     varied = [(pair, effect.df) for pair, effect in zip(pairs, effects, strict=True) if effect.se]
     reach = 0.0
     if varied:
+        sums = np.array([paired.cells(arm, group) for arm in x])
         reach = _quantile(_covariance(sums), [pair for pair, _ in varied], min(df for _, df in varied))
     adjusted = paired.holm([effect.p for effect in effects]).tolist()
     wider = [replace(e, low=e.estimate - reach * e.se, high=e.estimate + reach * e.se) for e in effects]

@@ -7,18 +7,16 @@ and the cells of one example share its difficulty. Intervals have a level of 95 
 otherwise.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import scipy  # whose parts are loaded when they are used: `scipy.stats` takes a second
 from numpy.typing import ArrayLike
 from scipy.special import log_softmax, softmax
-from threadpoolctl import threadpool_limits
 
 LEVEL = 0.95  # of intervals
 ALPHA = 0.05  # of tests: a p-value below it decides
 NOT_WORSE = 0.025  # of non-inferiority, which looks at one side
-CELLS = 1_000_000  # numbers drawn at a time, 8 MB: bounds the memory of a bootstrap
 
 
 @dataclass(frozen=True)
@@ -73,15 +71,6 @@ class PairedTest:
 
 
 @dataclass(frozen=True)
-class McNemar:
-    """The result of a McNemar test on two arms."""
-
-    only_a: int  # examples that only this arm has right
-    only_b: int
-    p: float
-
-
-@dataclass(frozen=True)
 class ClassEffect:
     """The difference between two arms on one class."""
 
@@ -104,10 +93,12 @@ class Calibration:
 def over_seeds(d: ArrayLike) -> Effect:
     """Return the mean over seeds with Student's t interval.
 
-    d (S,) has one difference per seed. The interval is from Student (1908). Fewer than 2 seeds raise `ValueError`.
+    d (S,) has one difference per seed. The interval is from Student (1908). It is that of `clustered` with seeds in the
+    place of letters. Fewer than 2 seeds raise `ValueError`.
     """
-    d = _values(d, "seeds")
-    return _effect(d.mean(), scipy.stats.sem(d), len(d) - 1) if np.ptp(d) else _effect(d[0], 0.0, len(d) - 1)
+    if np.ndim(d) != 1 or len(np.asarray(d)) < 2:
+        raise ValueError(f"expected 2 or more seeds, found {_form(np.asarray(d))}")
+    return clustered(d)
 
 
 def clustered(d: ArrayLike, group: ArrayLike | None = None) -> Effect:
@@ -120,27 +111,40 @@ def clustered(d: ArrayLike, group: ArrayLike | None = None) -> Effect:
     and t_G are the quantiles for S - 1 and G - 1 df. So the level holds for all values of the two variances.
     Satterthwaite's (1946) df do not reach it with 2 to 4 seeds. Fewer than 2 groups raise `ValueError`.
     """
-    d = _by_seed(d)
-    return from_cells(float(d.mean()), cells(d, group), d.shape[1])
+    d, variances = _by_seed(d), parts(d, group)
+    estimate = np.clip(d.mean(), d.min(), d.max())  # of equal values their own, to the digit
+    return _effect(estimate, variances.se, variances.df)
 
 
 def parts(d: ArrayLike, group: ArrayLike | None = None) -> Parts:
     """Return the variances of the mean over seeds and groups.
 
-    d and group are as in `clustered`, and the sources are there in `_parts`.
+    d and group are as in `clustered`. This is the two-way cluster variance of Cameron, Gelbach & Miller (2011): V_S +
+    V_G - V_SG, the sums of squares over seeds, over groups and over cells, of which V_G - V_SG is never below 0. All
+    are multiplied by M / (M - 1), for M of the fewer: seeds or groups. Without that V_S is too small by a half with two
+    seeds, and V_G - V_SG also.
     """
     d = _by_seed(d)
-    return _parts(cells(d, group), d.shape[1])
+    sums = cells(d, group)
+    S, G = sums.shape
+    if G < 2:
+        raise ValueError(f"expected 2 or more groups, found {G}")
+    by_seed, by_group, both = (float((x**2).sum()) / d.size**2 for x in (sums.sum(1), sums.sum(0), sums))
+    if S == 1:
+        return Parts(0.0, by_group * G / (G - 1), S, G, d.size)
+    groups, few = max(by_group - both, 0.0), min(S, G) / (min(S, G) - 1)
+    if not by_seed and not groups:  # by chance: then cells are the best that is known
+        groups = both
+    return Parts(by_seed * few, groups * few, S, G, d.shape[1])
 
 
 def cells(d: np.ndarray, group: ArrayLike | None) -> np.ndarray:
     """Return the sums of deviations from the mean, (S, G).
 
-    There is one for each seed and group of d (S, N). They are linear in d.
+    There is one for each seed and group of d (S, N).
     """
     index, G = group_index(group, d.shape[1])
-    sizes = np.bincount(index, minlength=G)
-    origin = d[0, 0]  # without which equal values would differ from their mean by a rounding
+    sizes, origin = np.bincount(index), d[0, 0]  # less which equal values have no deviation, not even a rounding
     sums = np.array([np.bincount(index, row - origin, G) for row in d])
     return sums - sums.sum() / d.size * sizes
 
@@ -159,35 +163,6 @@ def group_index(group: ArrayLike | None, n: int) -> tuple[np.ndarray, int]:
     return index, len(numbers)
 
 
-def from_cells(estimate: float, sums: np.ndarray, n: int) -> Effect:
-    """Build the effect of a mean whose `cells` are given.
-
-    There are n letters a seed.
-    """
-    variances = _parts(sums, n)
-    return _effect(estimate, variances.se, variances.df)
-
-
-def _parts(sums: np.ndarray, n: int) -> Parts:
-    """Return the two-way cluster variance of a mean, in its parts.
-
-    It is that of Cameron, Gelbach & Miller (2011): V_S + V_G - V_SG, the sums of squares over seeds, over groups and
-    over cells, of which V_G - V_SG is never below 0. All are multiplied by M / (M - 1), for M of the fewer: seeds or
-    groups. Without that V_S is too small by a half with two seeds, and V_G - V_SG also.
-    """
-    S, G = sums.shape
-    if G < 2:
-        raise ValueError(f"expected 2 or more groups, found {G}")
-    by_seed, by_group, both = (float((x**2).sum()) / (S * n) ** 2 for x in (sums.sum(1), sums.sum(0), sums))
-    if S == 1:
-        return Parts(0.0, by_group * G / (G - 1), S, G, n)
-    seeds, groups = by_seed, max(by_group - both, 0.0)
-    if not seeds and not groups:  # by chance: then cells are the best that is known
-        groups = both
-    few = min(S, G) / (min(S, G) - 1)
-    return Parts(seeds * few, groups * few, S, G, n)
-
-
 def design_effect(x: ArrayLike, group: ArrayLike | None) -> float:
     """Return how many times grouping widens the variance of a mean.
 
@@ -197,11 +172,21 @@ def design_effect(x: ArrayLike, group: ArrayLike | None) -> float:
     """
     x = np.asarray(x, np.float64)
     n = len(x)
-    index, G = group_index(group, n)
-    if G < 2 or not np.ptp(x):
-        return float((np.bincount(index) ** 2).sum() / n)
+    index, _ = group_index(group, n)
+    groups = effective_groups(index)
+    if groups == 1 or not np.ptp(x):
+        return n / groups
     e = x - x.mean()
-    return max(1.0, float((np.bincount(index, e) ** 2).sum() / (e**2).sum() * G / (G - 1) * (n - 1) / n))
+    return max(1.0, float((np.bincount(index, e) ** 2).sum() / (e**2).sum() * groups / (groups - 1) * (n - 1) / n))
+
+
+def effective_groups(index: np.ndarray) -> float:
+    """Return how many groups of equal size these are worth.
+
+    index is that of `group_index`. It is n^2 over the sum of the squared sizes (Kish 1965). A few large groups tell
+    less about others than as many of equal size.
+    """
+    return len(index) ** 2 / float((np.bincount(index).astype(np.float64) ** 2).sum())
 
 
 def paired_test(right_a: ArrayLike, right_b: ArrayLike, group: ArrayLike | None = None) -> PairedTest:
@@ -241,126 +226,6 @@ def sign_flip(sums: ArrayLike) -> float:
         chances = wider
     farthest = (len(chances) - 1 + abs(int(sums.sum()))) // 2
     return min(1.0, 2 * float(chances[farthest:].sum()))
-
-
-def sign_flip_of_means(d: ArrayLike, rng: np.random.Generator) -> float:
-    """Return the p-value of the sign-flip test over seeds.
-
-    d (S,) has one difference per seed. The null hypothesis is that each sign is as likely as its opposite (Fisher
-    1935). The test does not assume a normal distribution.
-
-    Up to S = 16 every flip is tried. For larger S, 2**16 flips are drawn. No p is below 2 / 2**S: with 5 seeds, the
-    smallest p is 0.0625.
-    """
-    d = _values(d, "seeds")
-    return float(
-        scipy.stats.permutation_test(
-            (d,),
-            np.mean,
-            permutation_type="samples",
-            n_resamples=2**16,
-            batch=max(1, CELLS // len(d)),
-            vectorized=True,
-            rng=rng,
-        ).pvalue
-    )
-
-
-def mcnemar(right_a: ArrayLike, right_b: ArrayLike) -> McNemar:
-    """Test whether two trained models are equally often right.
-
-    This is the exact test (McNemar 1947). Its null hypothesis: among the examples (N,) that one arm has right and the
-    other wrong, half belong to each arm. The test is about two trained models, not about training. Without such
-    examples p is 1.
-    """
-    right_a, right_b = np.asarray(right_a), np.asarray(right_b)
-    if right_a.dtype != bool or right_b.dtype != bool or right_a.shape != right_b.shape or right_a.ndim != 1:
-        raise ValueError(f"expected two bool arrays (N,), found {_form(right_a)} and {_form(right_b)}")
-    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    discordant = only_a + only_b
-    return McNemar(only_a, only_b, float(scipy.stats.binomtest(only_a, discordant).pvalue) if discordant else 1.0)
-
-
-def over_examples(d: ArrayLike, rng: np.random.Generator, resamples: int = 9999) -> Effect:
-    """Return the mean over examples with a bootstrap interval.
-
-    d (N,) holds differences, or the correctness or NLL of one arm. The method is the percentile bootstrap (Efron 1979).
-    The interval is about these trained models on other examples.
-
-    `p` is the normal p-value of estimate / se, with the se of the bootstrap. So p agrees with the interval, except for
-    skewness, which only the interval takes into account. N < 2 raises `ValueError`.
-    """
-    d = _values(d, "examples")
-    if not np.ptp(d):
-        return _effect(d[0], 0.0, np.inf)
-    bootstrap = scipy.stats.bootstrap(
-        (d,),
-        np.mean,
-        confidence_level=LEVEL,
-        n_resamples=resamples,
-        batch=max(1, CELLS // len(d)),
-        method="percentile",
-        vectorized=True,
-        rng=rng,
-    )
-    low, high = map(float, bootstrap.confidence_interval)
-    return replace(_effect(d.mean(), bootstrap.standard_error, np.inf), low=low, high=high)
-
-
-@threadpool_limits.wrap(limits=1, user_api="blas")  # whose digits depend on their number
-def two_way(d: ArrayLike, rng: np.random.Generator, resamples: int = 2000) -> Effect:
-    """Return the mean over seeds and examples with its interval.
-
-    d is (S, N). The interval is about other seeds and other examples. It uses the pigeonhole bootstrap of Owen (2007),
-    which resamples seeds and examples independently. S - 1 of S seeds and N - 1 of N examples are drawn. This keeps the
-    variance between few seeds unbiased (Rao & Wu 1988).
-
-    Variation of single cells, beyond that of seeds and examples, is counted up to three times (Owen 2007). If there is
-    no other variation, the interval is too wide rather than too narrow.
-
-    Percentiles from so few seeds are too narrow. Therefore the interval is estimate +- t se, with the df of
-    `_two_way_df`. S < 2 or N < 2 raises `ValueError`.
-    """
-    d = _values(d, "seeds", "examples")
-    S, N = d.shape
-    if resamples < 2:
-        raise ValueError(f"expected 2 or more resamples, found {resamples}")
-    if not np.ptp(d):
-        return _effect(d[0, 0], 0.0, S - 1)
-    means, size = [], max(1, CELLS // max(S, N))
-    for start in range(0, resamples, size):
-        k = min(size, resamples - start)
-        seeds, examples = _draw(S, k, rng), _draw(N, k, rng)
-        means.append((seeds * (examples @ d.T)).sum(1))
-    return _effect(d.mean(), np.concatenate(means).std(ddof=1), _two_way_df(d))
-
-
-def _draw(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw n - 1 of n, k times: shares (k, n)."""
-    drawn = rng.integers(n, size=(k, n - 1))
-    drawn += n * np.arange(k)[:, None]
-    return np.bincount(drawn.ravel(), minlength=k * n).reshape(k, n) / (n - 1)
-
-
-def _two_way_df(d: np.ndarray) -> float:
-    """Return the degrees of freedom for the two-way t interval.
-
-    With this df, the t quantile gives the half-width of Banerjee (1960): t_S^2 v_S + t_N^2 v_N = t^2 (v_S + v_N). v_S
-    and v_N are the squared standard errors of the seed means and of the example means. t_S and t_N are the quantiles
-    for S - 1 and N - 1 df. The level then holds for all values of v_S and v_N.
-
-    Satterthwaite's (1946) df do not reach the level with 2 to 4 seeds: the coverage is 0.86 to 0.95 with 2 seeds, and
-    0.92 to 0.95 with 3. S - 1 df are safe too. But with 3 seeds, their interval is twice as wide as necessary if only
-    the examples vary.
-    """
-    S, N = d.shape
-    variances = np.array([d.mean(1).var(ddof=1) / S, d.mean(0).var(ddof=1) / N])
-    if not variances.any():
-        return S - 1
-    quantiles = _quantile(np.array([S - 1, N - 1]))
-    target = np.sqrt(np.average(quantiles**2, weights=variances))
-    low, high = sorted((S - 1, N - 1))
-    return scipy.optimize.brentq(lambda df: _quantile(df) - target, 0.9 * low, 1.1 * high)
 
 
 def holm(p: ArrayLike) -> np.ndarray:
@@ -446,7 +311,10 @@ def ece_if_calibrated(
     top, bin_of = _binned(logits, bins)
     index, G = group_index(group, len(y))
     gaps = np.bincount(index * bins + bin_of, (logits.argmax(1) == y) - top, G * bins).reshape(G, bins)
-    values, axes = np.linalg.eigh(gaps.T @ gaps)  # the covariance of the bins, of which it draws at once
+    covariance = gaps.T @ gaps * G / max(G - 1, 1)  # of the bins, from which all groups are drawn at once
+    found, least = covariance.diagonal(), np.bincount(bin_of, top * (1 - top), bins)
+    wider = np.sqrt(np.maximum(np.divide(least, found, out=np.ones(bins), where=found > 0), 1))
+    values, axes = np.linalg.eigh(covariance * np.outer(wider, wider))
     drawn = rng.standard_normal((draws, bins)) @ (axes * np.sqrt(np.maximum(values, 0))).T
     return float(np.quantile(np.abs(drawn).sum(1) / len(y), LEVEL))
 
@@ -466,15 +334,16 @@ def non_inferiority(right_a: ArrayLike, right_b: ArrayLike, margin: float, group
 
     The statistic is `tango`, whose variance is multiplied by the design effect of the differences. Yang, Sun & Hardin
     (2012) multiply it too, by one from an intracluster correlation, which is too large where few letters differ. With
-    groups p is from the t distribution with as many df as there are groups, less one, as the 95 % interval is.
+    groups p is from the t distribution with as many df as there are effective groups, less one, as in `wilson`.
     """
     if not 0 < margin < 1:
         raise ValueError(f"expected a margin between 0 and 1, found {margin}")
     right_a, right_b = _two_bools(right_a, right_b)
     only_a, only_b = (int(only.sum()) for only in (right_a & ~right_b, right_b & ~right_a))
     n, effect = len(right_a), design_effect(right_b.astype(float) - right_a, group)
-    groups = group_index(group, n)[1]
-    return float(scipy.special.stdtr(groups - 1 if groups < n else np.inf, -tango(only_a, only_b, n, -margin, effect)))
+    z = tango(only_a, only_b, n, -margin, effect)
+    groups = effective_groups(group_index(group, n)[0])
+    return float(scipy.special.stdtr(groups - 1 if groups < n else np.inf, -z))
 
 
 def tango(only_a: int, only_b: int, n: int, difference: float, inflation: float = 1.0) -> float:
@@ -549,14 +418,6 @@ def _effect(estimate: float, se: float, df: float) -> Effect:
         return Effect(*map(float, (estimate, estimate, estimate, se, df, estimate == 0)))
     reach, p = _quantile(df) * se, 2 * scipy.special.stdtr(df, -abs(estimate) / se)
     return Effect(*map(float, (estimate, estimate - reach, estimate + reach, se, df, p)))
-
-
-def _values(d: ArrayLike, *axes: str) -> np.ndarray:
-    """Return d in float64; refuse a wrong shape with `ValueError`."""
-    d = np.asarray(d, np.float64)
-    if d.ndim != len(axes) or min(d.shape) < 2 or not np.isfinite(d).all():
-        raise ValueError(f"expected finite values, 2 or more {' x '.join(axes)}, found {_form(d)}")
-    return d
 
 
 def _by_seed(d: ArrayLike) -> np.ndarray:

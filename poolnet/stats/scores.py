@@ -6,11 +6,11 @@ and stays within 0..1.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import ndtri, stdtrit
+from scipy.special import stdtrit
 
 from poolnet.stats import paired
 from poolnet.stats.paired import Calibration, Effect
@@ -69,7 +69,7 @@ def of(logits: ArrayLike, y: ArrayLike, group: ArrayLike | None = None, seed: in
         n=len(right),
         groups=groups,
         n_effective=len(right) / paired.design_effect(right, index),
-        loss=paired.clustered(nll, index),
+        loss=_loss(nll, index),
         acc=wilson(right, index),
         calibration=paired.calibration(logits, y),
         ece_if_calibrated=paired.ece_if_calibrated(logits, y, np.random.default_rng(seed), index),
@@ -78,29 +78,36 @@ def of(logits: ArrayLike, y: ArrayLike, group: ArrayLike | None = None, seed: in
     )
 
 
+def _loss(nll: np.ndarray, group: np.ndarray) -> Effect:
+    """Return the mean loss with its interval on a log scale.
+
+    Losses are above 0 and skewed. With few groups an interval of equal reach on both sides lies too low.
+    """
+    effect = paired.clustered(nll, group)
+    if not effect.se:
+        return effect
+    factor = math.exp((effect.high - effect.estimate) / effect.estimate)
+    return replace(effect, low=effect.estimate / factor, high=effect.estimate * factor)
+
+
 def wilson(x: ArrayLike, group: ArrayLike | None = None) -> Share:
     """Return the share of x (n,) bool with its interval.
 
     It is Wilson's for n / design effect letters (Kott & Carr 1997), with the t quantile of as many df as there are
-    groups, less one (Korn & Graubard 1998). If each letter is a group, no design effect is estimated, and the interval
-    is Wilson's own, with the normal quantile.
+    effective groups, less one (Korn & Graubard 1998). If each letter is a group, no design effect is estimated, and the
+    interval is Wilson's own, with the normal quantile.
     """
     x = np.asarray(x)
-    n = len(x)
-    if not n:
+    if not len(x):
         return Share(*[np.nan] * 3)
-    index, groups = paired.group_index(group, n)
-    if groups == n:
-        return _wilson(float(x.mean()), n, ndtri(0.975))
-    if groups == 1:
-        return Share(float(x.mean()), 0.0, 1.0)
-    return _wilson(float(x.mean()), n / paired.design_effect(x, index), stdtrit(groups - 1, 0.975))
-
-
-def _wilson(share: float, n: float, z: float) -> Share:
+    share, (index, _) = float(x.mean()), paired.group_index(group, len(x))
+    groups, n = paired.effective_groups(index), len(x) / paired.design_effect(x, index)
+    if groups == 1 < len(x):
+        return Share(share, 0.0, 1.0)
+    z = float(stdtrit(groups - 1 if groups < len(x) else np.inf, 0.975))
     middle = share + z * z / (2 * n)
     reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low, high = (float(middle + side * reach) / (1 + z * z / n) for side in (-1, 1))
+    low, high = ((middle + side * reach) / (1 + z * z / n) for side in (-1, 1))
     return Share(share, low if share else 0.0, high if share < 1 else 1.0)
 
 

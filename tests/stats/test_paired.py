@@ -6,25 +6,25 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from poolnet.stats import paired
 from poolnet.stats.paired import (
     Effect,
     calibration,
     clustered,
+    design_effect,
     equivalence,
     holm,
-    mcnemar,
-    over_examples,
     over_seeds,
+    paired_test,
+    parts,
     per_class,
     per_example,
     sign_flip,
     smallest_effect,
-    two_way,
+    smallest_margin,
 )
 
 
@@ -69,11 +69,8 @@ def test_over_seeds_is_scipys_paired_t_test(S):
 
 @pytest.mark.parametrize(("value", "p"), [(0.0, 1.0), (0.1, 0.0)])
 def test_without_variance_an_interval_has_no_width(value, p):
-    for effect in (
-        over_seeds(np.full(7, value)),
-        over_examples(np.full(7, value), rng()),
-        two_way(np.full((3, 7), value), rng()),
-    ):
+    alike = np.full((3, 7), value)
+    for effect in (over_seeds(alike[0]), clustered(alike[0]), clustered(alike, [0, 0, 0, 1, 1, 2, 2])):
         assert (effect.estimate, effect.low, effect.high, effect.se, effect.p) == (value, value, value, 0, p)
 
 
@@ -96,17 +93,19 @@ def test_the_smallest_p_of_sign_flips(S):
     assert sign_flip(np.arange(1, S + 1)) == pytest.approx(2 / 2**S)
 
 
-def test_mcnemar_by_hand():
+def test_paired_test_by_hand():
     right_a = np.array([1, 1, 1, 1, 1, 0, 1, 0], bool)
     right_b = np.array([1, 0, 0, 0, 0, 1, 1, 0], bool)
     # 4 for A, 1 for B: at most 1 of 5 tosses one way, (1 + 5) / 32, or the other way
-    assert dataclasses.astuple(mcnemar(right_a, right_b)) == (4, 1, pytest.approx(12 / 32))
+    assert dataclasses.astuple(paired_test(right_a, right_b)) == (4, 1, pytest.approx(12 / 32))
+    # in two families the sums are -2 and -1, of which no flip is farther from 0, and -3 and 3 are as far
+    assert dataclasses.astuple(paired_test(right_a, right_b, [5, 5, 5, 9, 9, 9, 9, 9])) == (4, 1, pytest.approx(0.5))
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
-def test_mcnemar_is_that_of_statsmodels_and_does_not_know_which_arm_is_which(statsmodels, pairs):
+def test_paired_test_of_independent_letters_is_exact_mcnemar(statsmodels, pairs):
     a, b = np.array(pairs).T
-    ours, swapped = mcnemar(a, b), mcnemar(b, a)
+    ours, swapped = paired_test(a, b), paired_test(b, a)
     assert (ours.only_a, ours.only_b, ours.p) == (swapped.only_b, swapped.only_a, pytest.approx(swapped.p))
     if ours.only_a + ours.only_b == 0:
         assert ours.p == 1
@@ -115,63 +114,97 @@ def test_mcnemar_is_that_of_statsmodels_and_does_not_know_which_arm_is_which(sta
         assert ours.p == pytest.approx(statsmodels.mcnemar(table, exact=True).pvalue)
 
 
-def test_over_examples_is_near_the_normal_interval_where_examples_are_many():
-    d = rng(1).standard_exponential(2000)
-    ours, se = over_examples(d, rng()), d.std() / 2000**0.5
-    assert ours.estimate == pytest.approx(d.mean())
-    assert ours.se == pytest.approx(se, rel=0.03)
-    assert (ours.low, ours.high) == pytest.approx((d.mean() - 1.96 * se, d.mean() + 1.96 * se), abs=0.15 * se)
-    assert ours.df == np.inf
+@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 8))
+def test_paired_test_flips_all_seeds_and_letters_of_a_family_together(seed, S, G):
+    draw = rng(seed)
+    group = draw.integers(G, size=20)
+    a, b = draw.random((2, S, 20)) < 0.7
+    sums = [(b.astype(int) - a)[:, group == g].sum() for g in range(G)]
+    flips = np.array(list(itertools.product([-1, 1], repeat=G))) @ sums
+    assert paired_test(a, b, group).p == pytest.approx((abs(flips) >= abs(sum(sums))).mean())
 
 
-def test_over_examples_by_hand():
-    # of two examples a resample has 0, 1 or 2 of the second: means 0, 1/2, 1 with odds 1, 2, 1, so that the variance is
-    # 1/8, and both outer ones are more frequent than 2.5 %
-    ours = over_examples([0, 1], rng())
-    assert (ours.estimate, ours.low, ours.high) == (0.5, 0, 1)
-    assert ours.se == pytest.approx(8**-0.5, rel=0.03)
-    assert ours.p == pytest.approx(scipy_stats.norm.sf(2**0.5) * 2, abs=0.02)
+@pytest.mark.parametrize("N", [2, 50])
+def test_letters_of_one_seed_that_are_no_families_have_students_interval(N):
+    d = rng(N).standard_exponential(N)
+    theirs = scipy_stats.ttest_1samp(d, 0)
+    ours = clustered(d)
+    interval = theirs.confidence_interval(0.95)
+    assert (ours.low, ours.high, ours.p, ours.df) == pytest.approx((*interval, theirs.pvalue, N - 1))
 
 
-def two_way_reference(d):
-    """Standard error of the two-way bootstrap of infinitely many resamples: by seed, by example, by cell."""
-    S, N = d.shape
-    by_seed, by_example = d.mean(1, keepdims=True), d.mean(0, keepdims=True)
-    rest = ((d - by_seed - by_example + d.mean()) ** 2).sum() / ((S - 1) * (N - 1))
-    return np.sqrt(by_seed.var(ddof=1) / S + by_example.var(ddof=1) / N + rest / (S * N))
+def test_families_of_one_size_have_students_interval_of_their_means():
+    d, group = rng(7).normal(0.1, 1, 60), np.repeat(np.arange(12), 5)
+    ours, theirs = clustered(d, rng(1).permutation(12)[group]), over_seeds(d.reshape(12, 5).mean(1))
+    np.testing.assert_allclose(numbers(ours), numbers(theirs))
 
 
-@pytest.mark.parametrize(("S", "N"), [(2, 2), (3, 40), (10, 500), (50, 7)])
-def test_two_way_resamples_seeds_and_examples(S, N):
-    d = differences(S, N)
-    assert two_way(d, rng(), 20_000).se == pytest.approx(two_way_reference(d), rel=0.02)
+@pytest.mark.parametrize(("S", "N", "G"), [(2, 40, 9), (3, 200, 200), (10, 500, 20), (30, 60, 6)])
+def test_clustered_is_statsmodels_two_way_cluster_variance(statsmodels, S, N, G):
+    from statsmodels.api import OLS
+    from statsmodels.stats.sandwich_covariance import cov_cluster_2groups
+
+    group = rng(S).permutation(np.arange(N) % G)
+    d = differences(S, N) + rng(S + 1).standard_normal(G)[group]
+    seeds, families = np.repeat(np.arange(S), N), np.tile(group, S)
+    theirs = cov_cluster_2groups(OLS(d.ravel(), np.ones(S * N)).fit(), seeds, families, use_correction=False)[0]
+    few = min(S, G)
+    assert clustered(d, group).se ** 2 == pytest.approx(theirs.item() * few / (few - 1), rel=1e-8)
 
 
-def test_two_way_by_hand():
-    # seed means 1 and 3, of variance 2, hence 1 for their mean; examples do not differ, so 1 df, of which t is 12.7062
-    ours = two_way([[1, 1, 1], [3, 3, 3]], rng(), 20_000)
-    assert ours.estimate == 2
-    # one seed of two is drawn, each as often: 1 or 3, standard deviation 1
-    assert ours.se == pytest.approx(1, rel=1e-3)
-    assert ours.df == pytest.approx(1)
-    assert ours.high - ours.estimate == pytest.approx(12.7062 * ours.se, rel=1e-5)
+def test_clustered_by_hand():
+    # the sums of deviations are -3 and 3 by seed: 18 / 6^2, and 2 / 1 times that; letters do not differ; t of 1 df
+    ours = clustered([[1, 1, 1], [3, 3, 3]])
+    assert dataclasses.astuple(parts([[1, 1, 1], [3, 3, 3]])) == (pytest.approx(1), 0, 2, 3, 3)
+    assert (ours.estimate, ours.se, ours.df) == (2, pytest.approx(1), 1)
+    assert ours.high - ours.estimate == pytest.approx(12.7062, rel=1e-5)
+    # both seeds agree: by letter the sums are -2, 0 and 2, 8 / 6^2, less those of cells, 4 / 6^2, and 2 / 1 times that
+    assert dataclasses.astuple(parts([[1, 2, 3], [1, 2, 3]])) == (0, pytest.approx(8 / 36), 2, 3, 3)
 
 
-def test_two_way_has_the_df_of_what_varies():
-    seeds_only, examples_only = differences(4, 200, by_seed=1000), differences(4, 200, by_example=1000)
-    assert two_way(seeds_only, rng()).df == pytest.approx(3, abs=0.01)
-    assert two_way(examples_only, rng()).df == pytest.approx(199, rel=0.05)
-    equal = np.array([[0, 1.0], [1, 2]])  # both means vary by as much
-    d = np.kron(equal, np.ones((1, 2)))  # S = 2, N = 4: v = 1/2 / 2, 1/3 / 4
-    t_seeds, t_examples = scipy_stats.t.ppf(0.975, [1, 3])
-    half_width = np.sqrt(t_seeds**2 / 4 + t_examples**2 / 12)
-    assert scipy_stats.t.ppf(0.975, two_way(d, rng()).df) * np.sqrt(1 / 4 + 1 / 12) == pytest.approx(half_width)
+def test_seeds_and_letters_that_cancel_leave_the_variance_of_cells():
+    ours = clustered([[1, 0], [0, 1]])  # whose sums are equal by seed and by letter; 4 cells of 1/2 off, twice 1 / 4^2
+    assert (ours.estimate, ours.se) == (0.5, pytest.approx(8**-0.5))
 
 
-def test_two_way_is_no_interval_of_independent_cells():
-    d = differences(3, 1000, by_seed=1)
-    cells = scipy_stats.sem(d.ravel())
-    assert two_way(d, rng()).se > 5 * cells
+def test_clustered_has_the_half_width_of_both_sources():
+    d, group = differences(4, 200), np.arange(200) // 5
+    variances, effect = parts(d, group), clustered(d, group)
+    t_seeds, t_groups = scipy_stats.t.ppf(0.975, [3, 39])
+    half_width = np.sqrt(t_seeds**2 * variances.seeds + t_groups**2 * variances.groups)
+    assert effect.high - effect.estimate == pytest.approx(half_width)
+    assert clustered(differences(4, 200, by_seed=1000)).df == pytest.approx(3, abs=0.01)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10**6), st.integers(1, 4))
+def test_the_numbers_and_the_order_of_groups_say_nothing(seed, S):
+    draw = rng(seed)
+    d, group = draw.normal(size=(S, 30)), draw.integers(7, size=30)
+    order, other = draw.permutation(30), draw.permutation(10**6)[:7]
+    np.testing.assert_allclose(numbers(clustered(d, group)), numbers(clustered(d[:, order], other[group][order])))
+    np.testing.assert_allclose(numbers(clustered(d)), numbers(clustered(d, draw.permutation(30))))
+
+
+@pytest.mark.parametrize("S", [1, 3])
+def test_families_are_no_independent_letters(S):
+    """Of 40 families of 10, equal in truth, the interval by family holds 0 as often as it should."""
+    draw, group, held = rng(11), np.repeat(np.arange(40), 10), np.zeros(2)
+    for _ in range(400):
+        d = draw.standard_normal((S, 400)) + draw.standard_normal(40)[group] + 0.1 * draw.standard_normal((S, 1))
+        held += [effect.low <= 0 <= effect.high for effect in (clustered(d, group), clustered(d))]
+    assert 0.92 <= held[0] / 400 <= 0.99
+    assert held[1] / 400 < 0.85
+
+
+def test_design_effect_by_hand():
+    # deviations of 1/2, by pair 1 and -1: (1 + 1) / (4 / 4), times 2 / 1 of the pairs and 3 / 4 of the letters
+    assert design_effect([1, 1, 0, 0], [0, 0, 1, 1]) == pytest.approx(3)
+    assert design_effect([1, 0, 1, 0], [0, 0, 1, 1]) == 1  # pairs differ by less than chance: no letter is worth more
+    assert design_effect([1, 1, 0, 0], None) == 1
+    assert design_effect([1] * 5, [0, 0, 0, 1, 2]) == pytest.approx((9 + 1 + 1) / 5)  # as if a group were one letter
+    copies = rng(1).random(500) < 0.8
+    assert design_effect(np.repeat(copies, 4), np.repeat(np.arange(500), 4)) == pytest.approx(4, rel=0.01)
 
 
 def test_holm_by_hand():
@@ -272,6 +305,7 @@ def test_equivalence_is_the_90_percent_interval_within_the_margin():
     interval = scipy_stats.ttest_1samp(d, 0).confidence_interval(0.9)
     reach = max(-interval.low, interval.high)
     assert equivalence(over_seeds(d), reach) == pytest.approx(0.05)
+    assert smallest_margin(over_seeds(d)) == pytest.approx((interval.high - interval.low) / 2)
     assert equivalence(over_seeds(d), reach * 1.01) < 0.05 < equivalence(over_seeds(d), reach * 0.99)
 
 
@@ -303,8 +337,8 @@ def test_the_smallest_effect_is_found_with_its_power(df, power):
 
 INTERVALS = {
     "over_seeds": lambda d: over_seeds(d.mean(1)),
-    "over_examples": lambda d: over_examples(d.mean(0), rng()),
-    "two_way": lambda d: two_way(d, rng()),
+    "one seed": lambda d: clustered(d.mean(0), np.arange(d.shape[1]) // 3),
+    "clustered": lambda d: clustered(d, np.arange(d.shape[1]) // 3),
 }
 
 
@@ -316,22 +350,7 @@ def test_swapped_arms_swap_signs(interval):
     d = differences(mean=0.1)
     ours, swapped = interval(d), interval(-d)
     mirrored = dataclasses.replace(ours, estimate=-ours.estimate, low=-ours.high, high=-ours.low)
-    np.testing.assert_allclose(numbers(mirrored), numbers(swapped), rtol=1e-9)  # the same draws
-
-
-@each_interval
-def test_the_same_generator_gives_the_same_numbers(interval):
-    d = differences()
-    assert interval(d) == interval(d.copy())
-
-
-@each_interval
-def test_the_order_of_seeds_and_examples_says_nothing(interval):
-    d = differences(mean=0.1)
-    ours, shuffled = interval(d), interval(rng(2).permutation(rng(3).permutation(d, axis=0), axis=1))
-    assert shuffled.estimate == pytest.approx(ours.estimate)
-    np.testing.assert_allclose(numbers(shuffled)[1:4], numbers(ours)[1:4], atol=0.1 * ours.se)
-    assert shuffled.p == pytest.approx(ours.p, abs=0.03)
+    np.testing.assert_allclose(numbers(mirrored), numbers(swapped), rtol=1e-9)
 
 
 @each_interval
@@ -355,68 +374,19 @@ def test_p_is_below_5_percent_where_the_interval_excludes_0(interval):
     d = differences(S=6, N=2000)
     ours = interval(d)
     edge = ours.low if ours.estimate > 0 else ours.high
-    assert interval(d - edge).p == pytest.approx(0.05, abs=0.01)
+    assert interval(d - edge).p == pytest.approx(0.05)
 
 
-def test_the_statistics_leave_the_global_generator_alone():
-    before = np.random.get_state()[1].copy()
-    d = differences(20, 50)
-    over_examples(d[0], rng())
-    np.testing.assert_array_equal(np.random.get_state()[1], before)
-
-
-def test_memory_does_not_grow_with_the_number_of_resamples(monkeypatch):
-    monkeypatch.setattr(paired, "CELLS", 100_000)
-    d = differences(4, 20_000)
+def test_memory_is_that_of_a_few_rows():
+    d, group = np.zeros((20, 50_000)), np.arange(50_000) // 10
+    d[:, ::7] = 1
     tracemalloc.start()
-    over_examples(d[0], rng(), 400)
-    two_way(d, rng(), 400)
+    clustered(d, group)
+    per_class(d, np.arange(50_000) % 10, group)
+    paired_test(d > 0, d > 1, group)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 10e6  # all at once would be 64 MB
-
-
-def truth_is_covered(interval, simulate, simulations=400):
-    """Share of simulated experiments, of true difference 0, whose interval holds it."""
-    draw = rng(11)
-    effects = [interval(simulate(draw), draw) for _ in range(simulations)]
-    return np.mean([effect.low <= 0 <= effect.high for effect in effects])
-
-
-def letters_right(draw, S, N, by_seed, by_example):
-    """Differences of correctness, -1, 0 or 1, of two arms that are equal in truth."""
-    latent = 1 + draw.standard_normal(N) + by_seed * draw.standard_normal((2, S, 1))
-    latent = latent + by_example * draw.standard_normal((2, 1, N)) + 0.5 * draw.standard_normal((2, S, N))
-    right = latent > 0
-    return right[1].astype(float) - right[0]
-
-
-def losses(draw, S, N, by_seed, by_example):
-    """Differences of losses with a heavy tail on the right, of two arms that are equal in truth."""
-    latent = draw.standard_normal(N) + by_seed * draw.standard_normal((2, S, 1))
-    nll = np.exp(latent + by_example * draw.standard_normal((2, 1, N)) + 0.5 * draw.standard_normal((2, S, N)))
-    return nll[1] - nll[0]
-
-
-@pytest.mark.parametrize("world", [letters_right, losses])
-@pytest.mark.parametrize(("S", "N"), [(3, 200), (10, 300)])
-@pytest.mark.parametrize(("by_seed", "by_example"), [(1, 0), (0.02, 1), (0.2, 1), (0, 0)])
-def test_two_way_covers_whatever_varies(world, S, N, by_seed, by_example):
-    def simulate(draw):
-        return world(draw, S, N, by_seed, by_example)
-
-    assert truth_is_covered(lambda d, draw: two_way(d, draw, 200), simulate) >= 0.925
-
-
-def test_over_seeds_covers():
-    assert 0.93 <= truth_is_covered(lambda d, draw: over_seeds(d), lambda draw: draw.normal(0, 1, 5), 2000) <= 0.97
-
-
-def test_over_examples_covers():
-    def simulate(draw):
-        return losses(draw, 1, 500, 0, 1)[0]
-
-    assert 0.92 <= truth_is_covered(lambda d, draw: over_examples(d, draw, 500), simulate) <= 0.98
+    assert peak < 6e6  # d itself has 8 MB
 
 
 @pytest.mark.parametrize(
@@ -426,11 +396,15 @@ def test_over_examples_covers():
         (lambda: over_seeds(np.ones((2, 3))), "2 or more seeds, found float64 (2, 3)"),
         (lambda: over_seeds([1, np.nan]), "found float64 (2,) with NaN or infinity"),
         (lambda: sign_flip([1.0]), "integer sums (G,), found float64 (1,)"),
-        (lambda: over_examples([], rng()), "2 or more examples"),
-        (lambda: two_way(np.ones((1, 9)), rng()), "2 or more seeds x examples, found float64 (1, 9)"),
-        (lambda: two_way(np.ones((2, 9)), rng(), 1), "2 or more resamples, found 1"),
-        (lambda: mcnemar([0, 1], [1, 1]), "two bool arrays (N,), found int64 (2,) and int64 (2,)"),
-        (lambda: mcnemar([True], [True, False]), "two bool arrays (N,), found bool (1,) and bool (2,)"),
+        (lambda: sign_flip([[1, 2]]), "integer sums (G,), found int64 (1, 2)"),
+        (lambda: clustered([]), "2 or more letters, found float64 (0,)"),
+        (lambda: clustered(np.ones((2, 3, 4))), "2 or more letters, found float64 (2, 3, 4)"),
+        (lambda: clustered([1, np.inf]), "found float64 (2,) with NaN or infinity"),
+        (lambda: clustered([1, 2], [3, 3]), "2 or more groups, found 1"),
+        (lambda: clustered([1, 2], [0, 1, 2]), "integer groups (2,), found int64 (3,)"),
+        (lambda: clustered([1, 2], [0.0, 1.0]), "integer groups (2,), found float64 (2,)"),
+        (lambda: paired_test([0, 1], [1, 1]), "two bool arrays (N,) or (S, N), found int64 (2,) and int64 (2,)"),
+        (lambda: paired_test([True], [True, False]), "found bool (1,) and bool (2,)"),
         (lambda: holm([0.1, 1.1]), "between 0 and 1"),
         (lambda: per_class(np.ones((2, 3)), [0, 1, 10]), "y (N,) below 10"),
         (lambda: per_class(np.ones((2, 3)), [0, 1]), "y (N,) below 10, found float64 (2, 3) and int64 (2,)"),

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
+from scipy.stats import t as t_distribution
 
 from poolnet.stats import paired, scores
 
@@ -25,6 +26,15 @@ def test_scores_by_hand():
     top = np.exp(2) / (np.exp(2) + 2)
     assert result.loss.estimate == pytest.approx(-(4 * np.log(top) + 2 * np.log((1 - top) / 2)) / 6)
     assert result.calibration.ece == pytest.approx(top - 4 / 6)
+
+
+def test_the_interval_of_a_loss_is_of_equal_factors():
+    rng = np.random.default_rng(4)
+    logits, y, family = rng.normal(size=(90, 3)), rng.integers(3, size=90), np.arange(90) // 6
+    loss, plain = scores.of(logits, y, family).loss, paired.clustered(paired.per_example(logits, y)[1], family)
+    assert (loss.estimate, loss.se, loss.df) == (plain.estimate, plain.se, plain.df)
+    assert loss.high / loss.estimate == pytest.approx(loss.estimate / loss.low)
+    assert np.log(loss.high / loss.estimate) == pytest.approx((plain.high - plain.estimate) / plain.estimate)
 
 
 def test_a_letter_that_is_never_said_has_no_precision():
@@ -58,6 +68,28 @@ def test_shares_of_independent_letters_have_wilsons_interval(k, n):
     assert 0 <= share.low <= share.estimate <= share.high <= 1
 
 
+def test_letters_of_a_family_are_worth_fewer():
+    right = np.random.default_rng(1).random(200) < 0.8
+    family = np.repeat(np.arange(200), 5)
+    copied, alone = scores.wilson(np.repeat(right, 5), family), scores.wilson(right)
+    assert copied.estimate == alone.estimate
+    assert (copied.low, copied.high) == pytest.approx((alone.low, alone.high), abs=1e-3)  # t for the normal quantile
+    y = np.arange(1000) % 3
+    result = scores.of(logits_of(np.where(np.repeat(right, 5), y, (y + 1) % 3)), y, family)
+    assert (result.n, result.groups, result.acc) == (1000, 200, copied)
+    assert result.n_effective == pytest.approx(200, rel=0.01)
+    assert scores.of(logits_of(y), y).n_effective == 1000
+
+
+def test_letters_that_are_all_right_are_worth_as_many_as_families():
+    # 3 families of 4: nothing tells how alike their letters are, so 3 letters, with t of 2 df
+    share = scores.wilson(np.ones(12, bool), np.repeat([7, 8, 9], 4))
+    t = t_distribution.ppf(0.975, 2)
+    assert (share.estimate, share.low, share.high) == (1, pytest.approx(3 / (3 + t**2)), 1)
+    one_family = scores.wilson([True, False], [4, 4])
+    assert (one_family.estimate, one_family.low, one_family.high) == (0.5, 0, 1)
+
+
 def test_the_interval_of_f1_is_that_of_the_share_it_grows_with():
     y, predicted = np.repeat([0, 0, 1, 1], [30, 10, 5, 55]), np.repeat([0, 1, 0, 1], [30, 10, 5, 55])
     (first, *_) = scores.per_class(y, predicted)
@@ -78,6 +110,17 @@ def test_a_calibrated_model_stays_below_the_ece_of_chance_as_often_as_it_should(
     assert 180 <= below <= 198  # 190 expected; two-sided 99 % binomial
     overconfident = 3 * logits
     assert paired.calibration(overconfident, y).ece > paired.ece_if_calibrated(overconfident, y, rng)
+
+
+def test_letters_that_are_right_together_raise_the_ece_of_chance():
+    rng = np.random.default_rng(3)
+    logits, family = 2 * rng.normal(size=(1000, 4)), np.repeat(np.arange(100), 10)
+    top = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).max(1)
+    said = logits.argmax(1)
+    y = np.where(np.repeat(rng.random(100), 10) < top, said, (said + 1) % 4)  # one lot decides a whole family
+    by_family, by_letter = (paired.ece_if_calibrated(logits, y, np.random.default_rng(0), g) for g in (family, None))
+    assert by_family > 1.4 * by_letter
+    assert paired.calibration(logits, y).ece < by_family
 
 
 def arms(only_a, only_b, n):
