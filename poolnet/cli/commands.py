@@ -63,6 +63,23 @@ def _output(context: click.Context, option: click.Parameter, text: str | None) -
     return text if text is None else writable(expanded(Path(text)))
 
 
+def _write(out: Path, arrays: dict, counts: dict) -> None:
+    """Show the counts of a data set and write it."""
+    from poolnet.data import npz, splits
+
+    step("Writing the data set")
+    echo(splits.table(arrays, counts))
+    for line in splits.scarce(arrays):
+        echo_warning(line)
+    npz.save(out, arrays)
+    echo(f"Wrote {out}")
+
+
+SPLIT_SEED = click.option(
+    "--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Seed of the split."
+)
+
+
 @cli.group()
 def prepare() -> None:
     """Make a data set: notMNIST, or letters rendered from fonts."""
@@ -72,22 +89,23 @@ def prepare() -> None:
 @click.option("--large", type=FILE, help="notMNIST_large, a tarball or a folder.")
 @click.option("--small", type=FILE, help="notMNIST_small, a tarball or a folder. Alone it is split 80/10/10.")
 @click.option("--out", callback=_output, help="The .npz to write.  [default: what `--data notmnist` means]")
-@click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Seed of the split.")
-def notmnist(large: Path | None, small: Path | None, out: Path | None, seed: int) -> None:
+@click.option(
+    "--split",
+    type=click.Choice(["group", "image"]),
+    default="group",
+    show_default=True,
+    help="Keep families of fonts together, or shuffle all images.",
+)
+@SPLIT_SEED
+def notmnist(large: Path | None, small: Path | None, out: Path | None, split: str, seed: int) -> None:
     """Decode, clean and split notMNIST.
 
     Without --large and --small, both are downloaded.
     """
-    from poolnet.data import dataset, notmnist, npz
+    from poolnet.data import dataset, notmnist
 
     out = out or writable(dataset.prepared("notmnist"))
-    arrays, counts = notmnist.prepare(large, small, seed)
-    step("Writing the data set")
-    echo(notmnist.table(arrays, counts))
-    for line in notmnist.scarce(arrays):
-        echo_warning(line)
-    npz.save(out, arrays)
-    echo(f"Wrote {out}")
+    _write(out, *notmnist.prepare(large, small, seed, split))
 
 
 @prepare.command()

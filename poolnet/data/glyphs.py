@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from poolnet.data.dataset import LETTERS, SIDE
 from poolnet.text import progress
 
-VERSION = 1  # raised when the rendering changes, so that cached files of the old rendering are not reused
+VERSION = 2  # raised when what is stored changes, so that cached files of before are not reused; pixels are those of 1
 
 # A face is a font file, and the code point of its A where that is not ASCII. The splits hold out designs:
 # DejaVu trains, STIX validates, Computer Modern tests, and each has every kind. Two kinds are borrowed:
@@ -79,28 +79,32 @@ def render(
     test: int = 6_000,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Render the six arrays of the built-in data set.
+    """Render the arrays of the built-in data set.
 
-    Returns `X_train y_train X_val y_val X_test y_test`: X is uint8 (N, 28, 28), y is int64 (N,). Labels 0 to 9 stand
-    for A to J. The classes are balanced and shuffled. A split depends only on the seed and its own size. Raises
-    ValueError for a size below 1 or a seed below 0, or if one of them is not an integer.
+    Returns `X_train y_train group_train` and those of val and test: X is uint8 (N, 28, 28), y and group are int64 (N,).
+    Labels 0 to 9 stand for A to J. A group is a face, whose name is in `group_names`. The classes are balanced and
+    shuffled. A split depends only on the seed and its own size. Raises ValueError for a size below 1 or a seed below 0,
+    or if one of them is not an integer.
     """
     sizes = {"train": train, "val": val, "test": test}
     for name, number in {**sizes, "seed": seed}.items():
         least = 0 if name == "seed" else 1
         if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
             raise ValueError(f"{name} must be an integer of at least {least}, not {number!r}")
-    arrays: dict[str, np.ndarray] = {}
+    faces = {split: [face for kind in FACES[split].values() for face in kind] for split in sizes}
+    arrays = {"group_names": np.array([face for split in faces.values() for face in split])}
     with progress(length=sum(sizes.values()), label="Rendering letters") as bar:
         for split, stream in zip(sizes, np.random.SeedSequence(seed).spawn(len(sizes)), strict=True):
             rng = np.random.default_rng(stream)
             y = rng.permutation(np.arange(sizes[split], dtype=np.int64) % len(LETTERS))
-            X = np.empty((len(y), SIDE, SIDE), np.uint8)
+            X, face = np.empty((len(y), SIDE, SIDE), np.uint8), np.empty_like(y)
             for start in range(0, len(y), BATCH):
                 labels = y[start : start + BATCH]
-                X[start : start + BATCH] = _render_batch(masters(split), labels, rng)
+                rows = slice(start, start + BATCH)
+                X[rows], face[rows] = _render_batch(masters(split), labels, rng)
                 bar.update(len(labels))
-            arrays |= {f"X_{split}": X, f"y_{split}": y}
+            first = list(arrays["group_names"]).index(faces[split][0])
+            arrays |= {f"X_{split}": X, f"y_{split}": y, f"group_{split}": first + face}
     return arrays
 
 
@@ -174,14 +178,17 @@ def _hulls(bitmaps: np.ndarray) -> np.ndarray:
     return hulls
 
 
-def _render_batch(glyphs: Masters, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Render one image for each label: uint8 (n, 28, 28)."""
+def _render_batch(glyphs: Masters, labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Render one image for each label: uint8 (n, 28, 28).
+
+    The second array has the face of each.
+    """
     n = len(labels)
     face = rng.choice(len(glyphs.shares), n, p=glyphs.shares)
     finish = rng.choice(len(FINISHES), n, p=list(FINISHES.values()))
     chosen = face, finish, labels
     x = _sample(glyphs.bitmaps[chosen], _fit(_distortion(n, rng), glyphs.hulls[chosen], rng))
-    return np.rint(255 * _decorate(x, rng).clip(0, 1)).astype(np.uint8)
+    return np.rint(255 * _decorate(x, rng).clip(0, 1)).astype(np.uint8), face
 
 
 def _distortion(n: int, rng: np.random.Generator) -> np.ndarray:

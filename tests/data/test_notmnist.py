@@ -1,4 +1,6 @@
+import base64
 import contextlib
+import hashlib
 import http.server
 import io
 import os
@@ -10,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REAL_LETTERS
 from PIL import Image
 
-from poolnet.data import notmnist
+from poolnet.data import downloads, folds, letter_files, notmnist, splits
 from poolnet.data.dataset import open_dataset
 from poolnet.errors import InputError
 from poolnet.files import home
@@ -68,12 +71,12 @@ def test_unreadable_files_are_counted_and_shift_no_label(tmp_path):
         ("set/C/cut.png", good[2][1][:300]),
         ("set/D/broken.png", bytes(broken)),
         ("set/E/large.png", png(np.zeros((64, 64), np.uint8))),
-        ("set/F/huge.png", b"\x89PNG" + bytes(notmnist.MAX_PNG)),
+        ("set/F/huge.png", b"\x89PNG" + bytes(letter_files.MAX_FILE)),
         ("set/G/deep.png", png(np.zeros((28, 28), np.uint16))),
     ]
     mixed = [file for pair in zip(bad, good, strict=False) for file in pair] + good[len(bad) :]
     ignored = [("set/K/k.png", good[0][1]), ("set/A/notes.txt", b"text"), ("A.png", good[0][1])]
-    arrays, counts = notmnist.prepare(None, tarball(tmp_path / "t.tar.gz", mixed + ignored), seed=1)
+    arrays, counts = notmnist.prepare(None, tarball(tmp_path / "t.tar.gz", mixed + ignored), seed=1, split="image")
     assert counts["small"]["files"] == 607
     assert counts["small"]["unreadable or not 28x28, skipped"] == 7
     assert counts["small"]["read"] == 600
@@ -99,17 +102,102 @@ def test_repeats_and_conflicts_are_dropped(tmp_path):
     assert_labels_fit(arrays)
 
 
-def test_large_is_split_nine_to_one_and_test_is_small_without_what_it_holds(tmp_path):
+def test_by_image_test_is_small_without_what_train_and_val_hold(tmp_path):
     large, small = some_files(600, seed=1), some_files(60, seed=2)
     shared = [(f"set/J/shared-{i}.png", large[i][1]) for i in range(4)]  # labelled J here, and still the same image
     arrays, counts = notmnist.prepare(
-        tarball(tmp_path / "large.tar.gz", large), folder(tmp_path / "small", small + shared), seed=3
+        tarball(tmp_path / "large.tar.gz", large), folder(tmp_path / "small", small + shared), seed=3, split="image"
     )
     assert [len(arrays[f"y_{name}"]) for name in ("train", "val", "test")] == [540, 60, 60]
     assert counts["small"]["also in train or val, dropped"] == 4
     assert_labels_fit(arrays)
     seen = {image.tobytes() for name in ("train", "val") for image in arrays[f"X_{name}"]}
     assert not any(image.tobytes() in seen for image in arrays["X_test"])
+
+
+def named(font, letter, style="Regular"):
+    return f"set/{letter}/{base64.b64encode(f'{font}-{style}.ttf'.encode()).decode()}.png"
+
+
+def fonts(numbers, seed=0, style="Regular"):
+    """Ten letters of each of so many fonts."""
+    X = pictures(10 * len(numbers), seed)
+    X[:, 0, 0] = np.arange(len(X)) % 10
+    return [
+        (
+            named(f"Font{'abcdefghij'[number // 10]}{'abcdefghij'[number % 10]}", "ABCDEFGHIJ"[i], style),
+            png(X[10 * n + i]),
+        )
+        for n, number in enumerate(numbers)
+        for i in range(10)
+    ]
+
+
+def groups(arrays, split):
+    return {str(arrays["group_names"][number]) for number in arrays[f"group_{split}"]}
+
+
+def test_by_group_train_and_val_lose_the_families_and_images_of_small(tmp_path):
+    large, small = fonts(range(40), seed=1), fonts(range(35, 45), seed=2, style="Bold")
+    shared = [(named("Another", "ABCDEFGHIJ"[i]), large[11 * i][1]) for i in range(5)]  # a family of its own
+    arrays, counts = notmnist.prepare(
+        tarball(tmp_path / "large.tar.gz", large), folder(tmp_path / "small", small + shared), seed=3
+    )
+    assert counts["large"]["of families in small, dropped"] == 50
+    assert counts["large"]["images in small, dropped"] == 5
+    assert counts["large"]["fonts"] == counts["large"]["families by name"] == 40
+    assert len(arrays["y_test"]) == 105
+    assert 29 <= len(arrays["y_val"]) <= 40  # a tenth of 345, in families of ten letters
+    assert len(arrays["y_train"]) + len(arrays["y_val"]) == 345
+    assert_labels_fit(arrays)
+    apart = [groups(arrays, name) for name in ("train", "val", "test")]
+    assert len(set.union(*apart)) == sum(map(len, apart)) == 46
+    assert {"fontdf", "fontej", "another"} & apart[2] == {"fontdf", "another"}
+    seen = {image.tobytes() for name in ("train", "val") for image in arrays[f"X_{name}"]}
+    assert not any(image.tobytes() in seen for image in arrays["X_test"])
+
+
+@pytest.mark.parametrize("split", ["group", "image"])
+def test_of_files_with_one_image_the_first_by_name_is_kept(tmp_path, split):
+    files = fonts(range(50))
+    repeat = (named("Aaa", "D"), dict(files)[named("Fontdc", "D")])
+    for name, order in (("a", [*files, repeat]), ("b", [repeat, *files[::-1]])):
+        arrays, counts = notmnist.prepare(None, tarball(tmp_path / name, order), seed=0, split=split)
+        assert counts["small"]["exact repeats, dropped"] == 1
+        assert "aaa" in set.union(*(groups(arrays, part) for part in ("train", "val", "test")))
+
+
+def test_one_family_alone_cannot_be_split_by_group(tmp_path):
+    files = [file for style in ("Bold", "Italic", "Light", "Book", "Thin") for file in fonts([1], len(style), style)]
+    with pytest.raises(InputError, match=r"too few distinct letters, no A B C .* --split image does not ask for"):
+        notmnist.prepare(None, folder(tmp_path, files), seed=0)
+
+
+NASTY = [  # names of fonts, coded, or of files as they are
+    "a/b\\..\\c.ttf", "line\nend.ttf", "\u202egnp.ttf", "x" * 180, "Bold.ttf", "\u0410rial.ttf", "\x1b[31mred.ttf",
+    b"\xff\xfe no text", "not base64", "1234", "\u202e", "caf\u00e9",
+]  # fmt: skip
+
+
+def test_nastily_named_fonts_are_kept_and_shown_safely(tmp_path):
+    X = pictures(10 * len(NASTY), seed=5)
+    X[:, 0, 0] = np.arange(len(X)) % 10
+    files = fonts(range(60))
+    for n, name in enumerate(NASTY):
+        content = name if isinstance(name, bytes) else name.encode()
+        plain = name in ("not base64", "1234", "\u202e", "caf\u00e9")
+        stem = name if plain else base64.urlsafe_b64encode(content).decode()
+        files += [(f"set/{'ABCDEFGHIJ'[i]}/{stem}.png", png(X[10 * n + i])) for i in range(10)]
+    arrays, counts = notmnist.prepare(None, tarball(tmp_path / "t.tar.gz", files), seed=1)
+    assert counts["small"]["read"] == 10 * (60 + len(NASTY))
+    assert sum(len(arrays[f"y_{name}"]) for name in ("train", "val", "test")) == 10 * (60 + len(NASTY))
+    assert counts["small"]["fonts"] == counts["small"]["families by name"] == 60 + len(NASTY)
+    assert counts["small"]["names that do not decode"] == 5
+    assert all(name.isprintable() and 0 < len(name) <= 60 for name in map(str, arrays["group_names"]))
+    assert_labels_fit(arrays)
+    np.savez(tmp_path / "d.npz", **arrays)
+    assert open_dataset(tmp_path / "d.npz").crossing == 0
+    assert all(line.isprintable() for line in splits.table(arrays, counts).splitlines())
 
 
 def test_the_result_depends_on_the_images_and_the_seed_only(tmp_path):
@@ -283,9 +371,9 @@ def test_a_letter_that_is_missing_is_refused_and_one_that_is_rare_is_named(tmp_p
         folder(tmp_path / "small", some_files(600, seed=1)),
         seed=0,
     )
-    lines = list(notmnist.scarce(arrays))
+    lines = list(splits.scarce(arrays))
     assert [re.match(r"letter (.): found \d+ in train \(median \d+\)", line)[1] for line in lines] == ["D", "E"]
-    assert list(notmnist.scarce(notmnist.prepare(None, tmp_path / "small", seed=0)[0])) == []
+    assert list(splits.scarce(notmnist.prepare(None, tmp_path / "small", seed=0)[0])) == []
 
 
 @pytest.mark.parametrize("where", [0.2, 0.5, 0.8])
@@ -314,11 +402,23 @@ def test_the_real_letters_are_counted_as_known(real_letters):
     assert rows["exact repeats, dropped"] == "492"
     assert rows["distinct images"] == "18,232"
     assert rows["with conflicting labels, dropped"] == "2"
-    assert "splits: train 14,584, val 1,823, test 1,823" in printed
-    assert re.search(r"^A +1,469 +192 +187$", printed, re.MULTILINE)
-    splits = open_dataset(path)
-    assert [len(split) for split in splits] == [14_584, 1_823, 1_823]
-    assert splits.overlap == 0
+    assert rows["fonts"] == "1,873"
+    assert rows["names that do not decode"] == "0"
+    assert rows["families by name"] == "1,310"
+    assert rows["clones united"] == "91"
+    assert "families: train 994, val 117, test 108\nsplits: train 14,523, val 1,884, test 1,823" in printed
+    data = open_dataset(path)
+    assert [len(split) for split in data] == [14_523, 1_884, 1_823]
+    assert data.overlap == data.crossing == 0
+    for k in range(1, 6):
+        assert folds.take(data, f"{k}/5")[0].crossing == 0
+
+
+def test_the_real_letters_split_by_image_are_those_of_before(real_letters):
+    arrays, _ = notmnist.prepare(None, REAL_LETTERS, seed=42, split="image")
+    X, y = (b"".join(arrays[f"{kind}_{name}"].tobytes() for name in ("train", "val", "test")) for kind in "Xy")
+    assert hashlib.sha256(X + y).hexdigest() == "fad11a9ee10638309fcd07a01e305220a7b568341dbe8d7f4c80c305fbac60b8"
+    assert [len(arrays[f"y_{name}"]) for name in ("train", "val", "test")] == [14_584, 1_823, 1_823]
 
 
 # --- downloading -----------------------------------------------------------------------------------------------------
@@ -355,10 +455,10 @@ def mirror(content=CONTENT, cut_after=None):
 
 
 def fetch(*mirrors):
-    return notmnist.download(NAME, mirrors, {NAME: len(CONTENT)})
+    return downloads.download(NAME, mirrors, {NAME: len(CONTENT)})
 
 
-def downloads():
+def kept():
     return sorted(path.name for path in (home() / "downloads").glob("*"))
 
 
@@ -373,7 +473,7 @@ def test_a_download_that_was_cut_is_tried_at_the_second_mirror():
     with mirror(cut_after=70_000) as (cut, _), mirror() as (good, requests):
         assert fetch(cut, good).read_bytes() == CONTENT
     assert requests == [f"/{NAME}"]
-    assert downloads() == [NAME]
+    assert kept() == [NAME]
 
 
 @pytest.mark.parametrize(
@@ -383,7 +483,7 @@ def test_a_download_that_was_cut_is_tried_at_the_second_mirror():
 def test_a_file_of_another_size_is_not_taken(content, cut_after, found):
     with mirror(content, cut_after) as (url, _), pytest.raises(InputError, match=f"found {found} bytes, expected"):
         fetch(url)
-    assert downloads() == []
+    assert kept() == []
 
 
 def test_a_kept_file_of_another_size_is_downloaded_again():
@@ -409,13 +509,13 @@ def test_a_pipe_or_device_as_source_is_refused_at_once(tmp_path):
 @pytest.mark.parametrize(("available", "workers"), [(1, 1), (2, 2), (64, 61), (200, 61)])
 def test_as_many_workers_as_cores_that_may_be_used(monkeypatch, available, workers):
     numbers = []
-    monkeypatch.setattr(notmnist, "cores", lambda: available)
+    monkeypatch.setattr(letter_files, "cores", lambda: available)
     monkeypatch.setattr(
-        notmnist.concurrent.futures,
+        letter_files.concurrent.futures,
         "ProcessPoolExecutor",
-        lambda number: numbers.append(number) or notmnist.concurrent.futures.ThreadPoolExecutor(1),
+        lambda number: numbers.append(number) or letter_files.concurrent.futures.ThreadPoolExecutor(1),
     )
-    assert list(notmnist._on_all_cores(str, [1, 2, 3])) == ["1", "2", "3"]
+    assert list(letter_files._on_all_cores(str, [1, 2, 3])) == ["1", "2", "3"]
     assert numbers == [workers]
 
 
