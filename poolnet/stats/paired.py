@@ -1,9 +1,10 @@
-"""Test differences between two arms, over seeds and examples.
+"""Test differences between two arms, over seeds and groups of letters.
 
-The functions say how sure a difference is if both seeds and test examples vary. Arms A and B are trained with the same
-S seeds and scored on the same N examples. So the functions judge the paired difference d = B - A: (S,) by seed, (N,) by
-example, or (S, N). The S x N cells are not S x N independent observations: the cells of one seed share its training,
-and the cells of one example share its difficulty. Intervals have a level of 95 %. P-values are two-sided unless stated
+The functions say how sure a difference is if both seeds and test letters vary. Arms A and B are trained with the same S
+seeds and scored on the same N letters. So the functions judge the paired difference d = B - A: (S,) by seed, (N,) by
+letter, or (S, N). The S x N cells are not S x N independent observations: the cells of one seed share its training, the
+cells of one letter share its difficulty, and the letters of one group, a family of fonts, share its style. Where the
+groups are not known, each letter counts as one. Intervals have a level of 95 %. P-values are two-sided unless stated
 otherwise.
 """
 
@@ -75,7 +76,7 @@ class ClassEffect:
     """The difference between two arms on one class."""
 
     label: int
-    n: int  # examples of the class
+    n: int  # letters of the class
     effect: Effect
     p_holm: float  # effect.p, adjusted for the number of classes that have a p-value
 
@@ -306,6 +307,8 @@ def ece_if_calibrated(
 
     The gap of a bin is a sum over groups of right answers less those to expect. The sums of each group are multiplied
     by a normal number of its own (the wild bootstrap: Wu 1986), which keeps what the letters of a group have in common.
+    The variance of a bin is at least that of independent letters with these probabilities, because the few errors among
+    sure answers say little about it.
     """
     logits, y = _logits(logits, y)
     top, bin_of = _binned(logits, bins)
