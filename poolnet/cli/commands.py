@@ -20,7 +20,7 @@ from poolnet.cli import model_commands, study_commands
 from poolnet.cli.options import AS_JSON, DATA, FILE, OPEN, TIMEOUT, completed, look_at, switch
 from poolnet.errors import InputError, RunError
 from poolnet.files import FULL, expanded, writable
-from poolnet.text import echo, echo_warning, failed, progress, step, to_json
+from poolnet.text import echo, echo_warning, failed, pasted, progress, step, to_json
 from poolnet.training.config import POOLS, TrainConfig
 
 SETTINGS = {  # of MLflow, in our own processes, where the user has not decided otherwise
@@ -82,7 +82,7 @@ SPLIT_SEED = click.option(
 
 @cli.group()
 def prepare() -> None:
-    """Make a data set: notMNIST, or letters rendered from fonts."""
+    """Make a data set: notMNIST, rendered letters, or your own."""
 
 
 @prepare.command()
@@ -124,6 +124,56 @@ def glyphs(out: Path, seed: int, **sizes: int) -> None:
 
     npz.save(out, glyphs.render(**sizes, seed=seed))
     echo(f"Wrote {out}")
+
+
+def _own_name(folder: Path) -> Path:
+    """Return where the data set of a folder is written by default."""
+    from poolnet.data.dataset import prepared
+
+    name = expanded(folder).absolute().name
+    if not name or name.lower().startswith(("notmnist", "glyphs")):  # names that `--data` has a meaning for
+        raise InputError(f"--out: not given, and {name or folder} is no name for your own data; give the .npz to write")
+    return writable(prepared(name))
+
+
+@prepare.command()
+@click.argument("folder", type=FILE, required=False)
+@click.option("--train-images", type=FILE, help="File of the images of train and val.")
+@click.option("--train-labels", type=FILE, help="File of their labels.")
+@click.option("--test-images", type=FILE, help="File of the images of test.")
+@click.option("--test-labels", type=FILE, help="File of their labels.")
+@click.option(
+    "--classes", help="Ten names with commas between them, or a text file with one a line.  [default: A to J]"
+)
+@click.option("--out", callback=_output, help="The .npz to write.  [default: named as the folder]")
+@SPLIT_SEED
+def idx(folder: Path | None, classes: str | None, out: Path | None, seed: int, **files: Path | None) -> None:
+    """Take data in MNIST's file format, gzipped or not.
+
+    FOLDER has the four files by their usual names. A tenth of train becomes val.
+    """
+    from poolnet.data import idx
+
+    found = idx.locate(folder, files)
+    out = out or _own_name(found["train_images"].parent)
+    _write(out, idx.prepare(found, idx.names(classes), seed), {})
+    echo(f"Next: {pasted('poolnet', 'train', '--data', out)}")
+
+
+@prepare.command()
+@click.argument("folder", type=FILE)
+@click.option("--out", callback=_output, help="The .npz to write.  [default: named as the folder]")
+@SPLIT_SEED
+def folder(folder: Path, out: Path | None, seed: int) -> None:
+    """Take pictures from ten folders, one a class.
+
+    They are 28x28 pixels. FOLDER holds the ten folders, whose names become the classes.
+    """
+    from poolnet.data import picture_folder
+
+    out = out or _own_name(folder)
+    _write(out, *picture_folder.prepare(folder, seed))
+    echo(f"Next: {pasted('poolnet', 'train', '--data', out)}")
 
 
 def train_options(command: Callable) -> Callable:
