@@ -346,9 +346,11 @@ def publish(client: MlflowClient, report: EvaluationReport) -> str:
     metrics = {f"{split}_loss": evaluation.loss, f"{split}_acc": evaluation.acc, **names.section("eval", known)}
     agrees = {True: "agrees", False: "differs", None: "not compared"}[report.agrees]
     tags = {names.EVALUATION: agrees, names.DATA_SHA256: report.splits.sha256, names.NOTE: markdown(report)}
+    data = report.splits.summary()
+    tags |= publication.data_tags(data)
     tags[names.TABLES] = json.dumps([{"path": LETTER_TABLE, "type": "table"}])
     params = {"model": report.model.uri, "split": split, "pool": pool} | ({"fold": report.fold} if report.fold else {})
-    model_id, dataset = report.model.model_id, publication.datasets(report.splits.summary())[split]
+    model_id, dataset = report.model.model_id, publication.datasets(data)[split]
     experiment_id = report.trained.info.experiment_id if report.trained else servers.own_experiment(client)
     step("Drawing and uploading the report")
     title = figures.drawable(report.title)

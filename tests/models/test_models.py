@@ -20,6 +20,7 @@ from finished_runs import REGISTERED, journaled, publish
 from PIL import Image
 from torch import nn
 
+from poolnet.data import folds
 from poolnet.data.dataset import open_dataset
 from poolnet.errors import InputError
 from poolnet.text import WIDTH
@@ -194,7 +195,7 @@ def test_intervals_are_about_other_families(capsys):
     """The same letters with and without families: the same estimates, other intervals."""
     with_families("families.npz")
     np.savez("letters.npz", **make_arrays())
-    publish(journaled(dataclasses.replace(REGISTERED, data="families.npz")))
+    run_id = publish(journaled(dataclasses.replace(REGISTERED, data="families.npz"))).info.run_id
     report, _ = scored(capsys, "models:/poolnet/1")
     plain, _ = scored(capsys, "models:/poolnet/1", "--data", "letters.npz")
     assert (report["agrees"], report["groups"], plain["groups"], plain["n_effective"]) == (True, 11, None, 110)
@@ -204,14 +205,19 @@ def test_intervals_are_about_other_families(capsys):
     right, group = saved["logits"].argmax(1) == saved["y"], open_dataset(Path("families.npz")).test.group
     assert saved["group"].tolist() == group.tolist()
     # by hand: the variance of eleven sums of deviations, and that of 110 letters on their own
-    sums = np.bincount(np.unique(group, return_inverse=True)[1], right - right.mean())
-    effect = max(1, (sums**2).sum() * 11 / 10 / ((right - right.mean()) ** 2).sum() * 109 / 110)
+    index, sizes = np.unique(group, return_inverse=True, return_counts=True)[1:]
+    few = 110**2 / (sizes**2).sum()
+    sums = np.bincount(index, right - right.mean())
+    effect = max(1, (sums**2).sum() * few / (few - 1) / ((right - right.mean()) ** 2).sum() * 109 / 110)
     assert report["n_effective"] == pytest.approx(110 / effect)
     kept = client.get_run(report["run_id"])
     assert kept.data.metrics["eval/groups"] == 11
     assert kept.data.metrics["eval/n_effective"] == report["n_effective"]
     out = run(capsys, "evaluate", "models:/poolnet/1")[1]
     assert f"are of 11 families; for the accuracy, worth {110 / effect:.0f}" in " ".join(out.split())
+    note = client.get_run(run_id).data.tags["mlflow.note.content"]
+    low, high = report["acc"]["low"], report["acc"]["high"]
+    assert note.splitlines()[0].endswith(f"95 % interval {low:.4f} to {high:.4f} over 110 letters of 11 families.")
 
 
 def test_letters_that_were_trained_on_have_estimates_alone(capsys, trained):
@@ -231,10 +237,19 @@ def test_letters_that_were_trained_on_have_estimates_alone(capsys, trained):
     assert report["acc"]["low"] > 0
 
 
+def test_a_fold_is_scored_on_its_own_letters(capsys):
+    """The splits of the file hold letters that it was trained on."""
+    with_families("families.npz")
+    publish(journaled(dataclasses.replace(REGISTERED, data="families.npz", fold="2/5")))
+    fold, _ = folds.take(open_dataset(Path("families.npz")), "2/5")
+    for options in ([], ["--data", "families.npz"]):
+        report, _ = scored(capsys, "models:/poolnet/1", *options)
+        assert (report["agrees"], report["fold"], report["n"]) == (True, "2/5", len(fold.test))
+
+
 def test_classes_have_the_names_of_the_data(capsys):
     arrays = with_families("clothes.npz", CLOTHES)
-    run_id = publish(journaled(dataclasses.replace(REGISTERED, data="clothes.npz"))).info.run_id
-    mlflow.MlflowClient().set_tag(run_id, "poolnet.classes", json.dumps(CLOTHES))
+    publish(journaled(dataclasses.replace(REGISTERED, data="clothes.npz")))
     report, _ = scored(capsys, "models:/poolnet/1")
     assert tuple(each["letter"] for each in report["per_class"]) == CLOTHES
     table = mlflow.load_table("letters.json", run_ids=[report["run_id"]])
