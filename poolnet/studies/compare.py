@@ -191,8 +191,6 @@ def _caveats(found: Comparison | Ranking) -> list[str]:
         notes.append("The data set names no families: each example counts as independent of all others.")
     if seeds == 1:
         notes.append("One seed an arm: what another seed would change is not known, only other test examples.")
-    elif seeds < 6 and n == 2:
-        notes.append(f"With {seeds} seeds no sign-flip test can reach 0.05; six are the least, ten are better.")
     lr = {run.config.lr for run in found.runs}
     if len(lr) == 1 and "lr" not in found.tuned:
         arms = "both arms" if n == 2 else "all arms"

@@ -5,7 +5,6 @@ a part between families. The first shrinks with the number of seeds, the second 
 """
 
 import dataclasses
-import math
 
 from poolnet.errors import InputError
 from poolnet.stats import paired
@@ -13,8 +12,8 @@ from poolnet.stats.paired import Parts
 from poolnet.studies.comparison import UNITS, Comparison, Ranking
 from poolnet.text import aligned, wrapped
 
-SEEDS = (1, 2, 3, 5, 10, 20)
-SHARES = (0.1, 0.5, 1, 2, 4)  # of the examples tested now
+SEEDS = (1, 3, 5, 10)
+TESTED = {"one split": 0.1, "all folds": 1.0, "twice as many": 2.0, "four times": 4.0}  # shares of all examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Plan:
     """
 
     seeds: int
+    tested: str
     examples: int
     families: int
     accuracy: float
@@ -46,21 +46,24 @@ class Designs:
 def designs(found: Comparison | Ranking) -> Designs:
     """Return what designs of other sizes would find.
 
-    The parts are those of the last arm minus the first. Raises `InputError` for one seed and several families too few.
+    The parts are those of the last arm minus the first. The splits of a file test a tenth of it, as those of
+    `poolnet prepare` do. Raises `InputError` if there are too few families.
     """
     one, other = found.arms[0], found.arms[-1]
     parts = {measure: paired.parts(found.difference(measure, one, other), found.group) for measure in UNITS}
-    plans = []
+    plans, whole = [], 1.0 if found.folds else TESTED["one split"]
     for seeds in SEEDS if len(found.seeds) > 1 else (1,):
-        for share in SHARES:
+        for tested, part in TESTED.items():
+            share = part / whole  # of what was tested
             families = round(share * found.families)
             if families < 2:
                 continue
-            scaled = {measure: _scaled(part, seeds, share, families) for measure, part in parts.items()}
-            least = {measure: paired.smallest_effect(part.se, part.df) for measure, part in scaled.items()}
+            scaled = {measure: _scaled(each, seeds, share, families) for measure, each in parts.items()}
+            least = {measure: paired.smallest_effect(each.se, each.df) for measure, each in scaled.items()}
             decides = scaled[found.primary]
             margin = paired.smallest_margin(paired.Effect(0, 0, 0, decides.se, decides.df, 1))
-            plans.append(Plan(seeds, round(share * len(found.y)), families, least["accuracy"], least["loss"], margin))
+            sizes = round(share * len(found.y)), families
+            plans.append(Plan(seeds, tested, *sizes, least["accuracy"], least["loss"], margin))
     if not plans:
         raise InputError(f"--plan: found {found.families} families in {found.data}, expected two or more")
     return Designs(f"{other.name} minus {one.name} on {found.title}", found.varied, found.primary, tuple(plans))
@@ -74,18 +77,15 @@ def _scaled(parts: Parts, seeds: int, share: float, families: int) -> Parts:
 
 def table(found: Designs) -> str:
     """Return the designs as text for a terminal."""
-    head = ["seeds", "examples", "families", "points", "nats", f"margin, {UNITS[found.primary][0]}"]
-    rows = [
-        [str(d.seeds), f"{d.examples:,}", f"{d.families:,}", f"{d.accuracy:.2f}", f"{d.loss:.4f}", _digits(d.margin)]
-        for d in found.designs
-    ]
+    head = ["seeds", "tested", "examples", "families", "points", "nats", "margin"]
+    rows = [[str(d.seeds), d.tested, f"{d.examples:,}", f"{d.families:,}", *_digits(d)] for d in found.designs]
     notes = [
         f"Measured: {found.measured_on}. A test at 5 % finds a difference of as many points of accuracy, or nats of "
-        "loss, four times in five. `margin` is the smallest within which the arms could be called equivalent.",
-        "With one seed the interval is about other examples alone.",
+        f"loss, four times in five. Within the margin ({UNITS[found.primary][0]}) equal arms could count as equivalent. "
+        "With one seed, all this is about other examples alone.",
     ]
     return "\n".join([*aligned([head, *rows]), "", *(line for note in notes for line in wrapped(note))])
 
 
-def _digits(value: float) -> str:
-    return f"{value:.{max(2, 1 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
+def _digits(plan: Plan) -> list[str]:
+    return [f"{plan.accuracy:.2f}", f"{plan.loss:.4f}", f"{plan.margin:.2g}"]

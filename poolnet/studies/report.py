@@ -111,7 +111,8 @@ def markdown(found: Comparison | Ranking, origin: Origin = Origin()) -> str:
     if origin.when:
         lines.append(f"{origin.line} {coded(origin.command)}" if origin.command else origin.line)
     lines += ["", *(f"- {marked(line)}" for line in (*says.tests, *says.design, *found.caveats))]
-    return "\n".join([*lines, "", ", ".join(pages.in_markdown(*pair) for pair in pairs)])
+    text, links = "\n".join([*lines, "", ""]), ", ".join(pages.in_markdown(*pair) for pair in pairs)
+    return text + (links if len(text + links) <= names.NOTE_LIMIT else f"The page has links to all {len(pairs)} runs.")
 
 
 def html(found: Comparison | Ranking, pngs: dict[str, bytes], links: dict[str, str], origin: Origin = Origin()) -> str:

@@ -138,7 +138,7 @@ def note(sweep: Sweep, experiment_id: str) -> str:
     options = [name for name, values in (study.grid | study.tune).items() if len(values) > 1]
     options += ["fold", "seed"] if len(study.folds) > 1 else ["seed"]
     runs = [["run", *options, "status"]]
-    for result in sweep.results.values():
+    for result in sorted(sweep.results.values(), key=lambda result: result.done):  # what is missing first
         name = result.run or "none yet"
         if result.run_id:
             name = pages.in_markdown(name, pages.run(experiment_id, result.run_id))
@@ -156,6 +156,9 @@ def note(sweep: Sweep, experiment_id: str) -> str:
         "",
         f"SHA-256 of the data `{sweep.data_sha256[:DIGITS]}`.",
         "",
-        *piped(runs, cell=str),
     ]
-    return "\n".join(lines)
+    rows = piped(runs, cell=str)
+    while len("\n".join([*lines, *rows])) > names.NOTE_LIMIT - 50:
+        rows.pop()
+    left_out = len(sweep.results) - len(rows) + 2
+    return "\n".join([*lines, *rows, *(["", f"And {left_out} more, below this run."] if left_out else [])])

@@ -44,6 +44,7 @@ PROMOTION = "poolnet.promotion"  # the kind of decision
 
 # MLflow's own
 NOTE = "mlflow.note.content"  # Markdown, on the run's page
+NOTE_LIMIT = 8000  # characters, which MLflow cuts with a warning
 TITLE = "mlflow.runName"
 USER = "mlflow.user"
 PARENT = "mlflow.parentRunId"

@@ -288,8 +288,8 @@ def test_a_plan_says_what_more_seeds_and_letters_would_find(client, capsys):
     now = compared(*BY_POOL)
     assert by_size[3, N]["accuracy"] == pytest.approx(now["smallest_effect_points"])
     assert by_size[3, N]["margin"] == pytest.approx(now["smallest_margin_points"])
-    assert by_size[3, 4 * N]["accuracy"] < by_size[3, N]["accuracy"] < by_size[3, N // 10]["accuracy"]
-    assert by_size[20, N]["accuracy"] < by_size[3, N]["accuracy"] < by_size[2, N]["accuracy"]
+    assert by_size[3, 40 * N]["accuracy"] < by_size[3, 10 * N]["accuracy"] < by_size[3, N]["accuracy"]
+    assert by_size[10, N]["accuracy"] < by_size[5, N]["accuracy"] < by_size[3, N]["accuracy"]
     code, out, _ = run(capsys, "compare", *BY_POOL, "--plan")
     assert code == 0
     assert "four times in five" in " ".join(out.split())
@@ -324,7 +324,6 @@ def test_runs_that_predict_the_same_are_equivalent(client):
             plant(client, logits, pool=pool, seed=index)
     found = compared("--study", write_study(3), "--margin", "0.01")
     assert (found["verdict"], found["effects"]["acc"]["estimate"]) == ("equivalent", 0)
-    assert any("six are the least" in caveat for caveat in found["caveats"])
 
 
 def test_two_runs_are_compared_over_examples_and_the_verdict_says_so(client):
