@@ -357,13 +357,14 @@ def population(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     The models are ridge regressions on pooled pixels. How good they are does not matter.
     """
     with np.load(path) as file:
-        X, y, group = (np.concatenate([file[f"{key}_{split}"] for split in SPLITS]) for key in ("X", "y", "group"))
+        keys = ("X", "y", "group") if "group_train" in file else ("X", "y")
+        X, y, *group = (np.concatenate([file[f"{key}_{split}"] for split in SPLITS]) for key in keys)
     blocks = X.reshape(-1, 7, 4, 7, 4).astype(float) / 255
     logits = []
     for features in (blocks.max((2, 4)), blocks.mean((2, 4))):
         F = np.c_[features.reshape(len(y), -1), np.ones(len(y))]
         logits.append(8 * F @ np.linalg.solve(F.T @ F + np.eye(50), F.T @ np.eye(10)[y]))
-    return np.array(logits), y, np.unique(group, return_inverse=True)[1]
+    return np.array(logits), y, paired.group_index(group[0] if group else None, len(y))[0]
 
 
 def drawn(path: Path, simulations: int, seed: int) -> list[Result]:
