@@ -243,8 +243,8 @@ def markdown(report: EvaluationReport) -> str:
         f"- Model: {coded(report.model.uri)}{_maker(report.trained)}",
         f"- Data: {coded(report.splits.name)}, SHA-256 `{report.splits.sha256[:DIGITS]}`",
         "- Intervals say what other families would change: Wilson's for shares, over as many letters as they are "
-        "worth, and Student's t for the loss. A model whose probabilities are true has an ECE below that of chance in "
-        "95 % of samples of these families.",
+        "worth, and Student's t for the loss, on a log scale. A model whose probabilities are true has an ECE below "
+        "that of chance in 95 % of samples of these families.",
     ]
     return "\n".join(lines)
 
