@@ -252,7 +252,10 @@ class Ranking(Design):
 
     @property
     def verdict(self) -> str:
-        return "better" if len(self.best) == 1 else "inconclusive"
+        """Return `better`, `narrowed down` or `inconclusive`."""
+        if len(self.best) == 1:
+            return "better"
+        return "narrowed down" if len(self.best) < len(self.arms) else "inconclusive"
 
     @property
     def winner(self) -> str | None:

@@ -192,7 +192,7 @@ def confusion_difference(c: Comparison) -> Figure:
             colour = "white" if abs(value) > 0.6 * limit else "black"
             axes.text(column, row, f"{value:+.1f}", ha="center", va="center", color=colour, fontsize=8)
     axes.set(xlabel="predicted", ylabel="true")
-    axes.set_title(textwrap.fill(f"{_difference(c)}, test images a run", 70), fontsize=10)
+    axes.set_title(textwrap.fill(f"{_difference(c)}, test images, mean over seeds", 70), fontsize=10)
     labels = [drawable(name) for name in c.classes]
     axes.set_xticks(range(len(labels)), labels, rotation=90 if max(map(len, labels)) > 3 else 0)
     axes.set_yticks(range(len(labels)), labels)

@@ -257,7 +257,7 @@ def test_of_four_arms_all_pairs_are_compared_at_once_and_the_best_are_named(clie
     path.write_text(FOUR, encoding="utf-8")
     found = compared("--study", path)
     assert sorted(found["not_worse_than_the_best"]) == ["avg", "lp"]
-    assert found["verdict"] == "inconclusive"
+    assert found["verdict"] == "narrowed down"
     pairs = {(each["a"], each["b"]): each for each in found["contrasts"]["acc"]}
     assert len(pairs) == 6
     assert pairs["max", "avg"]["low"] > 0 > pairs["avg", "stride"]["high"]
