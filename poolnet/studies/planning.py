@@ -79,12 +79,13 @@ def table(found: Designs) -> str:
     """Return the designs as text for a terminal."""
     head = ["seeds", "tested", "examples", "families", "points", "nats", "margin"]
     rows = [[str(d.seeds), d.tested, f"{d.examples:,}", f"{d.families:,}", *_digits(d)] for d in found.designs]
-    notes = [
+    note = (
         f"Measured: {found.measured_on}. A test at 5 % finds a difference of as many points of accuracy, or nats of "
-        f"loss, four times in five. Within the margin ({UNITS[found.primary][0]}) equal arms could count as equivalent. "
-        "With one seed, all this is about other examples alone.",
-    ]
-    return "\n".join([*aligned([head, *rows]), "", *(line for note in notes for line in wrapped(note))])
+        "loss, four times in five. Within the margin, in "
+        f"{UNITS[found.primary][0]}, equal arms could be called equivalent. With one seed, all this is about other "
+        "examples alone."
+    )
+    return "\n".join([*aligned([head, *rows]), "", *wrapped(note)])
 
 
 def _digits(plan: Plan) -> list[str]:
