@@ -47,7 +47,7 @@ def prepare(
     known = _families(found)
     for letters in found.values():
         letters.counts.update(known.counts(letters.files))
-    sources = {name: splits.clean(letters) for name, letters in found.items()}
+    sources = {name: splits.clean(found.pop(name)) for name in tuple(found)}  # one copy of the images at a time
     rng = np.random.default_rng(seed)
     parts = _by_group(sources, known, rng) if split == "group" else _by_image(sources, rng)
     arrays = splits.arrays(parts)
