@@ -182,7 +182,7 @@ def reproduce(
         publisher.add(again)
         train_run.carry_out(again, splits, pooled, publisher.check, echo, echo_warning)
     compared = {
-        "metrics": sum(name not in TIMINGS for values in again.by_step().values() for name in values),
+        "metrics": sum(1 for _ in _metrics(original, again)),
         "logits": sum(logits.size for logits in original.logits.values()),
         "weights": sum(weight.size for weight in original.weights.values()),
     }
@@ -223,15 +223,11 @@ def _differences(original: Original, again: RunRecord) -> Iterator[Difference]:
 
     Epochs come first, in their order.
     """
-    steps = again.by_step()
-    for epoch in sorted(steps, key=lambda epoch: epoch or np.inf):
-        for name, value in steps[epoch].items():
-            before = original.metrics.get(epoch, {}).get(name)
-            unrecorded = before is None and name.startswith("optimum_")  # as of a run of an earlier version
-            if name not in TIMINGS and not unrecorded and before != value:
-                where = f"epoch {epoch}: {name}" if epoch else name
-                small = before is not None and abs(before - value) <= _tolerance(name)
-                yield Difference(f"{where} {value!r}, recorded {before!r}", small)
+    for epoch, name, value, before in _metrics(original, again):
+        if before != value:
+            where = f"epoch {epoch}: {name}" if epoch else name
+            small = before is not None and abs(before - value) <= _tolerance(name)
+            yield Difference(f"{where} {value!r}, recorded {before!r}", small)
     for split, logits in original.logits.items():
         with np.load(again.folder / "predictions" / f"{split}.npz", allow_pickle=False) as saved:
             yield from _array_differences(f"logits of {split}", logits, saved["logits"])
@@ -239,6 +235,19 @@ def _differences(original: Original, again: RunRecord) -> Iterator[Difference]:
     assert weights is not None  # `again` has just written them
     for name, weight in original.weights.items():
         yield from _array_differences(name, weight, weights[name])
+
+
+def _metrics(original: Original, again: RunRecord) -> Iterator[tuple[int, str, float, float | None]]:
+    """Yield step, name, value and recorded value of metrics.
+
+    Timings are left out, and scores at the optimum that the original lacks, as runs of earlier versions do.
+    """
+    steps = again.by_step()
+    for epoch in sorted(steps, key=lambda epoch: epoch or np.inf):
+        for name, value in steps[epoch].items():
+            before = original.metrics.get(epoch, {}).get(name)
+            if name not in TIMINGS and not (before is None and name.startswith("optimum_")):
+                yield epoch, name, value, before
 
 
 def _tolerance(name: str) -> float:

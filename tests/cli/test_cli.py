@@ -252,7 +252,7 @@ def test_the_version_is_the_packages(capsys):
         (["compare", "--by"], "b", ["batch_size"]),
         (["train", "--pool"], "", ["max", "avg", "lp", "stride", "conv"]),
         (["train", "--device"], "c", ["cpu", "cuda"]),
-        (["promote", "--alias"], "champion-", ["champion-max", "champion-avg", "champion-conv"]),
+        (["promote", "--alias"], "champion-", [f"champion-{pool}" for pool in ("max", "avg", "lp", "stride", "conv")]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )

@@ -72,6 +72,8 @@ def test_groups_of_any_integer_type_are_the_same(tmp_path, arrays, dtype):
 def test_groups_that_cross_splits_are_counted(tmp_path, arrays):
     groups = {"group_train": np.arange(300) % 5, "group_val": np.full(90, 4), "group_test": np.arange(110) + 3}
     assert opened(tmp_path, arrays, **groups).crossing == 2  # 3 and 4
+    (warning,) = opened(tmp_path, arrays, **groups).warnings()
+    assert warning.endswith(".npz: 2 of 113 groups are in more than one split")
     assert opened(tmp_path, arrays, **groups).summary()["groups"] == {
         "train": 5,
         "val": 1,

@@ -17,6 +17,9 @@ from poolnet.models import reproduce
 from poolnet.runs import provenance, run_record, train_run
 from poolnet.tracking import addresses, training_runs
 
+# of the tiny data set, whose letters can be told apart at no loss
+FALLS = "poolnet: warning: the lowest train loss is lower still: it falls for ever as the weights grow\n"
+
 
 def reproduced(name, *options, code=0, **environment):
     command = ["reproduce", name, *options, "--json"]  # other numbers of threads need a process of their own
@@ -27,8 +30,8 @@ def reproduced(name, *options, code=0, **environment):
 
 def test_the_same_data_and_code_give_the_same_to_the_bit(trained):
     result, err = reproduced(trained.info.run_id)
-    assert (result["verdict"], result["first_difference"], err) == ("bit-identical", None, "")
-    assert result["compared"] == {"metrics": 3 * 4 + 7, "logits": (90 + 110) * 10, "weights": 500}
+    assert (result["verdict"], result["first_difference"], err) == ("bit-identical", None, FALLS)
+    assert result["compared"] == {"metrics": 3 * 4 + 11, "logits": (90 + 110) * 10, "weights": 500}
     client = mlflow.MlflowClient()
     again = client.get_run(result["run_id"])
     assert (again.info.status, again.info.run_name) == ("FINISHED", result["run"])
@@ -48,7 +51,7 @@ def test_the_same_data_and_code_give_the_same_to_the_bit(trained):
 def test_a_run_of_an_earlier_version_is_compared_in_all_its_metrics(trained):
     name_metrics_as_before()
     result, _ = reproduced(trained.info.run_id)
-    assert (result["verdict"], result["compared"]["metrics"]) == ("bit-identical", 3 * 4 + 7)
+    assert (result["verdict"], result["compared"]["metrics"]) == ("bit-identical", 3 * 4 + 11)
 
 
 def test_neither_threads_nor_the_place_of_the_data_change_a_digit(trained, tmp_path):
@@ -56,7 +59,7 @@ def test_neither_threads_nor_the_place_of_the_data_change_a_digit(trained, tmp_p
     moved = ("--data", str(tmp_path / "moved.npz"))
     more = {"OMP_NUM_THREADS": "3", "OPENBLAS_NUM_THREADS": "3"}
     result, err = reproduced(trained.data.tags["poolnet.run"], *moved, **more)
-    assert (result["verdict"], result["circumstances"], err) == ("bit-identical", [], "")
+    assert (result["verdict"], result["circumstances"], err) == ("bit-identical", [], FALLS)
 
 
 def test_a_conv_run_is_trained_again_with_its_own_number_of_threads(tmp_path):
@@ -118,6 +121,8 @@ def test_what_is_compared(pair):
     original, again = pair
     assert differences(original, again) == []
     assert set(original.metrics) == {0, 1, 2, 3}
+    del original.metrics[0]["optimum_test_acc"]  # as of an earlier version
+    assert differences(original, again) == []
     original.metrics[3]["train_loss"] += 1e-7
     original.metrics[0]["test_acc"] += 0.01
     del original.metrics[1]["val_acc"]

@@ -1,6 +1,7 @@
 """Sweeps as a user types them: what is missing is trained once, whatever happens meanwhile."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -21,11 +22,13 @@ from poolnet import files
 from poolnet.data.dataset import open_dataset
 from poolnet.runs import run_record
 from poolnet.runs.run_record import RunRecord
+from poolnet.studies import worker
 from poolnet.studies.study import read
 from poolnet.studies.sweep import open_sweep
 from poolnet.studies.worker import Crew
 from poolnet.text import WIDTH
 from poolnet.tracking import sweep_run
+from poolnet.training import optimum
 from poolnet.training.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("letters")
@@ -43,6 +46,24 @@ lr = {lr}
 max = {{ pool = "max", lr = 0.001 }}
 avg = {{ pool = "avg", lr = 0.001 }}
 """
+
+
+def test_a_worker_finds_the_optimum_once_for_a_pooling_and_a_fold(letters, monkeypatch):
+    times, find = [], optimum.find_optimum
+    monkeypatch.setattr(optimum, "find_optimum", lambda *data: times.append(1) or find(*data))
+    _, connection = multiprocessing.Pipe()
+    opened = {}
+    for seed, fold, pool in [(1, "1/2", "avg"), (2, "1/2", "avg"), (1, "2/2", "avg"), (1, "2/2", "conv")]:
+        config = TrainConfig(data=str(letters), pool=pool, epochs=1, fold=fold, seed=seed)
+        assert worker._train(connection, opened, letters, (config, ""), "sweep", False, True) == ""
+    assert len(times) == 2
+    steps = {name: RunRecord(run_record.folder() / name).by_step()[0] for name in run_record.names()}
+    assert {name.rsplit("-", 1)[0]: "optimum_test_loss" in step for name, step in steps.items()} == {
+        "avg-seed1-fold1": True,
+        "avg-seed2-fold1": True,
+        "avg-seed1-fold2": True,
+        "conv-seed1-fold2": False,
+    }
 
 
 @pytest.fixture
@@ -207,7 +228,7 @@ def test_runs_begin_seed_by_seed_and_one_whose_process_dies_is_left_for_the_next
     sweep = open_sweep(read(study()), print, print)
     tasks = deque((config, "") for config in sweep.study.configs())
     begun, died = [], []
-    with Crew(sweep.path, sweep.name, figures=False) as crew:
+    with Crew(sweep.path, sweep.name, figures=False, optimum=False) as crew:
         for worker, message in crew.train(tasks, 1):
             if message.kind == "begun":
                 begun.append(worker.config)
