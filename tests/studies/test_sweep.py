@@ -1,5 +1,6 @@
 """Sweeps as a user types them: what is missing is trained once, whatever happens meanwhile."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -136,6 +137,32 @@ def test_a_sweep_trains_what_is_missing_and_each_child_equals_the_run_on_its_own
     single = publish(journaled(TrainConfig(data="letters.npz", seed=1, epochs=3, register=False)))
     assert histories(single) == histories(children["max", 1])
     assert single.data.params == children["max", 1].data.params
+
+
+def test_a_sweep_over_folds_trains_each_fold_of_each_seed_and_compare_tests_each_letter_once(tmp_path):
+    """The runs that it finds count only if they have what the study asks for: the optimum."""
+    path = tmp_path / "folds.toml"
+    path.write_text(STUDY.format(epochs=3, lr=0.001).replace("[grid]", "folds = 2\noptimum = true\n[grid]"), "utf-8")
+    config = TrainConfig(data="letters.npz", pool="avg", seed=2, epochs=3, fold="1/2")
+    own, without = publish(journaled(config, optimum=True)), publish(journaled(dataclasses.replace(config, seed=1)))
+    result, _ = swept(path)
+    assert [(run["config"]["seed"], run["config"]["fold"]) for run in result["runs"][::2]] == [
+        (1, "1/2"), (1, "2/2"), (2, "1/2"), (2, "2/2"),
+    ]  # fmt: skip
+    found = {run["run"]: run["trained"] for run in result["runs"]}
+    assert found[own.info.run_name] is False
+    assert (sum(found.values()), without.info.run_name in found) == (7, False)
+    child = mlflow.get_run(next(run["run_id"] for run in result["runs"] if run["run"] != own.info.run_name))
+    assert child.info.run_name.startswith("max-seed1-fold1-")
+    assert {"optimum/test_acc", "optimum/test_loss"} <= child.data.metrics.keys()
+    compared = json.loads(inside("compare", "--study", path, "--json").stdout)
+    splits = open_dataset("letters.npz")
+    assert (compared["n_folds"], compared["n_examples"]) == (2, sum(map(len, splits)))
+    assert compared["arms"][1]["at_optimum"]["test_loss"] > 0
+    # the optimum is the same for each seed
+    losses = [run.data.metrics["optimum/test_loss"] for run in mlflow.MlflowClient().search_runs(
+        ["0"], "params.pool = 'avg' AND params.fold = '1/2' AND tags.`poolnet.sweep` != ''")]  # fmt: skip
+    assert losses == [own.data.metrics["optimum/test_loss"]]
 
 
 WATCHED = """
