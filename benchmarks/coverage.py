@@ -293,7 +293,7 @@ def rows() -> list[tuple[str, str, Callable, World]]:
         seeds = replace(right, S=3, seed=0.03, cell=0.15)
         found += [(f"right, {strength}", groups, run, right) for run in (difference, by_class, tests, series)]
         found += [(f"right, {strength}", groups, run, seeds) for run in (difference, by_class, equivalence)]
-        found += [(f"right, {strength}", groups, several, replace(seeds, S=5))]
+        found += [(f"right, {strength}", groups, several, replace(seeds, S=10))]
         found += [(f"right, {strength}", groups, tests, replace(seeds, seed=0.0))]
         found += [(f"nll, {strength}", groups, difference, replace(world, link="nll")) for world in (right, seeds)]
         latent = replace(right, link="normal")

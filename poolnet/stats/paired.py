@@ -168,7 +168,8 @@ def design_effect(x: ArrayLike, group: ArrayLike | None) -> float:
     """Return how many times grouping widens the variance of a mean.
 
     It is the variance of the mean of x (n,) by groups, over that of n independent letters, and at least 1 (Kish 1965).
-    So n letters are worth n / design effect. If all of x are equal, nothing tells how alike the letters of a group are.
+    Both are those of a jackknife, which is not too small where groups are few. So n letters are worth n / design
+    effect. If all of x are equal, nothing tells how alike the letters of a group are.
     Then they are taken as one, which gives the sum of the squared sizes of the groups over n.
     """
     x = np.asarray(x, np.float64)
@@ -178,7 +179,8 @@ def design_effect(x: ArrayLike, group: ArrayLike | None) -> float:
     if groups == 1 or not np.ptp(x):
         return n / groups
     e = x - x.mean()
-    return max(1.0, float((np.bincount(index, e) ** 2).sum() / (e**2).sum() * groups / (groups - 1) * (n - 1) / n))
+    few = groups / (groups - 1) * (n - 1) / n
+    return max(1.0, float((np.bincount(index, e) ** 2).sum() / (e**2).sum() * few**2))
 
 
 def effective_groups(index: np.ndarray) -> float:

@@ -81,12 +81,14 @@ def of(logits: ArrayLike, y: ArrayLike, group: ArrayLike | None = None, seed: in
 def _loss(nll: np.ndarray, group: np.ndarray) -> Effect:
     """Return the mean loss with its interval on a log scale.
 
-    Losses are above 0 and skewed. With few groups an interval of equal reach on both sides lies too low.
+    Losses are above 0 and skewed. With few groups an interval of equal reach on both sides lies too low, and is too
+    narrow: as in `wilson`, the variance is that of a jackknife, and the df are those of the effective groups.
     """
-    effect = paired.clustered(nll, group)
+    effect, groups = paired.clustered(nll, group), paired.effective_groups(group)
     if not effect.se:
         return effect
-    factor = math.exp((effect.high - effect.estimate) / effect.estimate)
+    reach = float(stdtrit(groups - 1, 0.975)) * effect.se * math.sqrt(groups / (groups - 1))
+    factor = math.exp(reach / effect.estimate)
     return replace(effect, low=effect.estimate / factor, high=effect.estimate * factor)
 
 

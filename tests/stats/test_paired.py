@@ -198,8 +198,8 @@ def test_families_are_no_independent_letters(S):
 
 
 def test_design_effect_by_hand():
-    # deviations of 1/2, by pair 1 and -1: (1 + 1) / (4 / 4), times 2 / 1 of the pairs and 3 / 4 of the letters
-    assert design_effect([1, 1, 0, 0], [0, 0, 1, 1]) == pytest.approx(3)
+    # deviations of 1/2, by pair 1 and -1: (1 + 1) / (4 / 4), times the squares of 2 / 1 of pairs and 3 / 4 of letters
+    assert design_effect([1, 1, 0, 0], [0, 0, 1, 1]) == pytest.approx(2 * (2 * 3 / 4) ** 2)
     assert design_effect([1, 0, 1, 0], [0, 0, 1, 1]) == 1  # pairs differ by less than chance: no letter is worth more
     assert design_effect([1, 1, 0, 0], None) == 1
     assert design_effect([1] * 5, [0, 0, 0, 1, 2]) == pytest.approx((9 + 1 + 1) / 5)  # as if a group were one letter
