@@ -12,7 +12,6 @@ from poolnet.cli.options import (
     AS_JSON,
     FILE,
     OPEN,
-    SEED,
     TIMEOUT,
     completed,
     data_option,
@@ -45,7 +44,9 @@ def _model(context: click.Context, argument: click.Parameter, uri: str) -> str:
 @click.option(
     "--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True, help="Part of the data."
 )
-@SEED
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the simulated ECE of chance."
+)
 @OPEN
 @TIMEOUT
 @AS_JSON

@@ -51,7 +51,6 @@ def _data(context: click.Context, option: click.Parameter, data: str) -> str:
 
 data_option = partial(click.option, "--data", default="", shell_complete=DATA, callback=_data)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-SEED = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the bootstraps.")
 switch = partial(click.option, type=bool, is_flag=False, flag_value=True, default=False)  # `mlflow run` gives a value
 
 

@@ -220,7 +220,7 @@ def _training_data(uri: str, trained: Run | None) -> Dataset:
 
 def table(report: EvaluationReport) -> str:
     """Return the report as text for a terminal."""
-    lines = [report.answer, report.title, *wrapped(report.worth), *wrapped(report.agreement), ""]
+    lines = [report.answer, *wrapped(report.title), *wrapped(report.worth), *wrapped(report.agreement), ""]
     lines += [*aligned(_summary(report.scores)), "", *aligned(_letters(report)), ""]
     return "\n".join([*lines, *aligned(_confusion(report), gap=1)])
 
