@@ -176,7 +176,8 @@ def _effects(c: Comparison) -> Rows:
 
 
 def _cells(effect: Effect, form: str) -> list[str]:
-    return [f"{effect.estimate:{form}}", interval(effect.low, effect.high, form), p_value(effect.p)]
+    mean = round(effect.estimate, 9)  # or two ways to sum the same numbers may show two
+    return [f"{mean:{form}}", interval(effect.low, effect.high, form), p_value(effect.p)]
 
 
 def _effects_note(c: Comparison) -> str:
