@@ -189,6 +189,13 @@ def make_arrays(sizes=(300, 90, 110), seed=0):
     return arrays
 
 
+def make_groups(sizes=(300, 90, 110)):
+    """Groups of three letters for `make_arrays`, none of which is in two splits."""
+    starts = np.cumsum((0, *sizes))
+    splits = zip(("train", "val", "test"), sizes, starts, strict=False)
+    return {f"group_{name}": start + np.arange(size) // 3 for name, size, start in splits}
+
+
 @pytest.fixture
 def arrays():
     return make_arrays()

@@ -4,13 +4,12 @@ import copy
 import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
-from conftest import assert_refused, enter, inside, make_arrays, poolnet, run
+from conftest import assert_refused, enter, inside, make_arrays, make_groups, poolnet, run
 from finished_runs import REGISTERED, journaled, name_metrics_as_before, publish
 
 from poolnet.models import reproduce
@@ -54,8 +53,8 @@ def test_a_run_of_an_earlier_version_is_compared_in_all_its_metrics(trained):
     assert (result["verdict"], result["compared"]["metrics"]) == ("bit-identical", 3 * 4 + 11)
 
 
-def test_neither_threads_nor_the_place_of_the_data_change_a_digit(trained, tmp_path):
-    shutil.copy("letters.npz", tmp_path / "moved.npz")
+def test_neither_threads_nor_place_and_groups_of_the_data_change_a_digit(trained, tmp_path):
+    np.savez(tmp_path / "moved.npz", **make_arrays(), **make_groups())
     moved = ("--data", str(tmp_path / "moved.npz"))
     more = {"OMP_NUM_THREADS": "3", "OPENBLAS_NUM_THREADS": "3"}
     result, err = reproduced(trained.data.tags["poolnet.run"], *moved, **more)
