@@ -464,6 +464,14 @@ def test_a_run_without_readable_predictions_is_refused_by_name(client, capsys):
     broken = plant(client, SOME, pool="avg")
     (found,) = client.search_runs(["0"], f"tags.`poolnet.run` = '{broken}'")
     path = Path(found.info.artifact_uri.removeprefix("file://")) / "predictions" / "test.npz"
+    whole = {"logits": SOME, "y": np.arange(len(SOME)) % 10}
+    for group in (whole["y"][:9], -whole["y"], whole["y"] / 2):
+        np.savez(path, **whole, group=group)
+        assert f"{broken}: found no readable predictions/test.npz on the server (found groups" in refused(
+            capsys, *BY_POOL
+        )
+    np.savez(path, **whole, optimum=SOME[:9])
+    assert f"{broken}: found no readable predictions/test.npz" in refused(capsys, *BY_POOL)
     path.write_bytes(path.read_bytes()[:100])
     assert f"{broken}: found no readable predictions/test.npz" in refused(capsys, *BY_POOL)
     path.unlink()
