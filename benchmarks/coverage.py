@@ -371,17 +371,21 @@ def drawn(path: Path, simulations: int, seed: int) -> list[Result]:
     """A tenth of the groups as the test split, again and again."""
     logits, y, group = population(path)
     rng, members = np.random.default_rng(seed), np.split(np.argsort(group), np.cumsum(np.bincount(group))[:-1])
-    outcomes = []
+    seen, said = [paired.per_example(each, y) for each in logits], logits[1].argmax(1)
+    outcomes, whole = [], scores.per_class(y, said)
     for _ in range(simulations):
         chosen = [members[g] for g in rng.integers(len(members), size=len(members) // 10)]
         own = np.repeat(np.arange(len(chosen)), [len(each) for each in chosen])
-        outcomes += of_letters(np.concatenate(chosen), own, logits, y, label=int(rng.integers(10)))
+        outcomes += of_letters(np.concatenate(chosen), own, seen, said, y, whole[int(rng.integers(10))])
     return counted(outcomes, path.name, f"{len(chosen)} of {len(members):,}", 1, len(y) // 10, simulations)
 
 
-def of_letters(rows: np.ndarray, own: np.ndarray, logits: np.ndarray, y: np.ndarray, label: int) -> Iterator[Outcome]:
+def of_letters(
+    rows: np.ndarray, own: np.ndarray, seen: list, said: np.ndarray, y: np.ndarray, whole: scores.ClassScore
+) -> Iterator[Outcome]:
     """The intervals from these rows of a file, in these groups, against the means of all its rows."""
-    (right_a, nll_a), (right_b, nll_b) = (paired.per_example(each, y) for each in logits)
+    (right_a, nll_a), (right_b, nll_b) = seen
+    label = whole.label
     acc, nll, of = right_b.astype(float) - right_a, nll_b - nll_a, y[rows] == label
     for name, d, sampled, groups, truth in (
         ("difference, accuracy", acc, rows, own, acc.mean()),
@@ -394,13 +398,10 @@ def of_letters(rows: np.ndarray, own: np.ndarray, logits: np.ndarray, y: np.ndar
     share = right_b.mean()
     each = scores.wilson(right_b[rows], own), scores.wilson(right_b[rows])
     yield "accuracy", "interval", *(covers(x, share) for x in each)
-    said = logits[1].argmax(1)
-    truth, now, plain = (
-        scores.per_class(y[i], said[i], groups)[label] for i, groups in ((slice(None), None), (rows, own), (rows, None))
-    )
+    now, plain = (scores.per_class(y[rows], said[rows], groups)[label] for groups in (own, None))
     for name in ("precision", "recall", "f1"):
-        estimate = getattr(truth, name).estimate
-        yield f"{name} of a letter", "interval", *(covers(getattr(x, name), estimate) for x in (now, plain))
+        truth = getattr(whole, name).estimate
+        yield f"{name} of a letter", "interval", *(covers(getattr(x, name), truth) for x in (now, plain))
 
 
 # --- showing ----------------------------------------------------------------------------------------------------------
