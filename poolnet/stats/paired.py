@@ -183,13 +183,14 @@ def design_effect(x: ArrayLike, group: ArrayLike | None) -> float:
     return max(1.0, float((np.bincount(index, e) ** 2).sum() / (e**2).sum() * few**2))
 
 
-def effective_groups(index: np.ndarray) -> float:
+def effective_groups(index: np.ndarray, x: np.ndarray | None = None) -> float:
     """Return how many groups of equal size these are worth.
 
     index is that of `group_index`. It is n^2 over the sum of the squared sizes (Kish 1965). A few large groups tell
-    less about others than as many of equal size.
+    less about others than as many of equal size. With x (n,), values above 0, the size of a group is its sum of x.
     """
-    return len(index) ** 2 / float((np.bincount(index).astype(np.float64) ** 2).sum())
+    sizes = np.bincount(index, x).astype(np.float64)
+    return float(sizes.sum() ** 2 / (sizes**2).sum())
 
 
 def paired_test(right_a: ArrayLike, right_b: ArrayLike, group: ArrayLike | None = None) -> PairedTest:

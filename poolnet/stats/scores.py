@@ -82,11 +82,13 @@ def _loss(nll: np.ndarray, group: np.ndarray) -> Effect:
     """Return the mean loss with its interval on a log scale.
 
     Losses are above 0 and skewed. With few groups an interval of equal reach on both sides lies too low, and is too
-    narrow: as in `wilson`, the variance is that of a jackknife, and the df are those of the effective groups.
+    narrow. So the variance is that of a jackknife, and the df are those of the effective groups. Here a group counts as
+    much as it has of the loss: if a few have most of it, they alone tell how it varies.
     """
-    effect, groups = paired.clustered(nll, group), paired.effective_groups(group)
+    effect = paired.clustered(nll, group)
     if not effect.se:
         return effect
+    groups = max(paired.effective_groups(group, nll), 2.0)
     reach = float(stdtrit(groups - 1, 0.975)) * effect.se * math.sqrt(groups / (groups - 1))
     factor = math.exp(reach / effect.estimate)
     return replace(effect, low=effect.estimate / factor, high=effect.estimate * factor)

@@ -110,8 +110,8 @@ def _optimum_note(found: Comparison | Ranking) -> str:
         says = comparison.best_in_words(found.best_at_optimum, [arm.name for arm in found.arms])
     what = "examples" if found.group is None else "families"
     return (
-        f"No training reaches a lower train loss, with any seed. There, by test {found.primary}: {says}. The intervals "
-        f"are about other {what}."
+        f"This is the lowest train loss that Newton's method finds, whatever the seed. There, by test {found.primary}: "
+        f"{says}. The intervals are about other {what}."
     )
 
 

@@ -34,7 +34,9 @@ def test_the_interval_of_a_loss_is_of_equal_factors():
     loss, plain = scores.of(logits, y, family).loss, paired.clustered(paired.per_example(logits, y)[1], family)
     assert (loss.estimate, loss.se, loss.df) == (plain.estimate, plain.se, plain.df)
     assert loss.high / loss.estimate == pytest.approx(loss.estimate / loss.low)
-    reach = (plain.high - plain.estimate) / plain.estimate * np.sqrt(15 / 14)  # of the jackknife, 15 families
+    of_families = np.bincount(family, paired.per_example(logits, y)[1])
+    groups = of_families.sum() ** 2 / (of_families**2).sum()  # of the 15, as far as they have equal parts of the loss
+    reach = t_distribution.ppf(0.975, groups - 1) * plain.se * np.sqrt(groups / (groups - 1)) / plain.estimate
     assert np.log(loss.high / loss.estimate) == pytest.approx(reach)
 
 
