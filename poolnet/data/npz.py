@@ -99,7 +99,7 @@ def member(archive: zipfile.ZipFile, path: Path, key: str) -> Member:
         raise InputError(f"{path}: {key}: found shape {shape}, expected whole numbers")
     if dtype.hasobject:
         raise InputError(
-            f"{path}: {key}: found an object array, which is never unpickled; expected numbers of one type"
+            f"{path}: {key}: found an object array, which is never unpickled; expected values of one type"
         )
     size, expected = archive.getinfo(f"{key}.npy").file_size, start + dtype.itemsize * math.prod(shape)
     if size != expected:
