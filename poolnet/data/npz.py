@@ -98,9 +98,7 @@ def member(archive: zipfile.ZipFile, path: Path, key: str) -> Member:
     if not all(type(size) is int and size >= 0 for size in shape):  # numpy takes True for a size
         raise InputError(f"{path}: {key}: found shape {shape}, expected whole numbers")
     if dtype.hasobject:
-        raise InputError(
-            f"{path}: {key}: found an object array, which is never unpickled; expected values of one type"
-        )
+        raise InputError(f"{path}: {key}: found an object array, which is never unpickled; expected values of one type")
     size, expected = archive.getinfo(f"{key}.npy").file_size, start + dtype.itemsize * math.prod(shape)
     if size != expected:
         raise InputError(f"{path}: {key}: truncated, found {size:,} bytes, expected {expected:,}")

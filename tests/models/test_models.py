@@ -204,11 +204,12 @@ def test_intervals_are_about_other_families(capsys):
     saved = np.load(client.download_artifacts(report["run_id"], "predictions/test.npz"))
     right, group = saved["logits"].argmax(1) == saved["y"], open_dataset(Path("families.npz")).test.group
     assert saved["group"].tolist() == group.tolist()
-    # by hand: the variance of eleven sums of deviations, and that of 110 letters on their own
+    # by hand: the jackknife variance of eleven sums of deviations, and that of 110 letters on their own
     index, sizes = np.unique(group, return_inverse=True, return_counts=True)[1:]
     few = 110**2 / (sizes**2).sum()
     sums = np.bincount(index, right - right.mean())
-    effect = max(1, (sums**2).sum() * few / (few - 1) / ((right - right.mean()) ** 2).sum() * 109 / 110)
+    few_groups, letters = (few / (few - 1)) ** 2, (110 / 109) ** 2
+    effect = max(1, (sums**2).sum() * few_groups / (((right - right.mean()) ** 2).sum() * letters))
     assert report["n_effective"] == pytest.approx(110 / effect)
     kept = client.get_run(report["run_id"])
     assert kept.data.metrics["eval/groups"] == 11
