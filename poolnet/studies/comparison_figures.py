@@ -160,7 +160,7 @@ def learning_curves(c: Design) -> Figure:
     A line is the mean over trainings. A band goes from the lowest to the highest.
     """
     figure = Figure(figsize=(10, 4))
-    figure.subplots_adjust(left=0.06, right=0.995, bottom=0.13, top=0.97, wspace=0.15)
+    figure.subplots_adjust(left=0.075, right=0.995, bottom=0.13, top=0.97, wspace=0.17)
     for axes, kind, label in zip(figure.subplots(1, 2), ("loss", "acc"), ("loss (nats)", "accuracy"), strict=True):
         for arm, colour in _coloured(c):
             for split, style in (("val", "-"), ("train", "--")):
