@@ -36,7 +36,7 @@ def open_sweep(study: Study, echo: Echo, echo_warning: Echo) -> Sweep:
     """Open a study's data set and return its sweep."""
     path = dataset.locate(study.data, echo=echo)
     splits = dataset.open_dataset(path)
-    for warning in splits.warnings() if not study.folds else ():  # folds keep groups together
+    for warning in splits.warnings() if study.folds == ("",) else ():  # folds keep groups together
         echo_warning(warning)
     return Sweep(study, path, splits.sha256, addresses.own())
 

@@ -14,6 +14,7 @@ from collections import deque
 
 import forked
 import mlflow
+import numpy as np
 import pytest
 import torch
 from conftest import inside, poolnet
@@ -163,6 +164,20 @@ def test_a_sweep_over_folds_trains_each_fold_of_each_seed_and_compare_tests_each
     losses = [run.data.metrics["optimum/test_loss"] for run in mlflow.MlflowClient().search_runs(
         ["0"], "params.pool = 'avg' AND params.fold = '1/2' AND tags.`poolnet.sweep` != ''")]  # fmt: skip
     assert losses == [own.data.metrics["optimum/test_loss"]]
+
+
+def test_a_sweep_warns_once_of_groups_in_two_splits_but_not_where_folds_keep_them_together(tmp_path, study):
+    whole = dict(np.load("letters.npz"))
+    for name in ("train", "val", "test"):
+        whole[f"group_{name}"] = np.arange(len(whole[f"y_{name}"])) % 7
+    np.savez("letters.npz", **whole)
+    warned = []
+    open_sweep(read(study()), lambda line: None, warned.append)
+    assert [line.rpartition("npz: ")[2] for line in warned] == ["7 of 7 groups are in more than one split"]
+    path = tmp_path / "folds.toml"
+    path.write_text(STUDY.format(epochs=1, lr=0.001).replace("[grid]", "folds = 2\n[grid]"), "utf-8")
+    open_sweep(read(path), lambda line: None, warned.append)
+    assert len(warned) == 1
 
 
 WATCHED = """
