@@ -70,7 +70,7 @@ class Dataset:
 
     @property
     def thing(self) -> str:
-        """What a class is: a letter, or a class if the file names its own."""
+        """What a class is called: a letter, or a class."""
         return "letter" if self.classes == tuple(LETTERS) else "class"
 
     @property

@@ -103,8 +103,10 @@ def open_training_data(
         return features.open_pooled(path, config.pool, cache, echo)
     whole, pooled = features.open_pooled(path, config.pool, cache, echo, keep=SPLITS)
     splits, rows = folds.take(whole, config.fold)
+    # only images of test are shown later, as in `features.KEPT`
+    train, val = (dataclasses.replace(split, X=None) for split in (splits.train, splits.val))
     of_all = np.concatenate([pooled[name] for name in SPLITS])
-    return splits, {name: of_all[at] for name, at in rows.items()}
+    return dataclasses.replace(splits, train=train, val=val), {name: of_all[at] for name, at in rows.items()}
 
 
 def create(

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from poolnet.runs.train_run import Pooled
     from poolnet.training.optimum import Optimum
 
+MEMORY = 1 << 30  # bytes of images and features that a worker keeps, for its next runs on the same
 Task = tuple[TrainConfig, str]  # the settings of a run, and the name of its record if it was begun before
 
 
@@ -156,19 +157,47 @@ def _no_ctrl_c() -> Iterator[None]:
 
 
 class _Opened:
-    """A data set or fold that a worker has opened for a pooling.
+    """A data set or fold that a worker opens for a pooling.
 
     The optimum depends on nothing else, so it is found once.
     """
 
-    def __init__(self, splits: "Dataset", pooled: "Pooled"):
-        self.splits, self.pooled = splits, pooled
+    def __init__(self, open_data: "Callable[[], tuple[Dataset, Pooled]]"):
+        self.open_data = open_data
+
+    @functools.cached_property
+    def data(self) -> "tuple[Dataset, Pooled]":
+        return self.open_data()
 
     @functools.cached_property
     def optimum(self) -> "Optimum | None":
         from poolnet.training.optimum import find_optimum
 
-        return find_optimum(self.pooled["train"], self.splits.train.y) if self.pooled else None
+        splits, pooled = self.data
+        return find_optimum(pooled["train"], splits.train.y) if pooled else None
+
+    def size(self) -> int:
+        """Return the bytes of the data in memory."""
+        if "data" not in vars(self):
+            return 0
+        splits, pooled = self.data
+        return sum(array.nbytes for array in (*(pooled or {}).values(), *(s.X for s in splits if s.X is not None)))
+
+    def close(self) -> None:
+        """Forget the data, which are opened again if needed."""
+        vars(self).pop("data", None)
+
+
+def _take(opened: dict[tuple[str, str], _Opened], key: tuple[str, str], new: _Opened) -> _Opened:
+    """Return what is opened under a key, or `new`.
+
+    If all of it takes more than `MEMORY`, what was used longest ago is closed.
+    """
+    opened[key] = taken = opened.pop(key, new)  # the last one used is the last
+    for other in [*opened.values()][:-1]:
+        if sum(each.size() for each in opened.values()) > MEMORY:
+            other.close()
+    return taken
 
 
 def _work(connection: Connection, path: Path, sweep: str, figures: bool, optimum: bool) -> None:
@@ -210,25 +239,19 @@ def _train(
 
     try:
         config, name = task
-        if (config.pool, config.fold) not in opened:
-            opened[config.pool, config.fold] = _Opened(*train_run.open_training_data(config, True, echo, path))
-        data = opened[config.pool, config.fold]
+        new = _Opened(functools.partial(train_run.open_training_data, config, True, echo, path))
+        data = _take(opened, (config.pool, config.fold), new)
+        splits, pooled = data.data
         run = (
             run_record.RunRecord(run_record.folder() / name)
             if name
-            else train_run.create(config, optimum and bool(data.pooled), data.splits, addresses.environment(), sweep)
+            else train_run.create(config, optimum and bool(pooled), splits, addresses.environment(), sweep)
         )
         connection.send(Message("begun", run.name))
         with run.training():
             best = data.optimum if run.record["optimum"] else None
             train_run.carry_out(
-                run,
-                data.splits,
-                data.pooled,
-                echo=echo,
-                echo_warning=lambda line: None,
-                figures=figures,
-                best=best,
+                run, splits, pooled, echo=echo, echo_warning=lambda line: None, figures=figures, best=best
             )
     except Exception as error:  # whatever it was: the sweep reports it, and goes on with the others
         return " ".join(str(error).split()) or type(error).__name__

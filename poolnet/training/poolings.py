@@ -47,7 +47,7 @@ def _lp(x: "np.ndarray") -> "np.ndarray":
 
 
 def _lp_layer(nn: Any) -> Any:
-    class RootMeanSquare(nn.AvgPool2d):  # type: ignore[misc, name-defined]
+    class RootMeanSquare(nn.AvgPool2d):  # type: ignore[misc, name-defined]  # nn is given: this module needs no torch
         def forward(self, x: Any) -> Any:
             mean = super().forward(x.square())
             # torch's root of float32 on a CPU is not always the nearest number

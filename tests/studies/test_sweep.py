@@ -51,6 +51,8 @@ avg = {{ pool = "avg", lr = 0.001 }}
 
 
 def test_a_worker_finds_the_optimum_once_for_a_pooling_and_a_fold(letters, monkeypatch):
+    """Also if memory is short, so that the data are opened again for each run."""
+    monkeypatch.setattr(worker, "MEMORY", 0)
     times, find = [], optimum.find_optimum
     monkeypatch.setattr(optimum, "find_optimum", lambda *data: times.append(1) or find(*data))
     _, connection = multiprocessing.Pipe()
@@ -59,6 +61,7 @@ def test_a_worker_finds_the_optimum_once_for_a_pooling_and_a_fold(letters, monke
         config = TrainConfig(data=str(letters), pool=pool, epochs=1, fold=fold, seed=seed)
         assert worker._train(connection, opened, letters, (config, ""), "sweep", False, True) == ""
     assert len(times) == 2
+    assert [each.size() > 0 for each in opened.values()] == [False, False, True]
     steps = {name: RunRecord(run_record.folder() / name).by_step()[0] for name in run_record.names()}
     assert {name.rsplit("-", 1)[0]: "optimum_test_loss" in step for name, step in steps.items()} == {
         "avg-seed1-fold1": True,
