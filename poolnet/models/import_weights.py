@@ -25,6 +25,7 @@ from poolnet.models import WEIGHTS_FILE
 from poolnet.text import DIGITS, coded, printable, step
 from poolnet.tracking import description, names, publication, registry, result_runs, servers
 from poolnet.tracking.model_card import Card
+from poolnet.tracking.servers import Client
 from poolnet.training.evaluation import Evaluation, evaluate
 from poolnet.training.model import SimpleConvNet, SimplePoolNet, build_model
 
@@ -95,7 +96,7 @@ def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "nothing"
 
 
-def register(client: MlflowClient, path: Path, pool: str, source: str) -> Registered:
+def register(client: Client, path: Path, pool: str, source: str) -> Registered:
     """Register the weights in a file as a model version.
 
     A run in MLflow holds the weights as an exported model, which becomes a version of `poolnet`. If `source` names a
@@ -124,7 +125,7 @@ def register(client: MlflowClient, path: Path, pool: str, source: str) -> Regist
         title = f"{pool} from {params['file']}"
         with result_runs.run(client, experiment_id, "register", title, begun, {names.WEIGHTS: same}) as run_id:
             run = client.get_run(run_id)
-            model_id = registry.log(client, run, title, {**params, "epochs": 0}, arrays)
+            model_id = registry.log(client, run, registry.logged(client, run), title, {**params, "epochs": 0}, arrays)
             _log(client, run_id, model_id, params, splits, scores)
             card = Card(pool, file=params["file"])
             if splits:

@@ -22,6 +22,7 @@ import shutil
 import struct
 import sys
 import tempfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -65,6 +66,8 @@ UNKNOWN = (ValueError, LookupError, TypeError, struct.error)
 
 Net = Union["SimplePoolNet", "SimpleConvNet"]
 
+_exporting = threading.Lock()  # runs are published at once, and the second can do without torch
+
 
 def export(arrays: dict[str, np.ndarray], pool: str, run_id: str, model: LoggedModel, path: Path) -> None:
     """Write the network of a logged model to a folder.
@@ -75,12 +78,13 @@ def export(arrays: dict[str, np.ndarray], pool: str, run_id: str, model: LoggedM
     Torch exports once for each network and each version of what makes it. Later calls replace the weights in a copy of
     that export and do not need torch.
     """
-    if _unpack(pool, path):
-        _fill(path, pool, arrays)
-    else:
-        _export_in_full(path, pool, arrays)
-        with contextlib.suppress(*UNREADABLE, *UNKNOWN, MlflowException):  # then the next run does so too
-            _keep(path, pool, arrays)
+    with _exporting:
+        if _unpack(pool, path):
+            _fill(path, pool, arrays)
+        else:
+            _export_in_full(path, pool, arrays)
+            with contextlib.suppress(*UNREADABLE, *UNKNOWN, MlflowException):  # then the next run does so too
+                _keep(path, pool, arrays)
     saved = Model.load(str(path))
     saved.artifact_path, saved.run_id = model.artifact_location, run_id
     saved.model_uuid = saved.model_id = model.model_id

@@ -4,7 +4,8 @@ The params, metrics, tags and artifacts of a training run are sent to MLflow her
 through `registry`.
 
 `upload_new` sends what the server lacks of a run record, one step after the other. Each step may be cut off and
-repeated at any time: it looks up what the server has already, or writing the same again changes nothing.
+repeated at any time: it looks up what the server has already, or writing the same again changes nothing. Params,
+metrics and tags of all steps go in one request, after the files.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import numpy as np
 from mlflow.data.dataset_source_registry import get_dataset_source_from_json
 from mlflow.data.numpy_dataset import from_numpy
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunInfo, RunTag
+from mlflow.exceptions import MlflowException
 
 from poolnet import files
 from poolnet.errors import RunError
@@ -35,6 +37,16 @@ NO_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR
 BATCH = 100  # records in one request, of which MLflow takes 1,000 metrics
 
 
+@dataclasses.dataclass
+class Batch:
+    """What goes to the server in one request."""
+
+    metrics: list[Metric] = dataclasses.field(default_factory=list)
+    params: list[Param] = dataclasses.field(default_factory=list)
+    tags: list[RunTag] = dataclasses.field(default_factory=list)
+    steps: list[str] = dataclasses.field(default_factory=list)  # that are done with it
+
+
 class Publication:
     """A run, a server, and what the server has of it.
 
@@ -42,6 +54,7 @@ class Publication:
     """
 
     server_run: Run  # as `find_or_create_run` found it, before the steps
+    created = False  # whether it was created just now, so that the server has nothing of it
 
     def __init__(self, run: RunRecord, uri: str, carrier: str = ""):
         self.run, self.uri, self.carrier = run, uri, carrier
@@ -68,7 +81,7 @@ class Publication:
             files.write_json(self.run.folder / "published.json", dataclasses.asdict(self.published))
 
 
-Step = Callable[[Publication], None]
+Step = Callable[[Publication], Batch | None]  # what is left to send of the step
 
 
 def upload_new(publication: Publication) -> None:
@@ -80,23 +93,65 @@ def upload_new(publication: Publication) -> None:
     if not publication.published.home:
         publication.save()
     run, confirmed = publication.run, publication.confirmed
-    publication.confirmed = False  # until all of this has gone well
-    with servers.as_environment(publication.uri):
+    publication.confirmed = publication.created = False  # until all of this has gone well
+    try:
         if not (confirmed and publication.server_copy.run_id) or publication.server_copy.status:
             find_or_create_run(publication)
+        end = run.ended()  # an end that comes from here on is for the next time
+        log(publication, carry_out_steps(publication))
         server_copy = publication.server_copy
-        end, once = run.ended(), steps(run)  # an end that comes from here on is for the next time
-        for name, step in once.items():
-            if name not in server_copy.done:
-                step(publication)
-                server_copy.done.append(name)
-                publication.save()
-        log_metrics(publication)
         if end and server_copy.status != end:
             publication.client.set_terminated(server_copy.run_id, end["status"], end["t"])
             server_copy.status = end
             publication.save()
+    except Exception:
+        servers.forget()
+        raise
     publication.confirmed = True
+
+
+def carry_out_steps(publication: Publication) -> Batch:
+    """Carry out the steps that are not done.
+
+    Returns what is left to send of them.
+    """
+    batch, server_copy = Batch(), publication.server_copy
+    for name, step in steps(publication.run).items():
+        if name in server_copy.done:
+            continue
+        if rest := step(publication):
+            batch.metrics += rest.metrics
+            batch.params += rest.params
+            batch.tags += rest.tags
+            batch.steps.append(name)
+        else:
+            server_copy.done.append(name)
+            publication.save()
+    return batch
+
+
+def log(publication: Publication, batch: Batch) -> None:
+    """Log the metrics that the server does not have, and a batch.
+
+    Metrics have the times from the run record, so logging them again adds nothing.
+    """
+    run, server_copy, client = publication.run, publication.server_copy, publication.client
+    records = run.metrics()
+    new = records[server_copy.metrics :]
+    if new:
+        with (run.folder / "metrics.jsonl").open("ab") as file:
+            os.fsync(file.fileno())  # what is published must not be lost here, or its steps come twice
+    parts = [new[start : start + BATCH] for start in range(0, len(new), BATCH)]
+    *others, last = [[metric for record in part for metric in as_metrics(record)] for part in parts] or [[]]
+    for metrics in others:
+        client.log_batch(server_copy.run_id, metrics=metrics)
+    # the scores of the model are among the metrics, and MLflow takes long for what it has already
+    metrics = [*{(metric.key, metric.step, metric.timestamp): metric for metric in last + batch.metrics}.values()]
+    if metrics or batch.steps:
+        client.log_batch(server_copy.run_id, metrics, batch.params, batch.tags)
+        server_copy.metrics = len(records)
+        server_copy.done += batch.steps
+        publication.save()
 
 
 def outstanding(publication: Publication) -> list[str]:
@@ -160,7 +215,9 @@ def find_or_create_run(publication: Publication) -> None:
     server_run = server_runs.find(client, publication.server_copy.run_id)
     if not server_run:
         publication.server_copy = ServerCopy()  # a server that was emptied gets everything again
-        server_run = server_runs.find_or_create(client, run, publication.published.experiment)
+        server_run = server_runs.find_earlier(client, run, publication.published.experiment)
+        publication.created = not server_run
+        server_run = server_run or create_run(publication)
         adopt(publication, server_run.info)
     publication.server_run = server_run
     server_copy = publication.server_copy
@@ -172,6 +229,13 @@ def find_or_create_run(publication: Publication) -> None:
         server_runs.explain_carrier(client, publication.carrier, run, server_copy.run_id)
     publication.carrier = ""
     views.keep(client, server_copy.experiment_id, run.record["data"]["name"], run.record["data"]["sha256"])
+
+
+def create_run(publication: Publication) -> Run:
+    client, run = publication.client, publication.run
+    experiment_id = server_runs.experiment_id(client, run, publication.published.experiment)
+    tags = names.source("train", run.record["environment"]["user"]) | tags_of(run, client, experiment_id)
+    return client.create_run(experiment_id, run.record["started"], tags, run.name)
 
 
 def adopt(publication: Publication, info: RunInfo) -> None:
@@ -186,16 +250,24 @@ def adopt(publication: Publication, info: RunInfo) -> None:
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 
-def log_start(publication: Publication) -> None:
-    """Log the params and tags of the run.
+def log_start(publication: Publication) -> Batch:
+    """Log the params and tags that the run does not have.
 
     An adopted run keeps the params that it has, as the user typed them.
     """
-    run, client, server_copy = publication.run, publication.client, publication.server_copy
-    record, server_run = run.record, publication.server_run
-    known = server_run.data.params
-    recorded = [item for item in record["config"].items() if item != ("fold", "")]  # an empty param says nothing
-    params = [Param(key, str(value)) for key, value in recorded if key not in known]
+    run, server_run = publication.run, publication.server_run
+    known = server_run.data
+    recorded = [item for item in run.record["config"].items() if item != ("fold", "")]  # an empty param says nothing
+    params = [Param(key, str(value)) for key, value in recorded if key not in known.params]
+    tags = tags_of(run, publication.client, server_run.info.experiment_id)
+    if RANDOM_NAME.fullmatch(server_run.info.run_name):
+        tags[names.TITLE] = run.name
+    return Batch([], params, [RunTag(*tag) for tag in tags.items() if known.tags.get(tag[0]) != tag[1]])
+
+
+def tags_of(run: RunRecord, client: Client, experiment_id: str) -> dict[str, str]:
+    """Return the tags of a run that are known when it begins."""
+    record = run.record
     tags = {
         names.RUN: run.name,
         names.DATA_SHA256: record["data"]["sha256"],
@@ -205,14 +277,12 @@ def log_start(publication: Publication) -> None:
     }
     if sweep := record.get("sweep"):
         tags[names.SWEEP] = sweep
-        tags[names.PARENT] = sweep_run.find_or_create(client, server_copy.experiment_id, sweep)
+        tags[names.PARENT] = servers.once(client, sweep_run.find_or_create, experiment_id, sweep)
     if original := record.get("reproduces"):
         tags[names.REPRODUCES] = original
     if record["code"]["commit"]:
         tags[names.COMMIT] = record["code"]["commit"]
-    if RANDOM_NAME.fullmatch(server_run.info.run_name):
-        tags[names.TITLE] = run.name
-    client.log_batch(server_copy.run_id, params=params, tags=[RunTag(*tag) for tag in tags.items()])
+    return tags
 
 
 def data_tags(data: dict) -> dict[str, str]:
@@ -229,28 +299,17 @@ def data_tags(data: dict) -> dict[str, str]:
 
 
 def log_inputs(publication: Publication) -> None:
-    """Log the splits of the data set."""
-    inputs = datasets(publication.run.record["data"])
-    publication.client.log_inputs(publication.server_copy.run_id, list(inputs.values()))
+    """Log the splits of the data set.
 
-
-def log_metrics(publication: Publication) -> None:
-    """Log the metrics that the server does not have.
-
-    They have the times from the run record, so logging them again adds nothing.
+    MLflow refuses a new data set that another run logs at the same moment. The second time it is known.
     """
-    run, server_copy = publication.run, publication.server_copy
-    records = run.metrics()
-    new = records[server_copy.metrics :]
-    if not new:
-        return
-    with (run.folder / "metrics.jsonl").open("ab") as file:
-        os.fsync(file.fileno())  # what is published must not be lost here, or its steps come twice
-    for start in range(0, len(new), BATCH):
-        metrics = [metric for record in new[start : start + BATCH] for metric in as_metrics(record)]
-        publication.client.log_batch(server_copy.run_id, metrics=metrics)
-    server_copy.metrics = len(records)
-    publication.save()
+    inputs = [*datasets(publication.run.record["data"]).values()]
+    try:
+        publication.client.log_inputs(publication.server_copy.run_id, inputs)
+    except MlflowException as error:
+        if not re.search(r"\(\S*(IntegrityError|UniqueViolation)\)", str(error)):
+            raise
+        publication.client.log_inputs(publication.server_copy.run_id, inputs)
 
 
 def upload(name: str, publication: Publication) -> None:
@@ -258,14 +317,14 @@ def upload(name: str, publication: Publication) -> None:
 
     Raises `RunError` if the server keeps its artifacts in a folder that this machine cannot write.
     """
-    client, run_id = publication.client, publication.server_copy.run_id
+    root = publication.server_run.info.artifact_uri
     for path, folder in artifact_files(publication.run, name):
         try:
-            client.log_artifact(run_id, str(path), folder)
+            with servers.artifacts(publication.client, root) as repository:
+                repository.log_artifact(str(path), folder)
         except OSError as error:
             if not path.exists() or error.errno not in NO_FOLDER or not publication.uri.startswith("http"):
                 raise
-            root = client.get_run(run_id).info.artifact_uri
             if "://" in root and not root.startswith("file:"):
                 raise
             raise RunError(
@@ -290,12 +349,13 @@ def log_model(publication: Publication) -> None:
     run = publication.run
     arrays = run.load_tensors("model")
     assert arrays  # `steps` has this one only if the results are whole
-    server_run, config = publication.server_run, run.record["config"]
-    publication.server_copy.model_id = registry.log(publication.client, server_run, run.name, config, arrays)
+    client, server_run, config = publication.client, publication.server_run, run.record["config"]
+    known = None if publication.created else registry.logged(client, server_run)
+    publication.server_copy.model_id = registry.log(client, server_run, known, run.name, config, arrays)
 
 
-def log_scores(publication: Publication) -> None:
-    """Log losses and accuracies again as those of the model.
+def log_scores(publication: Publication) -> Batch:
+    """Log losses and accuracies as those of the model, too.
 
     The model's own page then shows them. They are those of the last epoch and those on test.
     """
@@ -306,8 +366,7 @@ def log_scores(publication: Publication) -> None:
     metrics = as_metrics(records[max(records)], **model)
     on_test = as_metrics(records[0], **model, dataset_name=data["name"], dataset_digest=digest)
     metrics += [metric for metric in on_test if metric.key.startswith("test_")]
-    bare = [metric for metric in metrics if "/" not in metric.key]
-    publication.client.log_batch(server_copy.run_id, metrics=bare)
+    return Batch([metric for metric in metrics if "/" not in metric.key])
 
 
 def register_model(publication: Publication) -> None:
@@ -324,14 +383,14 @@ def register_model(publication: Publication) -> None:
         n_test=next(split["shape"][0] for split in data["splits"] if split["name"] == "test"),
         fold=config.get("fold", ""),
     )
-    server_copy.version = registry.register(publication.client, server_copy.run_id, server_copy.model_id, card)
+    with servers.as_environment(publication.uri):
+        server_copy.version = registry.register(publication.client, server_copy.run_id, server_copy.model_id, card)
 
 
-def describe(publication: Publication) -> None:
+def describe(publication: Publication) -> Batch:
     """Write the description that the run's page shows."""
-    server_copy = publication.server_copy
-    text = description.of_run(publication.run, server_copy.version)
-    publication.client.set_tag(server_copy.run_id, names.NOTE, text)
+    text = description.of_run(publication.run, publication.server_copy.version)
+    return Batch(tags=[RunTag(names.NOTE, text)])
 
 
 # --- records in the form of MLflow -----------------------------------------------------------------------------------

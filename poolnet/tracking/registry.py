@@ -25,6 +25,7 @@ from poolnet.errors import InputError
 from poolnet.text import echo_warning
 from poolnet.tracking import model_card, names, programs, server_runs, servers, waiting
 from poolnet.tracking.model_card import Card
+from poolnet.tracking.servers import Client
 
 if TYPE_CHECKING:  # torch only where a network is made
     from poolnet.training.model import SimpleConvNet, SimplePoolNet
@@ -33,13 +34,20 @@ NAME = "poolnet"  # the registered model
 MODEL = "model"  # the logged model of a run, as earlier versions named it, and in addresses of any run's own
 
 
-def log(client: MlflowClient, run: Run, name: str, config: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> str:
+def log(
+    client: Client,
+    run: Run,
+    model: LoggedModel | None,
+    name: str,
+    config: Mapping[str, Any],
+    arrays: dict[str, np.ndarray],
+) -> str:
     """Create or complete the logged model of a run.
 
-    `name` is that of the run. `arrays` is as for `programs.export`. Returns the id of the logged model.
+    `model` is what the run has, see `logged`. `name` is that of the run. `arrays` is as for `programs.export`. Returns
+    the id of the logged model.
     """
     run_id = run.info.run_id
-    model = logged(client, run)
     if not model:
         params, tags = {key: str(value) for key, value in config.items()}, {names.RUN: name}
         allowed = re.sub(r"""[/:.%"']""", "-", name)  # by MLflow
@@ -47,7 +55,8 @@ def log(client: MlflowClient, run: Run, name: str, config: Mapping[str, Any], ar
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / MODEL
         programs.export(arrays, config["pool"], run_id, model, path)
-        client.log_model_artifacts(model.model_id, str(path))
+        with servers.artifacts(client, model.artifact_location) as repository:
+            repository.log_artifacts(str(path))
     outputs = run.outputs.model_outputs if run.outputs else []
     if model.model_id not in [output.model_id for output in outputs]:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, config["epochs"])])

@@ -36,23 +36,20 @@ def find(client: Client, run_id: str) -> Run | None:
     return server_run
 
 
-def find_or_create(client: Client, run: RunRecord, experiment: str) -> Run:
-    """Return the server's run for a record, created if missing.
+def find_earlier(client: Client, run: RunRecord, experiment: str) -> Run | None:
+    """Return the server's run for a record whose id is not known here.
 
-    It is the run that `mlflow run` has made, a run that was created earlier but whose id did not arrive here, or a new
-    one. `experiment` is the name of the run's experiment, if it is known. Raises `RunError` if the run was deleted.
+    It is the run that `mlflow run` has made, or one that was created earlier but whose id did not arrive here.
+    `experiment` is the name of the run's experiment, if it is known. Raises `RunError` if the run was deleted.
     """
     server_run = _made_by_mlflow_run(client, run)
     if not server_run:
-        experiment_id = _experiment_id(client, run, experiment)
         # another machine may have a run of this name, but begun at another time
         query = f"tags.`{names.RUN}` = '{run.name}' AND attributes.start_time = {run.record['started']}"
-        if earlier := client.search_runs([experiment_id], query, ViewType.ALL, max_results=1):
-            server_run = earlier[0]
-        else:
-            tags = {names.RUN: run.name, **names.source("train", run.record["environment"]["user"])}
-            server_run = client.create_run(experiment_id, run.record["started"], tags, run.name)
-    _refuse_deleted(client, server_run)
+        places = [experiment_id(client, run, experiment)]
+        server_run = next(iter(client.search_runs(places, query, ViewType.ALL, max_results=1)), None)
+    if server_run:
+        _refuse_deleted(client, server_run)
     return server_run
 
 
@@ -191,7 +188,7 @@ def _contradiction(server_run: Run, run: RunRecord) -> str:
     return ""
 
 
-def _experiment_id(client: Client, run: RunRecord, name: str) -> str:
+def experiment_id(client: Client, run: RunRecord, name: str) -> str:
     """Return the id of the run's experiment on this server.
 
     It is the experiment that the run was begun in. `name` is its name, if it is known.
@@ -213,4 +210,4 @@ def _experiment_id(client: Client, run: RunRecord, name: str) -> str:
                     f"({servers.reason(error)}); set MLFLOW_EXPERIMENT_NAME, then: poolnet sync {run.name} --to "
                     f"{addresses.shown(client.uri)}"
                 ) from None
-    return servers.experiment(client, name)
+    return servers.once(client, servers.experiment, name)

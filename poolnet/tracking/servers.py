@@ -9,7 +9,8 @@ import gc
 import logging
 import os
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,6 +18,8 @@ import mlflow
 import mlflow.db
 from mlflow.entities import Experiment, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking.client import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -42,6 +45,10 @@ REFUSALS = ("UNAUTHENTICATED", "PERMISSION_DENIED", "INVALID_PARAMETER_VALUE", "
 BUSY = "SlowDown|InternalError|ServiceUnavailable|RequestTimeout|Throttling"  # what S3 may say once and not again
 STORE_SECONDS = 20  # that a process waits while others make the same SQLite store
 
+_environment = threading.RLock()  # of which a process has one
+_known: dict[tuple, str] = {}  # what `once` has found
+_looking = threading.Lock()  # so that runs that are published at once do not all look, and create
+
 
 # --- addresses ---------------------------------------------------------------------------------------------------
 
@@ -59,16 +66,17 @@ def home_of(run: RunRecord) -> str:
 def as_environment(uri: str) -> Iterator[None]:
     """Set `MLFLOW_TRACKING_URI` to this address inside the block.
 
-    MLflow's own registry store looks there for the models of its runs.
+    MLflow's own registry store looks there for the models of its runs. Other threads wait.
     """
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    os.environ["MLFLOW_TRACKING_URI"] = addresses.for_mlflow(uri)
-    try:
-        yield
-    finally:
-        os.environ.pop("MLFLOW_TRACKING_URI")
-        if before is not None:
-            os.environ["MLFLOW_TRACKING_URI"] = before
+    with _environment:
+        before = os.environ.get("MLFLOW_TRACKING_URI")
+        os.environ["MLFLOW_TRACKING_URI"] = addresses.for_mlflow(uri)
+        try:
+            yield
+        finally:
+            os.environ.pop("MLFLOW_TRACKING_URI")
+            if before is not None:
+                os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 def recorded_home(record: dict) -> str:
@@ -187,7 +195,38 @@ def own_server(timeout: float | None = None) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def artifacts(client: Client, place: str) -> Iterator[ArtifactRepository]:
+    """Open the folder of artifacts at an address of MLflow's.
+
+    What is done in the block is one server call. MLflow's own methods ask for the address again.
+    """
+    with waiting.answering(client.uri):
+        yield get_artifact_repository(place, client.tracking_uri)
+
+
 # --- what is there -----------------------------------------------------------------------------------------------
+
+
+def once(client: MlflowClient, look_up: Callable[..., str], *args: str) -> str:
+    """Return `look_up(client, *args)`, asked once a process.
+
+    This is for what many runs share. `forget` makes it ask again.
+    """
+    with _looking:
+        key = (client.tracking_uri, look_up, *args)
+        if key not in _known:
+            _known[key] = look_up(client, *args)
+        return _known[key]
+
+
+def forget() -> None:
+    """Forget what `once` has found, after an error.
+
+    The server may be another one now.
+    """
+    with _looking:
+        _known.clear()
 
 
 def own_experiment(client: MlflowClient) -> str:

@@ -3,14 +3,17 @@
 It publishes the records to MLflow while they are written. `publisher.py` is the other end.
 """
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import importlib
 import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 from mlflow.exceptions import MlflowException
 
@@ -22,6 +25,7 @@ from poolnet.tracking.publisher import ASK
 from poolnet.tracking.server_runs import Refused
 
 POLL_SECONDS = 1  # between two looks at the records
+AT_ONCE = 8  # runs that are published to a server, which answers several; the writers of a file would wait in turn
 
 
 @dataclasses.dataclass
@@ -51,24 +55,26 @@ def run(lines: Iterable[str], drain_timeout: float, echo: Echo, reply: Callable[
     inbox = _read(lines)
     uploads: dict[str, Upload] = {}
     closed, progress = False, time.monotonic()
+    pool = ThreadPoolExecutor(AT_ONCE if addresses.own().startswith("http") else 1)
     while not (closed and all(upload.over for upload in uploads.values())):
-        line = _next(inbox)
-        if line is None:
-            closed, progress = True, time.monotonic()
-        elif line == ASK:
-            if not addresses.own().startswith("http"):
-                importlib.import_module("mlflow.store.tracking.sqlalchemy_store")  # a second or two
-            reply()
-            if refusal := _refusal(os.environ["MLFLOW_RUN_ID"]):
-                echo(refusal)
-                return 2
-            reply()
-        elif line:
-            name, _, carrier = line.partition(" ")
-            uploads[name] = Upload(name, carrier)
-        for upload in uploads.values():
-            if not upload.over and _step(upload, closed, echo):
-                progress = time.monotonic()
+        for line in _new(inbox):
+            if line is None:
+                closed, progress = True, time.monotonic()
+            elif line == ASK:
+                if not addresses.own().startswith("http"):
+                    importlib.import_module("mlflow.store.tracking.sqlalchemy_store")  # a second or two
+                reply()
+                if refusal := _refusal(os.environ["MLFLOW_RUN_ID"]):
+                    echo(refusal)
+                    return 2
+                reply()
+            elif line:
+                name, _, carrier = line.partition(" ")
+                uploads[name] = Upload(name, carrier)
+        due = [upload for upload in uploads.values() if not upload.over]
+        if any([*pool.map(functools.partial(_step, closed=closed, echo=echo), due)]):
+            progress = time.monotonic()
+        for upload in due:
             if isinstance(upload.error, Refused) and upload.publication and upload.publication.run.is_training():
                 return 2
         if closed and time.monotonic() - progress > drain_timeout:
@@ -90,11 +96,14 @@ def _read(lines: Iterable[str]) -> queue.SimpleQueue[str | None]:
     return inbox
 
 
-def _next(inbox: queue.SimpleQueue[str | None]) -> str | None:
-    try:
-        return inbox.get(timeout=POLL_SECONDS)
-    except queue.Empty:
-        return ""
+def _new(inbox: queue.SimpleQueue[str | None]) -> list[str | None]:
+    """Return the lines that have come, or come soon."""
+    lines = []
+    with contextlib.suppress(queue.Empty):
+        lines.append(inbox.get(timeout=POLL_SECONDS))
+        while True:
+            lines.append(inbox.get_nowait())
+    return lines
 
 
 def _step(upload: Upload, closed: bool, echo: Echo) -> bool:

@@ -34,8 +34,6 @@ TRAININGS = f"tags.`{names.RUN}` IS NOT NULL AND tags.`{names.REPRODUCES}` IS NU
 
 States = dict[str, tuple[str, dict[str, Any]]]  # the names of views and what they show, by key
 
-_complete: set[tuple[str, str, str]] = set()  # server, experiment and data whose views this process has looked up
-
 
 def keep(client: Client, experiment_id: str, data: str, data_sha256: str) -> None:
     """Write the missing views of a data set.
@@ -43,15 +41,16 @@ def keep(client: Client, experiment_id: str, data: str, data_sha256: str) -> Non
     `data` is the name of the data set. Curves and means are of one data set, since over several they would say nothing.
     Views and descriptions of others stay as they are.
     """
-    looked_up = (client.uri, experiment_id, data_sha256)
-    if looked_up in _complete:
-        return
+    servers.once(client, _keep, experiment_id, data, data_sha256)
+
+
+def _keep(client: Client, experiment_id: str, data: str, data_sha256: str) -> str:
     try:
         _write_missing(client, experiment_id, _states(data, data_sha256), data_sha256[:4])
     except MlflowException as error:
         if not servers.is_refusal(error):  # of a server that keeps no views, but has the runs all the same
             raise
-    _complete.add(looked_up)
+    return experiment_id
 
 
 def _write_missing(client: Client, experiment_id: str, states: States, tail: str) -> None:

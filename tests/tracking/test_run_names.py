@@ -73,7 +73,7 @@ def test_a_server_answers_as_a_store_does(server, letters, monkeypatch):
     created = publish(ours).info.run_id
     assert created != theirs
     (ours.folder / "published.json").unlink()
-    assert server_runs.find_or_create(client, ours, "").info.run_id == created
+    assert server_runs.find_earlier(client, ours, "").info.run_id == created
 
 
 def test_several_runs_are_listed_with_what_tells_them_apart(client):
@@ -115,7 +115,7 @@ def test_a_run_of_another_machine_with_the_same_name_is_never_taken_for_ones_own
     assert client.get_run(theirs).data.params == {}
     # a run whose id did not arrive is found again, and the other one is not
     (ours.folder / "published.json").unlink()
-    assert server_runs.find_or_create(client, ours, "").info.run_id == created
+    assert server_runs.find_earlier(client, ours, "").info.run_id == created
     assert client.get_run(created).info.start_time == ours.record["started"]
 
 
