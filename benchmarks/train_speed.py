@@ -3,9 +3,11 @@
     python benchmarks/train_speed.py [--rounds N] [--scale S] [--json]
 
 One pass over train, the two alternating, medians; the losses must be those of the readable loop. Growth is the time of
-poolnet's epoch at other sizes over that at the full one. Whole processes are timed by `whole_job.py`.
+poolnet's epoch at other sizes over that at the full one. The convolutional baseline is timed on a tenth of the images,
+with the same threads in both loops. Whole processes are timed by `whole_job.py`.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from poolnet.data import dataset, npz
 from poolnet.training import features, train_loop
 from poolnet.training.config import TrainConfig
-from poolnet.training.evaluation import threads
+from poolnet.training.evaluation import fetcher, threads
 from poolnet.training.fast_step import FastSoftmaxRegression
 from poolnet.training.model import build_model
 
@@ -83,15 +85,21 @@ def seconds(work) -> tuple[float, object]:
 class Ours:
     """Poolnet's training of a data set, epoch by epoch, each timed."""
 
-    def __init__(self, path: Path):
-        splits, arrays = features.open_pooled(path, "max")
-        self.learner = FastSoftmaxRegression(build_model("max", 42), LR, arrays, splits.train.y)
+    def __init__(self, path: Path, pool: str = "max"):
+        model, self.threads = build_model(pool, 42), 1
+        if pool == "conv":
+            splits, self.threads = dataset.open_dataset(path), train_loop.CONV_THREADS
+            fetch = {"train": fetcher(splits.train, torch.device("cpu"))}
+            self.learner = train_loop.Autograd(model, LR, fetch)
+        else:
+            splits, arrays = features.open_pooled(path, pool)
+            self.learner = FastSoftmaxRegression(model, LR, arrays, splits.train.y)
         self.n, self.order = len(splits.train), torch.Generator().manual_seed(42)
         self.losses: list[float] = []
 
     def epoch(self) -> float:
         """Seconds of one epoch, whose loss is kept."""
-        with threads():
+        with threads(self.threads):
             spent, (loss, _) = seconds(
                 lambda: self.learner.train_epoch(torch.randperm(self.n, generator=self.order), BATCH)
             )
@@ -105,20 +113,22 @@ def expect(found: float, expected: float, within: float, what: str) -> None:
         raise click.ClickException(f"{what}: loss {found!r}, expected {expected!r}")
 
 
-def measure_epoch(path: Path, rounds: int) -> dict[str, list[float]]:
+def measure_epoch(path: Path, rounds: int, pool: str = "max") -> dict[str, list[float]]:
     letters = notebook_tensors(path, "train")
     order = RandomSampler(letters, generator=torch.Generator().manual_seed(42))  # and weights, as in poolnet's run
-    loader, model = DataLoader(letters, BATCH, sampler=order), build_model("max", 42)
+    loader, model = DataLoader(letters, BATCH, sampler=order), build_model(pool, 42)
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
-    ours = Ours(path)
-    times, notebook = {"notebook": [], "poolnet": []}, []
-    for _ in range(rounds):
-        spent, (loss, _) = seconds(lambda: notebook_epoch(model, loader, optimizer))
-        times["notebook"].append(spent)
-        notebook.append(loss)
-        times["poolnet"] += [ours.epoch() for _ in range(3)]
+    ours = Ours(path, pool)
+    repeats, times, notebook = 1 if pool == "conv" else 3, {"notebook": [], "poolnet": []}, []
+    # a convolution's digits depend on the threads, a pooled model's do not
+    with threads(ours.threads) if pool == "conv" else contextlib.nullcontext():
+        for _ in range(rounds):
+            spent, (loss, _) = seconds(lambda: notebook_epoch(model, loader, optimizer))
+            times["notebook"].append(spent)
+            notebook.append(loss)
+            times["poolnet"] += [ours.epoch() for _ in range(repeats)]
     reference = train_loop.fit(
-        TrainConfig(pool="max", epochs=2, lr=LR, batch_size=BATCH), dataset.open_dataset(path)
+        TrainConfig(pool=pool, epochs=2, lr=LR, batch_size=BATCH), dataset.open_dataset(path)
     ).history
     for loop, losses in (("poolnet", ours.losses), ("notebook", notebook[:1])):  # which then takes another order
         for record, loss in zip(reference, losses, strict=False):
@@ -156,11 +166,15 @@ def main(rounds: int, scale: float, as_json: bool) -> None:
         os.environ["POOLNET_HOME"] = str(folder / "home")
         sizes = {times: random_letters(folder / f"{times}.npz", times * scale) for times in (0.1, 1, 10)}
         epoch = measure_epoch(sizes[1], rounds)
+        conv = measure_epoch(sizes[0.1], rounds, "conv")
         growth = measure_growth(sizes, 2 * rounds + 1)
     result = {
         "epoch_seconds_notebook": median(epoch["notebook"]),
         "epoch_seconds_poolnet": median(epoch["poolnet"]),
         "epoch_ratio": median(epoch["notebook"]) / median(epoch["poolnet"]),
+        "conv_tenth_seconds_notebook": median(conv["notebook"]),
+        "conv_tenth_seconds_poolnet": median(conv["poolnet"]),
+        "conv_ratio": median(conv["notebook"]) / median(conv["poolnet"]),
         "growth_tenth": median(growth[0.1]) / median(growth[1]),
         "growth_ten_times": median(growth[10]) / median(growth[1]),
     }
