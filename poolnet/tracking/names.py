@@ -31,6 +31,7 @@ DEVICE = "poolnet.device"
 CLASSES = "poolnet.classes"  # the names of the ten classes as a JSON list, where they are not A to J
 GROUPS_CROSS = "poolnet.groups_cross"  # how many groups of the data set are in more than one split, if any
 GIT_DIRTY = "poolnet.git_dirty"
+DIFFERS = "poolnet.differs"  # the versions in which the machine that trained it differs from the one that swept, if any
 REPRODUCES = "poolnet.reproduces"  # the name of the run that it repeats
 REPRODUCED_BY = "poolnet.reproduced_by"  # the id of the run that repeated it
 REPRODUCTION = "poolnet.reproduction"  # whether the repetition agrees

@@ -97,6 +97,8 @@ def upload_new(publication: Publication) -> None:
     try:
         if not (confirmed and publication.server_copy.run_id) or publication.server_copy.status:
             find_or_create_run(publication)
+        if publication.server_copy.stand_in:
+            return
         end = run.ended()  # an end that comes from here on is for the next time
         log(publication, carry_out_steps(publication))
         server_copy = publication.server_copy
@@ -160,14 +162,19 @@ def outstanding(publication: Publication) -> list[str]:
     These are the parts of the record that the server lacks. What the server has is judged by what is remembered here.
     """
     run, server_copy = publication.run, publication.server_copy
+    if server_copy.stand_in:
+        return []
     lacking = [step for step in steps(run) if step not in server_copy.done]
     lacking += ["metrics"] * (len(run.metrics()) > server_copy.metrics)
     return lacking + ["status"] * (server_copy.status != run.ended())
 
 
 def is_complete(publication: Publication) -> bool:
-    """Whether the run has ended and is completely published."""
-    return bool(publication.run.ended()) and not outstanding(publication)
+    """Whether the run has ended and is completely published.
+
+    Or another machine's run stands for it.
+    """
+    return bool(publication.run.ended() or publication.server_copy.stand_in) and not outstanding(publication)
 
 
 def forget(publication: Publication, steps: Iterable[str]) -> None:
@@ -209,15 +216,55 @@ def steps(run: RunRecord) -> dict[str, Step]:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def find_or_create_run(publication: Publication) -> None:
-    """Find the run on the server, or create it."""
+def find_run(publication: Publication) -> Run | None:
+    """Find the run on the server, or what stands for it.
+
+    If another machine has finished a run of the same sweep and settings, and this one is not there or was deleted as
+    its double, `server_copy.stand_in` is set. Raises `RunError` if the run was deleted otherwise.
+    """
+    client, run, server_copy = publication.client, publication.run, publication.server_copy
+    if server_runs.is_there(client, server_copy.stand_in):
+        return None
+    try:
+        server_run = server_runs.find(client, server_copy.run_id)
+        if not server_run:
+            publication.server_copy = ServerCopy()  # a server that was emptied gets everything again
+            server_run = server_runs.find_earlier(client, run, publication.published.experiment)
+        if server_run:
+            return server_run
+    except RunError:
+        if not _take_stand_in(publication):
+            raise
+        return None
+    _take_stand_in(publication)
+    return None
+
+
+def _take_stand_in(publication: Publication) -> bool:
+    if not publication.run.record["sweep"]:
+        return False
     client, run = publication.client, publication.run
-    server_run = server_runs.find(client, publication.server_copy.run_id)
-    if not server_run:
-        publication.server_copy = ServerCopy()  # a server that was emptied gets everything again
-        server_run = server_runs.find_earlier(client, run, publication.published.experiment)
-        publication.created = not server_run
-        server_run = server_run or create_run(publication)
+    experiment_id = publication.server_copy.experiment_id
+    experiment_id = experiment_id or server_runs.experiment_id(client, run, publication.published.experiment)
+    other = sweep_run.double_of(client, experiment_id, run)
+    if other:
+        publication.server_copy = ServerCopy(stand_in=other)
+        publication.save()
+    return bool(other)
+
+
+def find_or_create_run(publication: Publication) -> None:
+    """Find the run on the server, or create it.
+
+    Neither is done if another machine's run stands for it.
+    """
+    client, run = publication.client, publication.run
+    server_run = find_run(publication)
+    if publication.server_copy.stand_in:
+        return
+    publication.created = not server_run
+    server_run = server_run or create_run(publication)
+    if not publication.server_copy.run_id:
         adopt(publication, server_run.info)
     publication.server_run = server_run
     server_copy = publication.server_copy
@@ -280,6 +327,8 @@ def tags_of(run: RunRecord, client: Client, experiment_id: str) -> dict[str, str
         tags[names.PARENT] = servers.once(client, sweep_run.find_or_create, experiment_id, sweep)
     if original := record.get("reproduces"):
         tags[names.REPRODUCES] = original
+    if differs := record["environment"].get("differs"):
+        tags[names.DIFFERS] = differs
     if record["code"]["commit"]:
         tags[names.COMMIT] = record["code"]["commit"]
     return tags

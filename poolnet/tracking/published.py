@@ -24,6 +24,7 @@ class ServerCopy:
     status: dict | None = None  # how the run ended, as in `end.json`
     model_id: str = ""
     version: int | None = None
+    stand_in: str = ""  # the id of another machine's run of the same sweep and settings; then there is no `run_id`
 
 
 @dataclasses.dataclass

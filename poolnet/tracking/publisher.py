@@ -165,10 +165,15 @@ class Publisher:
                 times[run.name] = (run.folder / "published.json").stat().st_mtime_ns
         return times
 
+    def uploaded(self) -> int:
+        """Return how many of the runs the server has whole, so far."""
+        return sum(self._is_uploaded(run) for run in self.runs)
+
     def _is_uploaded(self, run: RunRecord) -> bool:
         """Whether the server has all of a run, as far as is remembered."""
         try:
-            return bool(published.at_home(run).status)
+            server_copy = published.at_home(run)
+            return bool(server_copy.status or server_copy.stand_in)
         except (InputError, OSError):
             return False
 

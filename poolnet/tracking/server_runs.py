@@ -36,6 +36,12 @@ def find(client: Client, run_id: str) -> Run | None:
     return server_run
 
 
+def is_there(client: Client, run_id: str) -> bool:
+    """Whether there is a run with this id, not deleted."""
+    server_run = get_run(client, run_id)
+    return bool(server_run and server_run.info.lifecycle_stage == "active")
+
+
 def find_earlier(client: Client, run: RunRecord, experiment: str) -> Run | None:
     """Return the server's run for a record whose id is not known here.
 

@@ -1,16 +1,22 @@
 """The run in MLflow that is the parent of a sweep's runs."""
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlflow.entities import Metric, RunTag
+from mlflow.entities import Metric, Run, RunTag
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import files
+from poolnet.errors import InputError
 from poolnet.files import home
 from poolnet.runs import provenance, run_record
-from poolnet.tracking import names, pages
+from poolnet.runs.run_record import RunRecord
+from poolnet.tracking import names, pages, training_runs
+from poolnet.training.config import TrainConfig
+
+OPTIMUM = names.METRICS["optimum_test_loss"]  # of a run that found it
 
 
 def find_or_create(client: MlflowClient, experiment_id: str, sweep: str, adopted: str = "") -> str:
@@ -20,18 +26,79 @@ def find_or_create(client: MlflowClient, experiment_id: str, sweep: str, adopted
     """
     with files.locked(folder() / f"{sweep}.parent.lock"):  # of two publishers at once, the second finds it
         query = f"tags.`{names.STUDY}` = '{sweep}'"
-        for parent in client.search_runs([experiment_id], query, max_results=1):
+        for parent in _all(client, experiment_id, query)[:1]:
             run_id = parent.info.run_id
-            if adopted not in ("", run_id):  # so that its page says where the results are
-                link = pages.in_markdown(sweep, pages.run(experiment_id, run_id))
-                note = f"Made by `mlflow run` to go on with the sweep {link}, which holds everything."
-                client.log_batch(adopted, tags=[RunTag(names.NOTE, note), RunTag(names.TITLE, f"goes on with {sweep}")])
+            if adopted not in ("", run_id):
+                _explain_adopted(client, adopted, experiment_id, sweep, run_id)
             return run_id
         if adopted:
             client.log_batch(adopted, tags=[RunTag(names.STUDY, sweep), RunTag(names.TITLE, sweep)])
             return adopted
         tags = {names.STUDY: sweep, **names.source("sweep", provenance.user())}
         return client.create_run(experiment_id, run_record.now(), tags, sweep).info.run_id
+
+
+def settle(client: MlflowClient, experiment_id: str, sweep: str) -> None:
+    """Leave one run of a sweep, and one of each combination.
+
+    There are more if two machines have swept at once, since MLflow lets each of them create its own. Of several, the
+    one that began first stays. Each machine does this after its own runs are there, so the last one to do it sees all
+    of them.
+    """
+    parents = _all(client, experiment_id, f"tags.`{names.STUDY}` = '{sweep}'")
+    children = _all(client, experiment_id, f"tags.`{names.SWEEP}` = '{sweep}'")
+    for other in parents[1:]:
+        if "mlflow.project.entryPoint" in other.data.tags:  # `mlflow run` fails if its run is deleted
+            client.delete_tag(other.info.run_id, names.STUDY)
+            _explain_adopted(client, other.info.run_id, experiment_id, sweep, parents[0].info.run_id)
+        else:
+            client.delete_run(other.info.run_id)
+    kept: set[tuple] = set()
+    for child in children:
+        key = (_key(child), OPTIMUM in child.data.metrics)
+        if child.info.status == "FINISHED" and key in kept:
+            client.delete_run(child.info.run_id)
+        elif parents and child.data.tags.get(names.PARENT) != parents[0].info.run_id:
+            client.set_tag(child.info.run_id, names.PARENT, parents[0].info.run_id)
+        if child.info.status == "FINISHED":
+            kept.add(key)
+
+
+def double_of(client: MlflowClient, experiment_id: str, run: RunRecord) -> str:
+    """Return the id of a finished run that stands for a record.
+
+    Another machine has published it, for the same sweep and settings. The text is empty if there is none.
+    """
+    record = run.record
+    with contextlib.suppress(InputError, TypeError):  # settings of another version
+        config = TrainConfig(**record["config"])
+        key = training_runs.key(config, record["device"], record["data"]["sha256"])
+        query = f"tags.`{names.SWEEP}` = '{record['sweep']}' AND attributes.status = 'FINISHED'"
+        query += f" AND tags.`{names.RUN}` LIKE '{run_record.stem_of(config)}-%'"
+        for other in _all(client, experiment_id, query):
+            same = _key(other) == key and other.data.tags[names.RUN] != run.name
+            if same and (OPTIMUM in other.data.metrics or not record["optimum"]):
+                return other.info.run_id
+    return ""
+
+
+def _key(run: Run) -> tuple:
+    """Return a run's key; its own, if its settings are not known."""
+    try:
+        return training_runs.of(run).key
+    except InputError:
+        return (run.info.run_id,)
+
+
+def _all(client: MlflowClient, experiment_id: str, query: str) -> list[Run]:
+    """Return all runs that match, the one that began first in front."""
+    found: list[Run] = []
+    token = None
+    while token is None or token:
+        page = client.search_runs([experiment_id], query, max_results=1000, page_token=token)
+        found += page
+        token = page.token or ""
+    return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
 
 
 def describe(
@@ -49,6 +116,13 @@ def describe(
         client.update_run(run_id, status)
     else:
         client.set_terminated(run_id, status)
+
+
+def _explain_adopted(client: MlflowClient, adopted: str, experiment_id: str, sweep: str, run_id: str) -> None:
+    """Say on the page of a run where the results are."""
+    link = pages.in_markdown(sweep, pages.run(experiment_id, run_id))
+    note = f"Made by `mlflow run` to go on with the sweep {link}, which holds everything."
+    client.log_batch(adopted, tags=[RunTag(names.NOTE, note), RunTag(names.TITLE, f"goes on with {sweep}")])
 
 
 def name_of(study: str, data_sha256: str) -> str:

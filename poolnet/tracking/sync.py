@@ -22,7 +22,16 @@ from poolnet.runs import run_record
 from poolnet.runs.run_record import RunRecord
 from poolnet.text import aligned
 from poolnet.tracking import addresses, names, registry, server_runs, servers
-from poolnet.tracking.publication import Publication, artifact_files, as_metrics, forget, outstanding, steps, upload_new
+from poolnet.tracking.publication import (
+    Publication,
+    artifact_files,
+    as_metrics,
+    find_run,
+    forget,
+    outstanding,
+    steps,
+    upload_new,
+)
 from poolnet.tracking.server_runs import agrees
 
 LOCK_SECONDS = 10  # in which another process publishes a run of the usual size
@@ -226,8 +235,10 @@ def lacking(publication: Publication, every_byte: bool = False) -> dict[str, lis
     takes a handful of calls. With `every_byte`, they are judged by the contents that the server returns.
     """
     expected = (*steps(publication.run), "metrics", "status")
-    server_run = server_runs.find(publication.client, publication.server_copy.run_id)
-    if not server_run:
+    server_run = find_run(publication)
+    if publication.server_copy.stand_in:
+        return {}
+    if not server_run or not publication.server_copy.run_id:
         return {step: ["everything"] for step in expected}
     missing = {step: [step] for step in outstanding(publication)}
     with servers.as_environment(publication.uri):
