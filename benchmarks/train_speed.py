@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from poolnet.data import dataset, npz
 from poolnet.training import features, train_loop
-from poolnet.training.config import TrainConfig
+from poolnet.training.config import CONV, TrainConfig
 from poolnet.training.evaluation import fetcher, threads
 from poolnet.training.fast_step import FastSoftmaxRegression
 from poolnet.training.model import build_model
@@ -88,9 +88,9 @@ class Ours:
     def __init__(self, path: Path, pool: str = "max"):
         model, self.threads = build_model(pool, 42), 1
         if pool == "conv":
-            splits, self.threads = dataset.open_dataset(path), train_loop.CONV_THREADS
+            splits, self.threads = dataset.open_dataset(path), CONV.threads
             fetch = {"train": fetcher(splits.train, torch.device("cpu"))}
-            self.learner = train_loop.Autograd(model, LR, fetch)
+            self.learner = train_loop.Autograd(model, LR, fetch, fast=True)
         else:
             splits, arrays = features.open_pooled(path, pool)
             self.learner = FastSoftmaxRegression(model, LR, arrays, splits.train.y)

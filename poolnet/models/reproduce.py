@@ -23,8 +23,7 @@ from poolnet.runs.run_record import RunRecord
 from poolnet.text import Echo, marked, step
 from poolnet.tracking import addresses, names, pages, registry, server_runs, servers, training_runs
 from poolnet.tracking.publisher import Publisher
-from poolnet.training import train_loop
-from poolnet.training.config import TrainConfig
+from poolnet.training.config import CONV, TrainConfig
 from poolnet.training.device import resolve_device
 
 TIMINGS = ("epoch_seconds", "examples_per_second")  # never the same twice
@@ -170,13 +169,13 @@ def reproduce(
                 f"in the record of {original.name}, which other data cannot reproduce; name that data set with --data"
             )
     circumstances += _code_differences(original) + provenance.differences(record)
-    threads = record["environment"]["threads"]
-    if config.pool == "conv" and threads != train_loop.CONV_THREADS:
-        circumstances.append(f"threads {threads} (here {train_loop.CONV_THREADS}; trained with {threads} all the same)")
+    conv = train_run.arithmetic(record)
+    if config.pool == "conv" and conv.threads != CONV.threads:
+        circumstances.append(f"threads {conv.threads} (here {CONV.threads}; trained with {conv.threads} all the same)")
     for circumstance in circumstances:
         echo_warning(f"{original.name} was trained with {circumstance}")
     server, run_id = addresses.environment(), original.run.info.run_id
-    again = train_run.create(config, record["optimum"], splits, server, "", run_id, threads)
+    again = train_run.create(config, record["optimum"], splits, server, "", run_id, conv)
     process.last_words = f"stopped; reproduce it again, or go on with: {run_record.resume_command(again.name)}"
     with again.training():
         publisher.add(again)

@@ -1,5 +1,6 @@
 """The code and the environment that a run depends on."""
 
+import functools
 import getpass
 import importlib.metadata
 import platform
@@ -15,6 +16,25 @@ def differences(record: dict[str, Any]) -> list[str]:
     """Return how this environment differs from the recorded one."""
     then, here = record["environment"], environment()
     return [f"{name} {then[name]} (here {here[name]})" for name in DECIDE if then[name] != here[name]]
+
+
+@functools.cache  # of what this process has imported
+def software() -> dict[str, str]:
+    """Return the versions that all workers of a sweep share.
+
+    The commit is known only where the package lies in its repository.
+    """
+    versions = {name: importlib.metadata.version(name) for name in ("poolnet", "numpy", "torch")}
+    return {**versions, "commit": code_state()[0] or "unknown"}
+
+
+def other_software(there: dict[str, str]) -> str:
+    """Say in which versions this machine differs from another."""
+    here = software()
+    known = [name for name in there if "unknown" not in (there[name], here.get(name, ""))]
+    return ", ".join(
+        f"{name} {here.get(name, 'missing')}, expected {there[name]}" for name in known if here.get(name) != there[name]
+    )
 
 
 def environment() -> dict[str, object]:

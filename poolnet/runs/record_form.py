@@ -30,6 +30,7 @@ FORM: dict[str, Any] = {
     "environment": {
         **dict.fromkeys(("python", "numpy", "torch", "mlflow", "system", "machine", "host", "user"), str),
         "threads": int,
+        "layout": str,
     },
     "tracking": dict.fromkeys(("uri", "folder", "experiment_id", "experiment_name", "run_id"), str),
 }
@@ -67,6 +68,8 @@ def parse(content: bytes, where: str) -> dict[str, Any]:
         record["config"] = {**dataclasses.asdict(TrainConfig()), **record["config"]}
     if type(record.get("format")) is int and record["format"] > FORMAT:  # the form of a newer record is not known
         raise InputError(f"{where}: found record format {record['format']}, expected at most {FORMAT}; update poolnet")
+    if isinstance(record.get("environment"), dict):
+        record["environment"] = {"layout": "contiguous", **record["environment"]}
     _check(record, FORM)
     if sorted(split["name"] for split in record["data"]["splits"]) != ["test", "train", "val"]:
         raise ValueError("data.splits: expected train, val and test")

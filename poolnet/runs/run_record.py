@@ -37,6 +37,7 @@ from poolnet.errors import InputError, RunError
 from poolnet.files import Locked, home, locked, read_json, replacing, write_json
 from poolnet.runs import metrics_file, record_form, run_name, tensors
 from poolnet.runs.metrics_file import Step
+from poolnet.training.config import TrainConfig
 
 # A name cannot be a path out of the folder of runs.
 NAME = re.compile(r"\w+-seed\d+(?:-fold\d+)?-[0-9a-f]{4}(?:[0-9a-f]{4})?")
@@ -262,15 +263,15 @@ class RunRecord:
             raise RunError(f"{self.folder}: the record cannot be written ({error}); once it can: {again}") from error
 
 
-def create(stem: str, record: dict[str, Any], diff: bytes = b"") -> RunRecord:
+def create(stem: str, record: dict[str, Any], diff: bytes = b"", path: Path | None = None) -> RunRecord:
     """Create the record of a new run.
 
-    The run is named `STEM-` and four random hexadecimal digits. `record` is completed with the format and the start
-    time. Raises `InputError` if the record cannot be written.
+    The run is named `STEM-` and four random hexadecimal digits, unless `path` is the folder that it shall have.
+    `record` is completed with the format and the start time. Raises `InputError` if the record cannot be written.
     """
-    path = None
     try:
-        path = _new_folder(stem)
+        path = path or _new_folder(stem)
+        path.mkdir(parents=True, exist_ok=True)
         if diff:
             (path / "git.diff").write_bytes(diff)
         write_json(path / "record.json", {"format": record_form.FORMAT, "started": now(), **record})
@@ -282,16 +283,31 @@ def create(stem: str, record: dict[str, Any], diff: bytes = b"") -> RunRecord:
     return RunRecord(path)
 
 
+def stem_of(config: TrainConfig) -> str:
+    """Return how the names of runs with these settings begin."""
+    fold = f"-fold{config.fold.split('/')[0]}" if config.fold else ""
+    return f"{config.pool}-seed{config.seed}{fold}"
+
+
+def new_name(stem: str) -> str:
+    """Return a name that no run here has, and no folder yet."""
+    return next(name for name in _new_names(stem) if not (folder() / name).exists())
+
+
 def _new_folder(stem: str) -> Path:
     """Make a folder with a new name."""
-    for _ in range(TRIES):
-        path = folder() / f"{stem}-{uuid.uuid4().hex[:4]}"
+    for name in _new_names(stem):
         with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
-            return path
-    path = folder() / f"{stem}-{uuid.uuid4().hex[:8]}"  # nearly all shorter names are taken
-    path.mkdir(parents=True)
-    return path
+            (folder() / name).mkdir(parents=True)
+            return folder() / name
+    raise FileExistsError(stem)
+
+
+def _new_names(stem: str) -> Iterator[str]:
+    for _ in range(TRIES):
+        yield f"{stem}-{uuid.uuid4().hex[:4]}"
+    for _ in range(TRIES):  # nearly all shorter names are taken
+        yield f"{stem}-{uuid.uuid4().hex[:8]}"
 
 
 def names() -> list[str]:

@@ -20,7 +20,7 @@ from poolnet.runs import provenance, run_record
 from poolnet.runs.run_record import RunRecord
 from poolnet.text import Echo
 from poolnet.training import fast_step, features, train_loop
-from poolnet.training.config import TrainConfig
+from poolnet.training.config import CONV, Arithmetic, TrainConfig
 from poolnet.training.device import resolve_device
 from poolnet.training.evaluation import Evaluation, score_logits
 from poolnet.training.model import build_model
@@ -29,6 +29,7 @@ from poolnet.training.train_loop import EpochRecord, FitResult, Start, State
 
 Begun = Callable[[RunRecord], object]  # is called as soon as the run can be published
 Check = Callable[[], object]  # is called before a new run and after each epoch; may raise `InputError`
+POOLED = Arithmetic(1, "contiguous")  # of a network that does not depend on either
 METRICS = {field.name for field in dataclasses.fields(EpochRecord)} - {"epoch"}  # of an epoch, as recorded
 Pooled = dict[str, np.ndarray] | None  # the features of each split; None for a network that learns its own
 
@@ -116,12 +117,17 @@ def create(
     server: Mapping[str, str],
     sweep: str = "",
     reproduces: str = "",
-    threads: int = train_loop.CONV_THREADS,
+    conv: Arithmetic = CONV,
+    device: str = "",
+    differs: str = "",
+    path: Path | None = None,
 ) -> RunRecord:
     """Create the record of a new run.
 
-    The run may belong to a sweep. Or it may reproduce the run with the id `reproduces`, with the `threads` of that run.
-    `server` says where the run is tracked: `uri` and the other keys of `tracking` in `record_form.FORM`.
+    The run may belong to a sweep. Or it may reproduce the run with the id `reproduces`, with that run's `conv`.
+    `server` says where the run is tracked: `uri` and the other keys of `tracking` in `record_form.FORM`. `device` is
+    that of the settings, unless another is given. `differs` says how the software differs from that of the machine
+    that sweeps. `path` is as for `run_record.create`.
     """
     commit, dirty, diff = provenance.code_state()
     record = {
@@ -129,14 +135,22 @@ def create(
         "optimum": optimum,
         "sweep": sweep,
         "reproduces": reproduces,
-        "device": resolve_device(config.device),
+        "device": device or resolve_device(config.device),
         "data": splits.summary(),
         "code": {"commit": commit, "dirty": dirty},
-        "environment": {**provenance.environment(), "threads": threads if config.pool == "conv" else 1},
+        "environment": {
+            **provenance.environment(),
+            **dataclasses.asdict(conv if config.pool == "conv" else POOLED),
+            **({"differs": differs} if differs else {}),
+        },
         "tracking": {**server, **({"run_id": ""} if sweep else {})},  # a sweep's id is its parent run's
     }
-    fold = f"-fold{config.fold.split('/')[0]}" if config.fold else ""
-    return run_record.create(f"{config.pool}-seed{config.seed}{fold}", record, diff)
+    return run_record.create(run_record.stem_of(config), record, diff, path)
+
+
+def arithmetic(record: dict) -> Arithmetic:
+    """Return how a recorded run is computed."""
+    return Arithmetic(record["environment"]["threads"], record["environment"]["layout"])
 
 
 def settings(run: RunRecord) -> TrainConfig:
@@ -290,8 +304,7 @@ def _train(run: RunRecord, splits: Dataset, pooled: Pooled, check: Check, echo: 
         check()
 
     if pooled is None:
-        threads = run.record["environment"]["threads"]
-        return train_loop.fit(config, splits, on_epoch, run.save_checkpoint, resume_from, threads)
+        return train_loop.fit(config, splits, on_epoch, run.save_checkpoint, resume_from, arithmetic(run.record))
     return fast_step.fit(config, splits, pooled, on_epoch, run.save_checkpoint, resume_from)
 
 

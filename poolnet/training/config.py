@@ -24,6 +24,17 @@ POOLS = (*POOLINGS, "conv")  # conv: the two strided convolutions that pooling r
 
 
 @dataclass(frozen=True)
+class Arithmetic:
+    """How `conv` is computed; its last digits depend on it."""
+
+    threads: int = 2  # of torch, on any machine
+    layout: str = "channels_last"  # of arrays on a CPU, with a fused Adam; earlier versions had "contiguous"
+
+
+CONV = Arithmetic()
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The settings of a training run, with their only defaults."""
 

@@ -17,12 +17,10 @@ from torch.nn import functional as F
 
 from poolnet.data.dataset import Dataset, Split
 from poolnet.errors import RunError
-from poolnet.training.config import PLATEAU_MARGIN, TrainConfig
+from poolnet.training.config import CONV, PLATEAU_MARGIN, Arithmetic, TrainConfig
 from poolnet.training.device import resolve_device
 from poolnet.training.evaluation import Evaluation, Fetch, evaluate, fetcher, threads
 from poolnet.training.model import TwoLayerNet, build_model
-
-CONV_THREADS = 2  # on any machine, since the digits of a convolution's gradient depend on the number
 
 
 @dataclass(frozen=True)
@@ -92,17 +90,19 @@ def fit(
     on_epoch: OnEpoch = lambda record: None,
     on_state: OnState = lambda state: None,
     resume_from: ResumeFrom = lambda state: None,
-    conv_threads: int = CONV_THREADS,
+    conv: Arithmetic = CONV,
 ) -> FitResult:
     """Train for `config.epochs`, then evaluate val and test.
 
     Each epoch is reported to `on_epoch`, and the state after it to `on_state`. Val and test are evaluated with the
     final weights. With `resume_from`, the rest is trained from a state that was reported before, with the same result.
+    `conv` is for pool `conv` only.
     """
     device = torch.device(resolve_device(config.device))
     model = build_model(config.pool, config.seed).to(device)
-    learner = Autograd(model, config.lr, {split.name: fetcher(split, device) for split in splits})
-    with threads(conv_threads if config.pool == "conv" else 1):
+    fast = config.pool == "conv" and device.type == "cpu" and conv.layout == "channels_last"
+    learner = Autograd(model, config.lr, {split.name: fetcher(split, device) for split in splits}, fast)
+    with threads(conv.threads if config.pool == "conv" else 1):
         history = run_epochs(config, splits, learner, on_epoch, on_state, resume_from)
         return FitResult(model, history, learner.evaluate(splits.val), learner.evaluate(splits.test))
 
@@ -171,13 +171,16 @@ def epoch_means(sizes: Sequence[int], losses: Sequence[float], rights: Sequence[
 class Autograd:
     """A torch module trained on its device.
 
-    `fetch` gives inputs and labels of each split by their rows.
+    `fetch` gives inputs and labels of each split by their rows. If `fast`, convolutions on a CPU take 1.14 times less
+    time, with other last digits.
     """
 
-    def __init__(self, module: nn.Module, lr: float, fetch: dict[str, Fetch]):
-        self.module, self.fetch = module, fetch
+    def __init__(self, module: nn.Module, lr: float, fetch: dict[str, Fetch], fast: bool = False):
         self.device = next(module.parameters()).device
-        self.optimizer = torch.optim.Adam(module.parameters(), lr=lr)
+        self.module, self.fetch = module, fetch
+        if fast:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # which its types do not know
+        self.optimizer = torch.optim.Adam(module.parameters(), lr=lr, fused=fast or None)
         for weight in module.parameters():  # what Adam makes at its first step, so that every state has one form
             zeros = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[weight] = {"step": torch.tensor(0.0), **zeros}
@@ -197,11 +200,12 @@ class Autograd:
         return {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items()}
 
     def load(self, state: State) -> None:
-        tensors = {name: torch.from_numpy(array) for name, array in state.items()}
-        self.module.load_state_dict({name: tensors[f"model.{name}"] for name in self.module.state_dict()})
-        adam = self.optimizer.state_dict()
-        moments = {i: {name: tensors[f"adam.{i}.{name}"] for name in known} for i, known in adam["state"].items()}
-        self.optimizer.load_state_dict({**adam, "state": moments})
+        """Take a state over, into the layout of the weights."""
+        for name, tensor in self.module.state_dict().items():
+            tensor.copy_(torch.from_numpy(state[f"model.{name}"]))
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            for name, tensor in moments.items():
+                tensor.copy_(torch.from_numpy(state[f"adam.{index}.{name}"]))
 
 
 def score(history: tuple[EpochRecord, ...]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from finished_runs import REGISTERED, journaled, name_metrics_as_before, publish
 from poolnet.models import reproduce
 from poolnet.runs import provenance, run_record, train_run
 from poolnet.tracking import addresses, training_runs
+from poolnet.training.config import Arithmetic
 
 # of the tiny data set, whose letters can be told apart at no loss
 FALLS = "poolnet: warning: the lowest train loss is lower still: it falls for ever as the weights grow\n"
@@ -61,12 +62,12 @@ def test_neither_threads_nor_place_and_groups_of_the_data_change_a_digit(trained
     assert (result["verdict"], result["circumstances"], err) == ("bit-identical", [], FALLS)
 
 
-def test_a_conv_run_is_trained_again_with_its_own_number_of_threads(tmp_path):
-    """Runs of earlier versions took as many as there were cores, and their digits depend on that."""
+def test_a_conv_run_is_trained_again_with_its_own_threads_and_layout(tmp_path):
+    """Runs of earlier versions took as many threads as there were cores, and another layout: digits depend on both."""
     np.savez("letters.npz", **make_arrays())
     config = dataclasses.replace(REGISTERED, pool="conv", epochs=1)
     splits, pooled = train_run.open_training_data(config, False, print)
-    old = train_run.create(config, False, splits, addresses.environment(), threads=3)
+    old = train_run.create(config, False, splits, addresses.environment(), conv=Arithmetic(3, "contiguous"))
     with old.training():
         train_run.carry_out(old, splits, pooled, echo=lambda line: None)
     result, _ = reproduced(publish(old).info.run_id)

@@ -41,7 +41,7 @@ RECORD = {
         ],
     },
     "code": {"commit": None, "dirty": "unknown"},
-    "environment": {**provenance.environment(), "threads": 1},
+    "environment": {**provenance.environment(), "threads": 1, "layout": "contiguous"},
     "tracking": dict.fromkeys(("uri", "folder", "experiment_id", "experiment_name", "run_id"), ""),
 }
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from poolnet.data.dataset import Dataset, Split, open_dataset
 from poolnet.errors import InputError, RunError
-from poolnet.training.config import TrainConfig
+from poolnet.training.config import Arithmetic, TrainConfig
 from poolnet.training.evaluation import evaluate, threads
 from poolnet.training.model import SimpleConvNet, SimplePoolNet
 from poolnet.training.train_loop import EpochRecord, fit, score, train_one_epoch
@@ -120,7 +120,7 @@ def test_evaluate_covers_every_image_once(monkeypatch, letters):
     split = open_dataset(letters).test
     model = SimplePoolNet("avg")
     whole = evaluate(model, split)
-    monkeypatch.setattr("poolnet.training.evaluation.EVAL_BATCH", 7)
+    monkeypatch.setattr("poolnet.training.evaluation.CPU_BATCH", 7)
     parts = evaluate(model, split)
     assert whole.logits.shape == (110, 10)
     assert whole.logits.dtype == np.float32
@@ -179,7 +179,7 @@ def test_no_digit_depends_on_the_number_of_threads(letters, pool):
         assert figures(other.history) == figures(results[0].history)
         np.testing.assert_array_equal(other.test.logits, results[0].test.logits)
     if pool == "conv":  # whose digits do depend on the number that is computed with
-        assert figures(fit(config, splits, conv_threads=1).history) != figures(results[0].history)
+        assert figures(fit(config, splits, conv=Arithmetic(threads=1)).history) != figures(results[0].history)
 
 
 @pytest.mark.parametrize(
