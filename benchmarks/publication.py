@@ -29,7 +29,7 @@ from pathlib import Path
 import click
 from mlflow.tracking.client import MlflowClient
 from sweep_speed import STUDY
-from train_speed import random_letters
+from train_speed import EPOCHS, random_letters
 
 from poolnet.files import write_json
 
@@ -68,7 +68,7 @@ def serving(folder: Path, workers: int) -> Iterator[str]:
 def train(folder: Path, data: Path, seeds: int) -> list[str]:
     """Train a sweep that is not published, and make the exports of its networks; the names of its runs."""
     study = folder / "publication.toml"
-    study.write_text(STUDY.format(seeds=list(range(1, seeds + 1))), encoding="utf-8")
+    study.write_text(STUDY.format(seeds=list(range(1, seeds + 1)), epochs=EPOCHS), encoding="utf-8")
     environment = os.environ | {"POOLNET_HOME": str(folder / "trained"), "MLFLOW_TRACKING_URI": NOWHERE}
     command = [*POOLNET, "sweep", str(study), "--data", str(data), "--timeout", "0"]
     subprocess.run(command, env=environment, capture_output=True, check=False)  # it says 3: not published

@@ -30,7 +30,7 @@ ROOT = str(Path(__file__).parent.parent)
 POOLNET = [*PYTHON, "poolnet"]
 IMPORTS = (
     *("poolnet.runs.train_run", "poolnet.runs.figures", "poolnet.tracking.upload_process"),
-    *("poolnet.studies.sweep", "poolnet.studies.report", "poolnet.models.promote"),
+    *("poolnet.studies.sweep", "poolnet.studies.crew", "poolnet.studies.report", "poolnet.models.promote"),
     *("mlflow.cli", "mlflow.projects", "mlflow.store.tracking.sqlalchemy_store", "torch.export._trace"),
 )
 SERVER = "FORKING_SERVER"  # the variable of the environment that holds its address
@@ -208,6 +208,29 @@ def _begin(streams, told):
     sys.argv = told["words"][1:]
 
 
+def _fork_workers():
+    """Have the workers of a sweep forked too.
+
+    A worker ends when a pipe from its sweep is closed, so it must not keep those of the others open.
+    """
+    from distributed import nanny, process
+
+    for module in (nanny, process):
+        module.get_mp_context = lambda: multiprocessing.get_context("fork")
+    begin, work, pipes = process.AsyncProcess.__init__, process.AsyncProcess._run.__func__, []
+
+    def __init__(self, *given, **named):
+        begin(self, *given, **named)
+        pipes.append(self._keep_child_alive)
+
+    def _run(cls, *given):
+        for pipe in pipes:
+            pipe.close()
+        work(cls, *given)
+
+    process.AsyncProcess.__init__, process.AsyncProcess._run = __init__, classmethod(_run)
+
+
 def _main(*words):
     """The `python` of a shell or of pytest-xdist, or the server."""
     if words[0].startswith("-"):
@@ -219,10 +242,7 @@ def _main(*words):
         return exec(words[-1], {"__name__": "__main__"})
     use()
     draw_once(folder)
-    from poolnet.studies import worker
-
-    fork = multiprocessing.get_context("fork")
-    worker.multiprocessing = _changed(multiprocessing, get_context=lambda method: fork)
+    _fork_workers()
     return runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 

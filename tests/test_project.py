@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
@@ -187,6 +188,8 @@ def test_the_commands_of_the_docs_are_such_that_can_be_typed():
                 named.add(parsed(cli, words))
             case ["mlflow", "models" | "artifacts", *_] as words:
                 parsed(mlflow_cli, words[1:])
+            case ["dask", "scheduler" | "worker" as role, *words]:
+                importlib.import_module(f"distributed.cli.dask_{role}").main.make_context(role, words).close()
             case ["export", *words]:
                 assert all(re.fullmatch(r"[A-Z_]+=\S+", word) for word in words)
             case ["curl", address, *_]:

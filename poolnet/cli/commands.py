@@ -17,7 +17,7 @@ from click.core import ParameterSource
 
 from poolnet import process
 from poolnet.cli import model_commands, study_commands
-from poolnet.cli.options import AS_JSON, DATA, FILE, OPEN, TIMEOUT, completed, look_at, switch
+from poolnet.cli.options import AS_JSON, DATA, DEVICE, FILE, OPEN, TIMEOUT, completed, look_at, switch
 from poolnet.errors import InputError, RunError
 from poolnet.files import FULL, expanded, writable
 from poolnet.text import echo, echo_warning, failed, pasted, progress, step, to_json
@@ -32,7 +32,7 @@ SETTINGS = {  # of MLflow, in our own processes, where the user has not decided 
 
 COMPLETED = {  # of the options of `train`
     "data": DATA,
-    "device": completed("auto", "cpu", "cuda", "mps"),
+    "device": DEVICE,
     "register": completed("yes", "no"),
 }
 

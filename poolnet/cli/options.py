@@ -37,6 +37,7 @@ def completed(*words: str, suffix: str = "") -> Callable[..., list[CompletionIte
 
 
 DATA = completed("glyphs", "notmnist", suffix=".npz")
+DEVICE = completed("auto", "cpu", "cuda", "mps")
 STUDY = completed(suffix=".toml")
 
 

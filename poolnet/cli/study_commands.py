@@ -14,6 +14,7 @@ from poolnet import process
 from poolnet.cli.options import (
     AS_JSON,
     DATA,
+    DEVICE,
     FILE,
     OPEN,
     STUDY,
@@ -33,15 +34,18 @@ if TYPE_CHECKING:
     from poolnet.studies.study import Study
 
 
-def _plan(path: Path, data: str) -> "Study":
-    """Read a study whose data set and devices are here."""
+def _plan(path: Path, data: str, device: str = "", cluster: str = "") -> "Study":
+    """Read a study whose data set and devices are here.
+
+    The workers of a cluster see for themselves which devices they have.
+    """
     from poolnet.data import dataset
     from poolnet.studies.study import read
     from poolnet.training import device as devices
 
-    study = read(path, data)
+    study = read(path, data, device)
     dataset.check(study.data)
-    for device in study.grid.get("device", ()):
+    for device in () if cluster else study.grid.get("device", ()):
         devices.check(device)
     return study
 
@@ -59,7 +63,15 @@ def _workers(context: click.Context, option: click.Parameter, text: str) -> int 
     "--workers",
     default="",
     callback=_workers,
-    help="Processes that train.  [default: one a core; one where conv takes part]",
+    help="Processes that train.  [default: one a core; where conv takes part, one for two cores]",
+)
+@click.option("--cluster", default="", metavar="ADDRESS", help="Train on the workers of this Dask scheduler.")
+@click.option("--any-version", is_flag=True, help="Take workers with other versions of poolnet, torch or NumPy too.")
+@click.option(
+    "--device",
+    default="",
+    shell_complete=DEVICE,
+    help="Of each run.  [default: the study's, or auto]",
 )
 @click.option("--figures", is_flag=True, help="Draw the figures of each run too; later: poolnet figures RUN.")
 @OPEN
@@ -71,6 +83,9 @@ def sweep(
     study: Path,
     data: str,
     workers: int | None,
+    cluster: str,
+    any_version: bool,
+    device: str,
     figures: bool,
     open_page: bool,
     timeout: float,
@@ -87,12 +102,16 @@ def sweep(
     """
     from poolnet.tracking.train import look_ahead
 
-    plan = _plan(study, data)
+    if cluster and workers:
+        raise InputError("--workers: counts processes of this machine; leave it out with --cluster")
+    plan = _plan(study, data, device, cluster)
 
     home()
     look_ahead(echo_warning)
     options = [study, *(["--data", data] if data else [])]
-    again = pasted("poolnet", "sweep", *options)
+    named = {"--device": device, "--cluster": cluster}
+    given = [word for option, value in named.items() if value for word in (option, value)]
+    again = pasted("poolnet", "sweep", *options, *given, *["--any-version"] * any_version)
     process.last_words = f"stopped; go on with: {again}"
 
     step(f"Opening the data set {plan.data}")
@@ -101,8 +120,9 @@ def sweep(
     from poolnet.tracking import pages
 
     lines = (lambda line: None) if as_json else echo
-    under_way = sweeps.open_sweep(plan, lines, echo_warning)
-    sweeps.carry_out(under_way, workers or sweeps.default_workers(plan), figures, timeout, lines, echo_warning)
+    under_way = sweeps.open_sweep(plan, lines, echo_warning, cluster)
+    crew = sweeps.Workers(workers or (1 if cluster else sweeps.default_workers(plan)), cluster, any_version)
+    sweeps.carry_out(under_way, crew, figures, timeout, lines, echo_warning)
     page = pages.view(under_way.experiment_id, pages.view_of(under_way.data_sha256))
     if as_json:
         look = pages.link(under_way.uri, page) if under_way.experiment_id else ""

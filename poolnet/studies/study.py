@@ -120,15 +120,18 @@ def _points(table: dict[str, tuple]) -> list[Point]:
     return [dict(zip(table, values, strict=True)) for values in itertools.product(*table.values())]
 
 
-def read(path: Path, data: str = "") -> Study:
+def read(path: Path, data: str = "", device: str = "") -> Study:
     """Read and check a study file.
 
-    `data` names another data set than the study's own. Raises `InputError`, which names the file, the line or key, and
-    the remedy.
+    `data` and `device` replace the study's own. Raises `InputError`, which names the file, the line or key, and the
+    remedy.
     """
     text = _read_text(path)
     try:
-        return _checked(path, text, tomllib.loads(text), data)
+        raw = tomllib.loads(text)
+        if device and isinstance(raw.get("grid"), dict):
+            raw["grid"]["device"] = device
+        return _checked(path, text, raw, data)
     except tomllib.TOMLDecodeError as error:  # which names line and column
         raise InputError(f"{path}: found no valid TOML: {error}") from None
     except RecursionError:

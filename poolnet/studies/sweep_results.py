@@ -10,7 +10,6 @@ from poolnet.text import DIGITS, aligned, coded, marked, pasted, piped, spread
 from poolnet.tracking import names, pages, sweep_run, training_runs
 from poolnet.tracking.training_runs import SCORES
 from poolnet.training.config import TrainConfig
-from poolnet.training.device import resolve_device
 
 
 @dataclasses.dataclass
@@ -45,6 +44,7 @@ class Sweep:
     path: Path  # of the data
     data_sha256: str
     uri: str  # of the tracking server
+    auto: str  # the device that `auto` stands for
     results: dict[tuple, Result] = dataclasses.field(init=False)
     experiment_id: str = ""  # of the parent run, once there is one
     publish_error: str | None = None  # why the server does not have everything
@@ -64,7 +64,10 @@ class Sweep:
         return self.results[self.key(config)]
 
     def key(self, config: TrainConfig) -> tuple:
-        return training_runs.key(config, resolve_device(config.device), self.data_sha256)
+        return training_runs.key(config, self.device(config), self.data_sha256)
+
+    def device(self, config: TrainConfig) -> str:
+        return self.auto if config.device == "auto" else config.device
 
 
 def _arm_scores(sweep: Sweep) -> dict[str, dict[str, list[float]]]:

@@ -1,26 +1,33 @@
-"""Worker processes that train runs of a sweep.
+"""Train runs of a sweep in a worker process of Dask.
 
-A worker trains one run after the other. So imports and features cost time only once. Workers are started before it is
-known what is left to train, so that their imports are done then.
+Nothing slow is imported before there is a run to train, since the scheduler imports this module too.
 """
 
 import contextlib
 import dataclasses
 import functools
 import importlib
-import multiprocessing
+import pickle
 import signal
-import sys
+import tempfile
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from poolnet import process
+import numpy as np
+from distributed import get_worker
+from distributed.core import Status
+from distributed.worker import Worker
+
+from poolnet.errors import InputError
+from poolnet.files import home, replacing
+from poolnet.runs import provenance, record_transfer, run_record
+from poolnet.runs.record_transfer import Files
+from poolnet.runs.run_record import RunRecord
 from poolnet.training.config import TrainConfig
+from poolnet.training.device import resolve_device
 
 if TYPE_CHECKING:
     from poolnet.data.dataset import Dataset
@@ -28,132 +35,110 @@ if TYPE_CHECKING:
     from poolnet.training.optimum import Optimum
 
 MEMORY = 1 << 30  # bytes of images and features that a worker keeps, for its next runs on the same
-Task = tuple[TrainConfig, str]  # the settings of a run, and the name of its record if it was begun before
+SAY_SECONDS = 1.0  # between two messages about the epochs of a run
+_one_run = threading.Lock()  # at a time in a process, since the number of torch's threads is the process's
+_opened: "dict[tuple[str, str, str], _Opened]" = {}  # by digest of the data set, pooling and fold
 
 
 @dataclasses.dataclass(frozen=True)
-class Message:
-    """What a worker says about its run.
+class Job:
+    """What the runs of a sweep share."""
 
-    `kind` is `begun`, `epoch`, `ended`, or `died` if the worker process died.
-    """
+    path: str  # of the data, on the machine that sweeps; no Path, since the worker may have another system
+    data_name: str
+    data_sha256: str
+    sweep: str
+    figures: bool
+    optimum: bool
+    server: Mapping[str, str]  # as `tracking` in `record_form.FORM`
+    topic: str  # of Dask's events, under which workers report
+    own: bool  # whether the worker is the sweep's own, and writes into the same folder of local state
 
-    kind: str
-    run: str = ""  # the name of its record, once it has begun
-    epoch: int = 0
-    error: str = ""  # empty if nothing went wrong
 
-
-class Worker:
-    """A worker process, as the sweep sees it.
-
-    It also holds the worker's current task: the settings and, once the run has begun, the name of its record.
-    """
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A run to train."""
 
     config: TrainConfig
-    run: str
-    epoch: int
+    device: str  # not `auto`
+    run: str  # the name of its record, whether it was begun or not
+    files: Files | None = None  # of the record if it was begun, where the worker does not have it
 
-    def __init__(self, path: Path, sweep: str, figures: bool, optimum: bool):
-        context = multiprocessing.get_context("spawn")  # the same on every system
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, path, sweep, figures, optimum), daemon=True)
-        with _no_ctrl_c():
-            self.process.start()
-        theirs.close()  # so that its death is the end of the connection
 
-    def take(self, task: Task) -> None:
-        """Give the worker a run to train."""
-        self.config, self.run, self.epoch = task[0], "", 0
-        with contextlib.suppress(OSError):  # it is dead, and will be heard of
-            self.connection.send(task)
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a task.
 
-    def hear(self) -> Message:
-        """Return the next message of the worker."""
+    Either the worker was `refused`, or it `lacks` the data, or there is a run, which has failed if there is an `error`.
+    """
+
+    refused: str = ""  # why
+    lacks: bool = False
+    error: str = ""
+    files: Files | None = None  # of the record, where the machine that sweeps does not have it
+
+
+class Unwanted(BaseException):
+    """The sweep does not want the run any more."""
+
+
+async def dask_setup(worker: Worker) -> None:
+    """Prepare a worker of the sweep's own; Dask calls it.
+
+    Ctrl-C is the sweep's to answer. The imports take seconds, so they begin before there is a run.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=importlib.import_module, args=["poolnet.runs.train_run"], daemon=True).start()
+
+
+def train(software: dict[str, str], any_version: bool, job_and_task: bytes) -> Outcome:
+    """Train one run in this worker process.
+
+    `software` are the versions on the machine that sweeps. A worker with others is refused, unless `any_version`.
+    """
+    with _one_run:
+        differs = provenance.other_software(software)
+        if differs and not any_version:
+            return Outcome(refused=differs)
+        job, task = pickle.loads(job_and_task)
         try:
-            message = self.connection.recv()
-        except (EOFError, OSError):
-            self.process.join()
-            return Message("died", error=f"its process died, exit code {self.process.exitcode}")
-        self.run = message.run or self.run
-        return message
-
-    def stop(self) -> None:
-        """Make sure that the worker process ends.
-
-        The caller has already asked it to end. After 10 seconds it is killed.
-        """
-        self.process.join(10)
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
+            _choose_device(job, task)
+            opened = _open(job, task.config)
+        except (InputError, OSError) as error:
+            return Outcome(refused=str(error))
+        if opened is None:
+            return Outcome(lacks=True)
+        if job.own:
+            return Outcome(error=_train(job, task, opened, run_record.folder() / task.run, differs))
+        with tempfile.TemporaryDirectory(dir=get_worker().local_directory) as folder:
+            path = Path(folder) / task.run
+            return Outcome(error=_train(job, task, opened, path, differs), files=record_transfer.pack(path))
 
 
-class Crew:
-    """The worker processes of a sweep.
+def _choose_device(job: Job, task: Task) -> None:
+    """Check that the device is here; of several GPUs, take one.
 
-    They end with the `with` block. With `figures`, those of each run are drawn. With `optimum`, it is found for each
-    pooling.
+    Workers of the sweep's own are numbered, and take one each. Others are started with one each.
     """
+    resolve_device(task.device)
+    if job.own and task.device == "cuda":
+        import torch
 
-    def __init__(self, path: Path, sweep: str, figures: bool, optimum: bool):
-        self.arguments = (path, sweep, figures, optimum)
-        self.workers: list[Worker] = []
-        self.idle: deque[Worker] = deque()
-
-    def start(self, count: int) -> None:
-        """Start workers, which wait for runs to train."""
-        for _ in range(count):
-            self.workers.append(Worker(*self.arguments))
-            self.idle.append(self.workers[-1])
-
-    def train(self, tasks: deque[Task], count: int) -> Iterator[tuple[Worker, Message]]:
-        """Train runs with `count` workers and yield their messages.
-
-        The order of the tasks is kept. If tasks are left, a worker that dies is replaced. Its run is not tried again.
-        """
-        busy: list[Worker] = []
-        while tasks or busy:
-            while tasks and len(busy) < count:
-                if not self.idle:
-                    self.start(1)
-                busy.append(self.idle.popleft())
-                busy[-1].take(tasks.popleft())
-            ready = wait([worker.connection for worker in busy])
-            for worker in [worker for worker in busy if worker.connection in ready]:
-                message = worker.hear()
-                yield worker, message
-                if message.kind in ("ended", "died"):
-                    busy.remove(worker)
-                if message.kind == "ended":
-                    self.idle.append(worker)
-
-    def __enter__(self) -> "Crew":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for worker in self.workers:
-            worker.process.terminate()  # asked all at once, to finish the batch in hand
-        for worker in self.workers:
-            worker.stop()
+        torch.cuda.set_device(int(get_worker().name) % torch.cuda.device_count())
 
 
-@contextlib.contextmanager
-def _no_ctrl_c() -> Iterator[None]:
-    """Hold Ctrl-C back until the block ends.
+def receive(job: Job, content: np.ndarray) -> None:
+    """Keep the data set that the sweep has sent, as bytes.
 
-    Processes that are started in it never get it. So they do not print a traceback while they start. On Windows nothing
-    is done.
+    So the next sweep, and the other workers of this machine, find it.
     """
-    if sys.platform == "win32":
-        yield
-        return
-    resource_tracker.ensure_running()  # else `start` does that, which ends the hold
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with replacing(_copy(job)) as part:
+        content.tofile(part)
+
+
+def _copy(job: Job) -> Path:
+    """Return where a worker keeps a data set that was sent."""
+    return home() / "data" / "received" / job.data_sha256[:16] / f"{job.data_name}.npz"
 
 
 class _Opened:
@@ -188,82 +173,87 @@ class _Opened:
         vars(self).pop("data", None)
 
 
-def _take(opened: dict[tuple[str, str], _Opened], key: tuple[str, str], new: _Opened) -> _Opened:
+def _take(key: tuple[str, str, str], new: _Opened) -> _Opened:
     """Return what is opened under a key, or `new`.
 
     If all of it takes more than `MEMORY`, what was used longest ago is closed.
     """
-    opened[key] = taken = opened.pop(key, new)  # the last one used is the last
-    for other in [*opened.values()][:-1]:
-        if sum(each.size() for each in opened.values()) > MEMORY:
+    _opened[key] = taken = _opened.pop(key, new)  # the last one used is the last
+    for other in [*_opened.values()][:-1]:
+        if sum(each.size() for each in _opened.values()) > MEMORY:
             other.close()
     return taken
 
 
-def _work(connection: Connection, path: Path, sweep: str, figures: bool, optimum: bool) -> None:
-    """Train the runs that arrive over the connection.
+def _open(job: Job, config: TrainConfig) -> _Opened | None:
+    """Open the data set where it has the right digest, or None.
 
-    For each task that arrives, this process sends messages: `begun`, `epoch` for each epoch, and at last `ended`.
+    It is at the path that it has on the machine that sweeps, or it was sent.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to answer, and on Windows it gets here
-    process.install()
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
-    opened: dict[tuple[str, str], _Opened] = {}
-    with contextlib.suppress(EOFError, OSError, process.Stop):  # the sweep is over
-        importlib.import_module("poolnet.runs.train_run")  # seconds, before there is a task
-        while True:
-            error = _train(connection, opened, path, connection.recv(), sweep, figures, optimum)
-            connection.send(Message("ended", error=error))
+    from poolnet.runs import train_run
+
+    key = (job.data_sha256, config.pool, config.fold)
+    if key not in _opened:
+        for path in (Path(job.path), _copy(job)):
+            new = _Opened(functools.partial(train_run.open_training_data, config, True, lambda line: None, path))
+            with contextlib.suppress(InputError, OSError):  # what else is at that path here
+                if path.exists() and new.data[0].sha256 == job.data_sha256:
+                    return _take(key, new)
+        return None
+    return _take(key, _opened[key])
 
 
-def _train(
-    connection: Connection,
-    opened: dict[tuple[str, str], _Opened],
-    path: Path,
-    task: Task,
-    sweep: str,
-    figures: bool,
-    optimum: bool,
-) -> str:
-    """Train one run and return the error, if any.
+def _train(job: Job, task: Task, opened: _Opened, path: Path, differs: str) -> str:
+    """Train the run in the record at `path` and return the error, if any.
 
-    The text is empty if nothing went wrong. `opened` keeps what was opened, by pooling and fold.
+    Whatever goes wrong is returned, since the sweep goes on with its other runs.
     """
-    from poolnet.runs import run_record, train_run
-    from poolnet.tracking import addresses
-    from poolnet.training.train_loop import EpochRecord
-
-    def echo(line: object) -> None:
-        if isinstance(line, EpochRecord):
-            connection.send(Message("epoch", epoch=line.epoch))
+    from poolnet.runs import train_run
 
     try:
-        config, name = task
-        new = _Opened(functools.partial(train_run.open_training_data, config, True, echo, path))
-        data = _take(opened, (config.pool, config.fold), new)
-        splits, pooled = data.data
-        run = (
-            run_record.RunRecord(run_record.folder() / name)
-            if name
-            else train_run.create(config, optimum and bool(pooled), splits, addresses.environment(), sweep)
-        )
-        connection.send(Message("begun", run.name))
-        with run.training():
-            best = data.optimum if run.record["optimum"] else None
-            train_run.carry_out(
-                run, splits, pooled, echo=echo, echo_warning=lambda line: None, figures=figures, best=best
+        splits, pooled = opened.data
+        if task.files is not None:
+            record_transfer.unpack(path, task.files, {"path": str(splits.path)})
+        if (path / "record.json").exists():
+            run = RunRecord(path)
+        else:
+            wanted = job.optimum and bool(pooled)
+            run = train_run.create(
+                task.config, wanted, splits, job.server, job.sweep, device=task.device, differs=differs, path=path
             )
-    except Exception as error:  # whatever it was: the sweep reports it, and goes on with the others
+        report = _Report(job.topic)
+        with run.training():
+            best = opened.optimum if run.record["optimum"] else None
+            train_run.carry_out(run, splits, pooled, report.check, report.echo, report.echo, job.figures, best)
+    except Unwanted:
+        return "stopped"
+    except Exception as error:  # whatever it was
         return " ".join(str(error).split()) or type(error).__name__
     return ""
 
 
-def _stop_with_parent() -> None:
-    """Stop this worker when its parent process dies.
+class _Report:
+    """Tell the sweep how far a run is, and hear if it is unwanted."""
 
-    So a sweep that is killed stops its workers too. Their training so far is in the run record.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent  # of a worker, it is the sweep
-    wait([parent.sentinel])
-    signal.raise_signal(signal.SIGTERM)
+    def __init__(self, topic: str):
+        self.topic, self.worker, self.key = topic, get_worker(), get_worker().get_current_task()
+        self._say(0)
+
+    def check(self) -> None:
+        """Raise `Unwanted` if the task was cancelled.
+
+        Or the worker closes, for example since its scheduler is gone.
+        """
+        task = self.worker.state.tasks.get(self.key)
+        closes = self.worker.status in (Status.closing, Status.closed, Status.failed)
+        if closes or task is None or task.state not in ("executing", "long-running"):
+            raise Unwanted
+
+    def echo(self, line: object) -> None:
+        epoch = getattr(line, "epoch", 0)  # of a record; other lines are for a person
+        if epoch and time.monotonic() - self.said > SAY_SECONDS:
+            self._say(epoch)
+
+    def _say(self, epoch: int) -> None:
+        self.said = time.monotonic()
+        self.worker.log_event(self.topic, {"key": self.key, "epoch": epoch})

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -18,23 +17,26 @@ import numpy as np
 import pytest
 import torch
 from conftest import inside, poolnet
+from distributed import LocalCluster
 from finished_runs import journaled, publish
 
 from poolnet import files
 from poolnet.data.dataset import open_dataset
-from poolnet.runs import run_record
+from poolnet.runs import record_transfer, run_record
 from poolnet.runs.run_record import RunRecord
 from poolnet.studies import worker
+from poolnet.studies.crew import Crew
 from poolnet.studies.study import read
 from poolnet.studies.sweep import open_sweep
-from poolnet.studies.worker import Crew
+from poolnet.studies.worker import Job, Task
 from poolnet.text import WIDTH
-from poolnet.tracking import sweep_run
+from poolnet.tracking import addresses, sweep_run
 from poolnet.training import optimum
 from poolnet.training.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("letters")
 posix = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals to process groups")
+GIVEN_UP = "given up, since 4 workers died that trained it"
 DEAD = "http://127.0.0.1:9"  # where nobody listens
 SAME = ("train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc", "best/val_acc", "best/plateau_epoch")
 STUDY = """question = "Which pooling loses less?"
@@ -50,25 +52,50 @@ avg = {{ pool = "avg", lr = 0.001 }}
 """
 
 
+def job_of(sweep, **changes):
+    return dataclasses.replace(
+        Job(str(sweep.path.absolute()), sweep.path.stem, sweep.data_sha256, sweep.name, figures=False,
+            optimum=sweep.study.optimum, server=addresses.environment(), topic="of a test", own=True),
+        **changes,
+    )  # fmt: skip
+
+
 def test_a_worker_finds_the_optimum_once_for_a_pooling_and_a_fold(letters, monkeypatch):
     """Also if memory is short, so that the data are opened again for each run."""
     monkeypatch.setattr(worker, "MEMORY", 0)
+    monkeypatch.setattr(worker, "_opened", opened := {})
     times, find = [], optimum.find_optimum
     monkeypatch.setattr(optimum, "find_optimum", lambda *data: times.append(1) or find(*data))
-    _, connection = multiprocessing.Pipe()
-    opened = {}
-    for seed, fold, pool in [(1, "1/2", "avg"), (2, "1/2", "avg"), (1, "2/2", "avg"), (1, "2/2", "conv")]:
-        config = TrainConfig(data=str(letters), pool=pool, epochs=1, fold=fold, seed=seed)
-        assert worker._train(connection, opened, letters, (config, ""), "sweep", False, True) == ""
+    job = Job(
+        str(letters), letters.stem, open_dataset(letters).sha256, "sweep", figures=False, optimum=True,
+        server=addresses.environment(), topic="of a test", own=False,
+    )  # fmt: skip
+    tasks = deque(
+        Task(TrainConfig(data=str(letters), pool=pool, epochs=1, fold=fold, seed=seed), "cpu", f"{pool}-{seed}-{index}")
+        for index, (seed, fold, pool) in enumerate(
+            [(1, "1/2", "avg"), (2, "1/2", "avg"), (1, "2/2", "avg"), (1, "2/2", "conv")]
+        )
+    )
+    found = {}
+    with cluster_in_this_process() as cluster, Crew(job, cluster.scheduler_address, False, print, print) as crew:
+        crew.start(1)
+        for message in crew.train(tasks):
+            if message and message.kind == "ended":
+                record_transfer.unpack(run_record.folder() / message.task.run, message.files, {})
+                found[message.task.run] = RunRecord(run_record.folder() / message.task.run).by_step()[0]
     assert len(times) == 2
     assert [each.size() > 0 for each in opened.values()] == [False, False, True]
-    steps = {name: RunRecord(run_record.folder() / name).by_step()[0] for name in run_record.names()}
-    assert {name.rsplit("-", 1)[0]: "optimum_test_loss" in step for name, step in steps.items()} == {
-        "avg-seed1-fold1": True,
-        "avg-seed2-fold1": True,
-        "avg-seed1-fold2": True,
-        "conv-seed1-fold2": False,
+    assert {name: "optimum_test_loss" in scores for name, scores in found.items()} == {
+        "avg-1-0": True,
+        "avg-2-1": True,
+        "avg-1-2": True,
+        "conv-1-3": False,
     }
+
+
+def cluster_in_this_process():
+    """A scheduler and a worker of Dask, as threads."""
+    return LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0")
 
 
 @pytest.fixture
@@ -268,25 +295,27 @@ def test_ctrl_c_ends_a_sweep_and_its_workers_and_says_how_to_go_on(study):
     assert parent.info.status == "KILLED"
 
 
-def test_runs_begin_seed_by_seed_and_one_whose_process_dies_is_left_for_the_next_sweep(study, monkeypatch):
+def test_runs_begin_seed_by_seed_and_one_whose_worker_dies_is_trained_again(study, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
-    sweep = open_sweep(read(study()), print, print)
-    tasks = deque((config, "") for config in sweep.study.configs())
-    begun, died = [], []
-    with Crew(sweep.path, sweep.name, figures=False, optimum=False) as crew:
-        for worker, message in crew.train(tasks, 1):
-            if message.kind == "begun":
-                begun.append(worker.config)
-                if len(begun) == 2:
-                    worker.process.kill()
-            elif message.kind == "died":
-                died.append((worker.config, message.error))
-    assert begun == sweep.study.configs()
-    ((config, why),) = died
-    assert config == begun[1]
-    assert why.startswith("its process died, exit code")
-    ended = {name: RunRecord(run_record.folder() / name).finished for name in run_record.names()}
-    assert list(ended.values()).count(True) == 3
+    sweep = open_sweep(read(study(epochs=300)), print, print)
+    configs = sweep.study.configs()
+    tasks = deque(Task(config, "cpu", f"max-seed{index}-0000") for index, config in enumerate(configs))
+    told = []
+    with Crew(job_of(sweep), "", False, print, print) as crew:
+        crew.start(1)
+        for message in crew.train(tasks):
+            if message and message.kind != "epoch":
+                told.append((message.kind, configs.index(message.task.config), message.error))
+                doomed = {("begun", 1): 1, ("begun", 3): 9}.get(told[-1][:2], 0)
+                if [each[:2] for each in told].count(told[-1][:2]) <= doomed:
+                    os.kill(*crew._client.run(os.getpid).values(), signal.SIGKILL)
+    first, second = [("begun", 0, ""), ("ended", 0, "")], [("begun", 2, ""), ("ended", 2, "")]
+    once = [("begun", 1, ""), ("again", 1, ""), ("begun", 1, ""), ("ended", 1, "")]
+    never = 3 * [("begun", 3, ""), ("again", 3, "")]
+    assert told == [*first, *once, *second, *never, ("begun", 3, ""), ("ended", 3, GIVEN_UP)]
+    assert {name: RunRecord(run_record.folder() / name).finished for name in run_record.names()} == {
+        f"max-seed{index}-0000": index < 3 for index in range(4)
+    }
 
 
 def test_what_only_resembles_a_run_of_the_study_is_left_out_and_named(study, monkeypatch):
