@@ -180,16 +180,16 @@ class Crew:
             return
         assert self._client
         try:
-            found = self._client.sync(self._client.scheduler.identity, callback_timeout=ANSWER_SECONDS)["workers"]
+            present = self._client.sync(self._client.scheduler.identity, callback_timeout=ANSWER_SECONDS)["workers"]
         except (OSError, TimeoutError, RuntimeError, AttributeError):  # whatever it finds missing when it is gone
             raise self._gone() from None
-        if self._cluster and not found and not self._workers and time.monotonic() - began > START_SECONDS:
+        if self._cluster and not present and not self._workers and time.monotonic() - began > START_SECONDS:
             raise RunError(f"no worker process has started in {START_SECONDS} s")
-        if not found and not self._workers and not self._cluster and not self._looked:
+        if not present and not self._workers and not self._cluster and not self._looked:
             self.echo(f"Waiting for a worker at {self.address} ...")
         self._looked = time.monotonic()
-        self._workers = {address: str(worker["name"]) for address, worker in found.items()}
-        if found and self._refused.keys() >= found.keys():
+        self._workers = {address: str(worker["name"]) for address, worker in present.items()}
+        if present and self._refused.keys() >= present.keys():
             raise RunError(f"{self.address or 'this machine'}: no worker takes runs, see above")
 
     def _gone(self) -> RunError:
@@ -284,7 +284,12 @@ class Crew:
         assert self._client
         self._sent.add(flight.address)
         if not self._data:
-            content = np.fromfile(self.job.path, np.uint8)
+            try:
+                content = np.fromfile(self.job.path, np.uint8)
+            except OSError as error:
+                raise RunError(
+                    f"{self.job.path}: cannot be read any more ({error}); put it back, then sweep again"
+                ) from None
             with warnings.catch_warnings(action="ignore"):  # that it is large
                 self._data = self._client.submit(
                     np.asarray, content, key=f"{self.job.topic}-data-{next(self._numbers)}",

@@ -98,7 +98,7 @@ def carry_out(sweep: Sweep, workers: Workers, figures: bool, timeout: float, ech
                     take_server_runs(sweep, echo_warning)
             status = "FAILED" if sweep.missing else "FINISHED"
         except Exception:
-            status = "FAILED"
+            status = "FAILED" if sweep.experiment_id else "KILLED"  # before that, it was refused
             raise
         finally:
             if status != "KILLED" or sweep.experiment_id:  # else it may have been stopped during its imports

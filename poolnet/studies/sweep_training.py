@@ -96,10 +96,10 @@ class Training:
         return self._crew
 
     def train(self, todo: list[Result], begun: dict[tuple, str], publisher: Publisher) -> None:
-        """Train runs seed by seed, so that a sweep that is cut off has pairs.
+        """Train runs in this order, which is seed by seed.
 
-        `begun` are the records of runs to continue, by key. On a terminal, a bar shows how far the runs are. Otherwise
-        there is a line for each run.
+        So a sweep that is cut off has pairs. `begun` are the records of runs to continue, by key. On a terminal, a bar
+        shows how far the runs are. Otherwise there is a line for each run.
         """
         crew = self.start(len(todo))
         if not crew:

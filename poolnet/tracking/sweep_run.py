@@ -92,13 +92,13 @@ def _key(run: Run) -> tuple:
 
 def _all(client: MlflowClient, experiment_id: str, query: str) -> list[Run]:
     """Return all runs that match, the one that began first in front."""
-    found: list[Run] = []
+    runs: list[Run] = []
     token = None
     while token is None or token:
         page = client.search_runs([experiment_id], query, max_results=1000, page_token=token)
-        found += page
+        runs += page
         token = page.token or ""
-    return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+    return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
 
 def describe(

@@ -156,6 +156,7 @@ def test_bad_input_is_refused_in_one_line(study, options, code, said, monkeypatc
     assert refused.stderr.startswith(f"poolnet: error: {said}")
     assert refused.stderr.count("\n") == 1
     assert not run_record.names()
+    assert not mlflow.MlflowClient().search_runs(["0"])  # no run of the sweep either
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
