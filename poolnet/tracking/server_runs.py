@@ -151,15 +151,12 @@ def _with_name(
     # LIKE has no way to quote its wildcards, and MLflow none to quote quotes: "_" stands for any character
     pattern = re.sub(r"[^\w .-]", "_", beginning) + "%" * more
     for start in range(0, len(experiment_ids), 500):  # databases bind so many values only
-        some, token = experiment_ids[start : start + 500], None
-        while token is None or token:
-            page = client.search_runs(some, f"{field} LIKE '{pattern}'", max_results=100, page_token=token)
-            for run in page:
-                name = run.info.run_name if field == "attributes.run_name" else run.data.tags[names.RUN]
-                fits = name.startswith(beginning) if more else name == beginning
-                if fits and run.data.tags.keys() & {names.RUN, names.WEIGHTS}:
-                    yield run
-            token = page.token or ""
+        some, query = experiment_ids[start : start + 500], f"{field} LIKE '{pattern}'"
+        for run in servers.all_pages(client.search_runs, some, query, max_results=100):
+            name = run.info.run_name if field == "attributes.run_name" else run.data.tags[names.RUN]
+            fits = name.startswith(beginning) if more else name == beginning
+            if fits and run.data.tags.keys() & {names.RUN, names.WEIGHTS}:
+                yield run
 
 
 def _refuse_deleted(client: Client, server_run: Run) -> None:

@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import quote
 
 import mlflow
@@ -20,6 +21,7 @@ from mlflow.entities import Experiment, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.entities import PagedList
 from mlflow.tracking.client import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -44,6 +46,8 @@ CREDENTIALS = "Unable to locate credentials"  # so says boto3
 REFUSALS = ("UNAUTHENTICATED", "PERMISSION_DENIED", "INVALID_PARAMETER_VALUE", "BAD_REQUEST", "ENDPOINT_NOT_FOUND")
 BUSY = "SlowDown|InternalError|ServiceUnavailable|RequestTimeout|Throttling"  # what S3 may say once and not again
 STORE_SECONDS = 20  # that a process waits while others make the same SQLite store
+
+Found = TypeVar("Found")
 
 _environment = threading.RLock()  # of which a process has one
 _known: dict[tuple, str] = {}  # what `once` has found
@@ -287,13 +291,16 @@ def _active(existing: Experiment) -> str:
 
 def experiments(client: MlflowClient) -> list[Experiment]:
     """Return all experiments that are not deleted."""
-    all_pages: list[Experiment] = []
+    return [*all_pages(client.search_experiments)]
+
+
+def all_pages(search: Callable[..., PagedList[Found]], *args: object, **options: object) -> Iterator[Found]:
+    """Yield what a search of MLflow's finds, page by page."""
     token = None
     while token is None or token:
-        page = client.search_experiments(page_token=token)
-        all_pages += page
+        page = search(*args, **options, page_token=token)
+        yield from page
         token = page.token or ""
-    return all_pages
 
 
 def reason(error: Exception) -> str:

@@ -13,7 +13,7 @@ from poolnet.errors import InputError
 from poolnet.files import home
 from poolnet.runs import provenance, run_record
 from poolnet.runs.run_record import RunRecord
-from poolnet.tracking import names, pages, training_runs
+from poolnet.tracking import names, pages, servers, training_runs
 from poolnet.training.config import TrainConfig
 
 OPTIMUM = names.METRICS["optimum_test_loss"]  # of a run that found it
@@ -92,12 +92,7 @@ def _key(run: Run) -> tuple:
 
 def _all(client: MlflowClient, experiment_id: str, query: str) -> list[Run]:
     """Return all runs that match, the one that began first in front."""
-    runs: list[Run] = []
-    token = None
-    while token is None or token:
-        page = client.search_runs([experiment_id], query, max_results=1000, page_token=token)
-        runs += page
-        token = page.token or ""
+    runs = servers.all_pages(client.search_runs, [experiment_id], query, max_results=1000)
     return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
 

@@ -19,7 +19,7 @@ from mlflow.tracking.client import MlflowClient
 from poolnet.data.dataset import LETTERS
 from poolnet.errors import InputError
 from poolnet.text import Echo, echo_warning
-from poolnet.tracking import names
+from poolnet.tracking import names, servers
 from poolnet.training.config import SAME_RUN, TrainConfig
 
 SCORES = ("val_acc", "val_loss", "test_acc", "test_loss")  # with the final weights
@@ -108,16 +108,12 @@ def search(
     they would count twice. Runs with settings of another version are left out too, with one warning for all of them.
     """
     unknown: dict[str, InputError] = {}
-    token = None
-    while token is None or token:
-        page = client.search_runs(experiment_ids, query, max_results=1000, page_token=token)
-        for run in page:
-            if is_training_run(run) and names.REPRODUCES not in run.data.tags:
-                try:
-                    yield of(run)
-                except InputError as error:
-                    unknown[run.data.tags[names.RUN]] = error
-        token = page.token or ""
+    for run in servers.all_pages(client.search_runs, experiment_ids, query, max_results=1000):
+        if is_training_run(run) and names.REPRODUCES not in run.data.tags:
+            try:
+                yield of(run)
+            except InputError as error:
+                unknown[run.data.tags[names.RUN]] = error
     warn_of_unknown(unknown, echo_warning)
 
 
