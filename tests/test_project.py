@@ -186,7 +186,7 @@ def test_the_commands_of_the_docs_are_such_that_can_be_typed():
         match line.split():
             case ["poolnet", *words]:
                 named.add(parsed(cli, words))
-            case ["mlflow", "models" | "artifacts", *_] as words:
+            case ["mlflow", "models" | "artifacts" | "gc", *_] as words:
                 parsed(mlflow_cli, words[1:])
             case ["dask", "scheduler" | "worker" as role, *words]:
                 importlib.import_module(f"distributed.cli.dask_{role}").main.make_context(role, words).close()

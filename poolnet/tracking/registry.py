@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # torch only where a network is made
     from poolnet.training.model import SimpleConvNet, SimplePoolNet
 
 NAME = "poolnet"  # the registered model
+NO_VERSIONS = "[]"  # of a model whose version was deleted on purpose
 MODEL = "model"  # the logged model of a run, as earlier versions named it, and in addresses of any run's own
 
 
@@ -105,6 +106,22 @@ def register(client: MlflowClient, run_id: str, model_id: str, card: Card) -> in
     # what the model's own page goes by
     client.set_logged_model_tags(model_id, {names.MODEL_VERSIONS: json.dumps([{"name": NAME, "version": version}])})
     return version
+
+
+def withdraw(client: MlflowClient, version: ModelVersion) -> None:
+    """Delete a version; its model then says that it has none.
+
+    So `poolnet sync` does not take the version for lost, and does not register the model again.
+    """
+    client.delete_model_version(NAME, version.version)
+    if model_id := logged_id(version):
+        with contextlib.suppress(MlflowException):  # of a model that somebody has deleted
+            client.set_logged_model_tags(model_id, {names.MODEL_VERSIONS: NO_VERSIONS})
+
+
+def is_withdrawn(model: LoggedModel) -> bool:
+    """Whether a model's version was deleted on purpose."""
+    return (model.tags or {}).get(names.MODEL_VERSIONS) == NO_VERSIONS
 
 
 def _describe(client: MlflowClient) -> None:

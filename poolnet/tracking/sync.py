@@ -127,7 +127,8 @@ def sync(name: str, to: str | None = None, dry_run: bool = False, prune: bool = 
             with files.locked(run.folder / "publish.lock", LOCK_SECONDS):
                 _publish(row, run, to, prune)
             if row.did.endswith("checked"):
-                _remove(row, run)
+                remove(run)
+                row.did += ", removed"
     except Exception as error:  # of a damaged record, a server, or the way to it: it is said, and the others go on
         row.state = "unreadable" if isinstance(error, DAMAGED) and not row.server else row.state
         row.did, row.ok = one_line(error), False
@@ -211,7 +212,7 @@ def _publish(row: Row, run: RunRecord, to: str | None, prune: bool) -> None:
         row.did = "published, checked" if row.did == "published" else "checked"
 
 
-def _remove(row: Row, run: RunRecord) -> None:
+def remove(run: RunRecord) -> None:
     """Remove the local folder of a run.
 
     The folder is first moved out of the folder of runs. So a process that is killed leaves no half of a run there. Then
@@ -221,7 +222,6 @@ def _remove(row: Row, run: RunRecord) -> None:
     gone.mkdir(exist_ok=True)
     run.folder.rename(gone / run.name)
     shutil.rmtree(gone, ignore_errors=True)
-    row.did += ", removed"
 
 
 # --- what a server lacks ---------------------------------------------------------------------------------------------
@@ -277,8 +277,9 @@ def _lacks(
         case "scores":
             return [] if model and {metric.key for metric in model.metrics or ()} else ["scores of the model"]
         case "version":
-            has_version = model and registry.version_of(client, server_run.info.run_id, model.model_id)
-            return [] if has_version else ["version of the model"]
+            run_id = server_run.info.run_id
+            ok = model and (registry.is_withdrawn(model) or registry.version_of(client, run_id, model.model_id))
+            return [] if ok else ["version of the model"]
         case "summary":
             return [] if server_run.data.tags.get(names.NOTE) else ["description"]
         case "metrics":
