@@ -19,7 +19,6 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking.client import MlflowClient
 
-from poolnet.errors import RunError
 from poolnet.stats import paired
 from poolnet.tracking import names, training_runs
 from poolnet.tracking.registry import NAME
@@ -64,7 +63,7 @@ def take(client: MlflowClient, champion: ModelVersion, version: int, run: Run, b
 
     `version` and `run` are those of the challenger. One that was recorded before keeps its turn, so that it can be
     asked again. A budget below an earlier one of the same champion counts as the earlier one. Raises `Untested` if the
-    challenger has no turn, and `RunError` if another machine took one at the same moment.
+    challenger has no turn. Other promotions must be kept away meanwhile, see `champions.alone`.
     """
     settings, seed = _identity(run)
     entries = _entries(client, champion)
@@ -85,12 +84,7 @@ def take(client: MlflowClient, champion: ModelVersion, version: int, run: Run, b
     entry = _Entry(version, len(entries) + 1, budget, settings, seed)
     key, value = f"{PREFIX}{version}", f"{entry.number} of {budget}: {settings}" + (f", {seed}" if seed else "")
     client.set_model_version_tag(NAME, champion.version, key, value)
-    entries = _entries(client, champion)
-    others = [other for other in entries if other.version != version]
-    if len(entries) > budget or settings in [other.settings for other in others]:
-        client.delete_model_version_tag(NAME, champion.version, key)
-        raise RunError(f"version {version}: another promotion took its turn first; try the same command again")
-    return _turn(entry, entries)
+    return _turn(entry, [*entries, entry])
 
 
 def _identity(run: Run) -> tuple[str, str]:

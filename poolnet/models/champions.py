@@ -3,29 +3,34 @@
 An alias of MLflow points to the champion. Tags of the versions hold the history. A version that became champion has two
 tags. Their names begin with the alias and a dot:
 
-- `since`: when it became champion.
+- `since`: when it became champion; empty or missing if it was rolled back.
 - `before`: which versions were champion before it and were not rolled back, the latest last.
 
-MLflow cannot set an alias on a condition. So the alias is read again just before it is set, and once more after that.
-Two promotions on two machines within those milliseconds may not see each other. Then the later one stays.
+MLflow cannot set an alias on a condition. So a promotion first claims the registered model, see `alone`.
 """
 
+import contextlib
+import random
 import re
+import time
+import uuid
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
-from poolnet.errors import RunError
-from poolnet.files import home, locked
-from poolnet.tracking import registry
+from poolnet.errors import NoAnswer, RunError
+from poolnet.runs import provenance
+from poolnet.tracking import model_card, registry, servers
 from poolnet.tracking.registry import NAME
 
 OLD_LEDGER = "poolnet-promotions"  # a registered model in which earlier versions of poolnet kept the history
 DESCRIPTION_LIMIT = 5000  # characters, of MLflow's column in a database
 DECISION = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC: ")  # so it begins in the description of a version
-LOCK_SECONDS = 20  # for the few calls that set an alias
+CLAIM = "poolnet.claim."  # with a random text, a tag of the registered model
+CLAIM_SECONDS = 20  # after which a claim is one of a process that was killed
 
 
 def holder(client: MlflowClient, alias: str) -> ModelVersion | None:
@@ -56,7 +61,7 @@ def before(client: MlflowClient, alias: str, champion: ModelVersion | None) -> l
 
 
 def _last_known(alias: str, versions: list[ModelVersion]) -> ModelVersion | None:
-    known = [version for version in versions if f"{alias}.since" in version.tags]
+    known = [version for version in versions if version.tags.get(f"{alias}.since")]
     return max(known, key=lambda version: version.tags[f"{alias}.since"], default=None)
 
 
@@ -85,6 +90,49 @@ def _old_ledger(client: MlflowClient, alias: str, champion: ModelVersion | None)
     return champions
 
 
+@contextlib.contextmanager
+def alone(client: MlflowClient) -> Iterator[None]:
+    """Keep other promotions away in the block, on all machines.
+
+    A promotion writes its claim, a tag of the registered model, and then reads all claims. So of two at the same moment
+    at least one sees the other. It takes its claim back and tries again a little later. A claim that stays is one of a
+    process that was killed, and is removed. Raises `RunError` if others do not end.
+    """
+    key, seen = f"{CLAIM}{uuid.uuid4().hex[:12]}", dict[str, float]()
+    until = time.monotonic() + 3 * CLAIM_SECONDS
+    while others := _claim(client, key):
+        _unclaim(client, key)
+        now = time.monotonic()
+        for other in others:
+            if now - seen.setdefault(other, now) > CLAIM_SECONDS:
+                _unclaim(client, other)
+        if now > until:
+            raise RunError(f"{NAME}: other promotions are under way for {3 * CLAIM_SECONDS} s; try again later")
+        time.sleep(random.uniform(0.1, 0.5))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(MlflowException, NoAnswer):
+            _unclaim(client, key)
+
+
+def _claim(client: MlflowClient, key: str) -> list[str]:
+    """Claim the registered model; return the claims of others."""
+    try:
+        client.set_registered_model_tag(NAME, key, provenance.user())
+    except MlflowException as error:
+        if error.error_code not in registry.MISSING:
+            raise
+        with contextlib.suppress(MlflowException):  # of which one says that another process was faster
+            client.create_registered_model(NAME, description=model_card.DESCRIPTION)
+        client.set_registered_model_tag(NAME, key, provenance.user())
+    return [tag for tag in client.get_registered_model(NAME).tags if tag.startswith(CLAIM) and tag != key]
+
+
+def _unclaim(client: MlflowClient, key: str) -> None:
+    client.delete_registered_model_tag(NAME, key)
+
+
 def crown(client: MlflowClient, alias: str, version: int, over: int | None, tags: dict[str, str], text: str) -> None:
     """Make the version champion, unless another promotion came first.
 
@@ -93,7 +141,7 @@ def crown(client: MlflowClient, alias: str, version: int, over: int | None, tags
     Raises `RunError` if another promotion has come first.
     """
     tags = {**tags, f"{alias}.since": datetime.now(UTC).isoformat(timespec="milliseconds")}
-    with locked(home() / "promote.lock", LOCK_SECONDS):
+    with alone(client):
         _refuse_if_changed(client, alias, over, version)
         describe(client, alias, version, tags, text)
         _refuse_if_changed(client, alias, over, version)
@@ -116,12 +164,25 @@ def mark_replaced(client: MlflowClient, alias: str, version: int, over: int | No
             client.set_model_version_tag(NAME, replaced.version, f"{alias}.replaced_by", str(version))
 
 
+def remove_tag(client: MlflowClient, version: int | str, key: str) -> None:
+    """Delete a version's tag, or empty it.
+
+    On a server with users, only who may delete versions may delete their tags.
+    """
+    try:
+        client.delete_model_version_tag(NAME, str(version), key)
+    except MlflowException as error:
+        if not servers.is_forbidden(error):
+            raise
+        client.set_model_version_tag(NAME, str(version), key, "")
+
+
 def forget(client: MlflowClient, alias: str, version: int) -> None:
     """Remove a rolled-back champion from the history.
 
-    A champion that was rolled back does not count as an earlier champion. Its tag `since` is deleted.
+    A champion that was rolled back does not count as an earlier champion. Its tag `since` is removed.
     """
-    client.delete_model_version_tag(NAME, str(version), f"{alias}.since")
+    remove_tag(client, version, f"{alias}.since")
 
 
 def unfinished_rollback(client: MlflowClient, alias: str, champion: ModelVersion) -> int | None:
@@ -134,7 +195,7 @@ def unfinished_rollback(client: MlflowClient, alias: str, champion: ModelVersion
         return None
     over, since = tags[f"{alias}.over"], f"{alias}.since"
     versions = client.search_model_versions(f"name = '{NAME}' AND version_number = '{over}'")
-    return int(over) if any(version.tags.get(since, "~") < tags.get(since, "") for version in versions) else None
+    return int(over) if any((version.tags.get(since) or "~") < tags.get(since, "") for version in versions) else None
 
 
 def describe(client: MlflowClient, alias: str, version: int, tags: dict[str, str], text: str) -> None:
@@ -147,7 +208,7 @@ def describe(client: MlflowClient, alias: str, version: int, tags: dict[str, str
     kept = {f"{alias}.since", f"{alias}.before"}  # a decision that changes nothing leaves the history
     for key in before.tags.keys() - tags.keys() - kept:
         if key.startswith(f"{alias}."):  # of an earlier decision
-            client.delete_model_version_tag(NAME, str(version), key)
+            remove_tag(client, version, key)
     for key, value in tags.items():
         client.set_model_version_tag(NAME, str(version), key, value)
     description = before.description or ""

@@ -14,7 +14,6 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking.client import MlflowClient
 
 from poolnet.errors import InputError
-from poolnet.files import home, locked
 from poolnet.models import BUDGET, budget, champions
 from poolnet.models.budget import Turn, Untested
 from poolnet.stats import paired
@@ -174,7 +173,7 @@ def decide(
     version, turn, untested = _registered(client, challenger), None, ""
     if val:
         try:
-            with locked(home() / "promote.lock", champions.LOCK_SECONDS):
+            with champions.alone(client):
                 turn = budget.take(client, champion, version, challenger.run, challengers)
         except Untested as reason:
             untested = str(reason)
@@ -223,7 +222,7 @@ def _registered(client: MlflowClient, challenger: _Challenger) -> int:
         return challenger.version
     run = challenger.run
     card = model_card.of_run(run, challenger.pool, run.data.params.get("seed", ""))
-    with locked(home() / "promote.lock", champions.LOCK_SECONDS):  # of two at once, the second finds the version
+    with champions.alone(client):  # of two at once, the second finds the version
         return registry.register(client, run.info.run_id, challenger.model_id, card)
 
 

@@ -4,7 +4,6 @@ import mlflow
 import pytest
 from mlflow.entities import Metric, Param
 
-from poolnet.errors import RunError
 from poolnet.models import budget
 from poolnet.tracking import names
 
@@ -97,23 +96,6 @@ def test_a_new_champion_starts_a_new_count_and_an_old_one_goes_on(client):
         for version, run, champion in zip((10, 11, 12), runs, "121", strict=True)
     ]
     assert numbers == [1, 1, 2]
-
-
-@pytest.mark.parametrize(("of", "same"), [(1, False), (10, True)], ids=["the last turn", "the same settings"])
-def test_of_two_machines_that_take_a_turn_at_once_none_goes_beyond(client, monkeypatch, of, same):
-    """The other one writes between this one's reading and writing."""
-    set_tag = client.set_model_version_tag
-
-    def both(name, version, key, value):
-        set_tag(name, version, "challenger/66", value.replace("seed=1", "seed=2") if same else f"1 of {of}: others")
-        set_tag(name, version, key, value)
-
-    monkeypatch.setattr(client, "set_model_version_tag", both)
-    with pytest.raises(RunError, match="version 10: another promotion took its turn first; try the same command again"):
-        take(client, 10, trained(client), of)
-    assert list(client.get_model_version("poolnet", "1").tags) == ["challenger/66"]
-    with pytest.raises(budget.Untested):
-        take(client, 10, trained(client), of)
 
 
 def test_tags_of_others_are_no_challengers(client):

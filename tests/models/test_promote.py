@@ -3,7 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import os
 import subprocess
+import threading
+import time
 
 import forked
 import mlflow
@@ -399,11 +402,15 @@ def test_of_two_decisions_that_rest_on_the_same_champion_the_first_counts(client
     assert client.get_model_version("poolnet", "1").tags["champion.before"] == "2"
 
 
-def test_processes_at_once_have_one_winner(client):
+def test_machines_at_once_have_one_winner(client, tmp_path):
     """Versions 2 and 3 are the same: whoever comes second is refused, by the race or by the test."""
     command = [*forked.POOLNET, "promote"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    racing = [forked.start([*command, f"models:/poolnet/{number}"], **pipes) for number in (2, 3, 2, 3)]
+    homes = [{**os.environ, "POOLNET_HOME": str(tmp_path / f"machine {number}")} for number in range(4)]
+    racing = [
+        forked.start([*command, f"models:/poolnet/{number}"], env=home, **pipes)
+        for number, home in zip((2, 3, 2, 3), homes, strict=True)
+    ]
     ended = [(process.communicate(timeout=120), process.returncode) for process in racing]
     out = "".join(printed for (printed, _), _ in ended)
     assert out.count("is the first champion.") == 1
@@ -411,6 +418,38 @@ def test_processes_at_once_have_one_winner(client):
     winner, loser = (champion(client), 5 - champion(client))
     assert f"Version {winner} is the first champion." in out
     assert "champion.since" not in client.get_model_version("poolnet", str(loser)).tags
+
+
+def test_a_claim_of_a_killed_promotion_is_removed_after_a_while(client, monkeypatch):
+    monkeypatch.setattr(champions, "CLAIM_SECONDS", 0.3)
+    client.set_registered_model_tag("poolnet", f"{champions.CLAIM}dead", "somebody")
+    with champions.alone(client):
+        assert len(claims(client)) == 1
+    assert not claims(client)
+
+
+def test_a_promotion_waits_until_another_has_ended(client, monkeypatch):
+    """The second one sees the first one's claim, which changes hands."""
+    monkeypatch.setattr(champions, "CLAIM_SECONDS", 0.5)
+    inside = []
+
+    def enter(number):
+        with champions.alone(mlflow.MlflowClient()):
+            inside.append(number)
+            time.sleep(0.1)
+            inside.append(number)
+
+    threads = [threading.Thread(target=enter, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert inside[::2] == inside[1::2]
+    assert sorted(inside) == [0, 0, 1, 1, 2, 2]
+
+
+def claims(client):
+    return [tag for tag in client.get_registered_model("poolnet").tags if tag.startswith(champions.CLAIM)]
 
 
 class Killed(BaseException):
