@@ -38,7 +38,8 @@ SIGNS = (  # the words that matter in the long texts of MLflow and its libraries
 )
 CURES = {  # the status of a server's reply, and what to do
     "401": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
-    "403": "MLFLOW_TRACKING_USERNAME may not do this there; ask who runs the server for permission",
+    "403": "MLFLOW_TRACKING_USERNAME may not do this there; ask who runs the server for permission, who types: "
+    "poolnet team grant USER",
     "404": "no MLflow server is there; look at MLFLOW_TRACKING_URI",
 }
 PACKAGES = {"botocore": "boto3", "google": "google-cloud-storage", "azure": "azure-storage-blob azure-identity"}
@@ -337,6 +338,11 @@ def is_refusal(error: Exception) -> bool:
     text, status = str(error), r"4(?!08|25|29)\d\d"
     refused = re.search(rf"An error occurred \((?!{BUSY})|error code {status}|\b{status} Client Error", text)
     return isinstance(error, ImportError) or CREDENTIALS in text or bool(refused)
+
+
+def is_forbidden(error: MlflowException) -> bool:
+    """Whether this user may not do what was asked."""
+    return error.error_code == "PERMISSION_DENIED" or "error code 403" in str(error)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mlflow.entities import Metric, Run, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from poolnet import files
@@ -52,16 +53,30 @@ def settle(client: MlflowClient, experiment_id: str, sweep: str) -> None:
             client.delete_tag(other.info.run_id, names.STUDY)
             _explain_adopted(client, other.info.run_id, experiment_id, sweep, parents[0].info.run_id)
         else:
-            client.delete_run(other.info.run_id)
+            _remove(client, other.info.run_id, names.STUDY)
     kept: set[tuple] = set()
     for child in children:
         key = (_key(child), OPTIMUM in child.data.metrics)
         if child.info.status == "FINISHED" and key in kept:
-            client.delete_run(child.info.run_id)
+            _remove(client, child.info.run_id, names.SWEEP, names.PARENT)
         elif parents and child.data.tags.get(names.PARENT) != parents[0].info.run_id:
             client.set_tag(child.info.run_id, names.PARENT, parents[0].info.run_id)
         if child.info.status == "FINISHED":
             kept.add(key)
+
+
+def _remove(client: MlflowClient, run_id: str, *links: str) -> None:
+    """Delete a run, or unlink it from its sweep.
+
+    Who may train may not always delete. Then the tags `links` go, and the run stands alone.
+    """
+    try:
+        client.delete_run(run_id)
+    except MlflowException as error:
+        if not servers.is_forbidden(error):
+            raise
+        for tag in links:
+            client.delete_tag(run_id, tag)
 
 
 def double_of(client: MlflowClient, experiment_id: str, run: RunRecord) -> str:
