@@ -11,8 +11,10 @@ import click
 from poolnet.cli.options import (
     AS_JSON,
     FILE,
+    NO_PUBLISH,
     OPEN,
     TIMEOUT,
+    check_publish,
     completed,
     data_option,
     look_at,
@@ -47,10 +49,13 @@ def _model(context: click.Context, argument: click.Parameter, uri: str) -> str:
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the simulated ECE of chance."
 )
+@NO_PUBLISH
 @OPEN
 @TIMEOUT
 @AS_JSON
-def evaluate(model: str, data: str, split: str, seed: int, open_page: bool, timeout: float, as_json: bool) -> None:
+def evaluate(
+    model: str, data: str, split: str, seed: int, no_publish: bool, open_page: bool, timeout: float, as_json: bool
+) -> None:
     """Score a MODEL on a data set, with intervals.
 
     A model is models:/poolnet@champion, models:/poolnet/3, models:/m-..., runs:/RUN/model, a folder, or the name of a
@@ -59,23 +64,27 @@ def evaluate(model: str, data: str, split: str, seed: int, open_page: bool, time
     Loss, accuracy, precision, recall, F1, calibration and confusions, with intervals, also as a run in MLflow; and
     whether they are what its training recorded.
     """
+    check_publish(no_publish, open_page)
     with tracking_server(timeout):
         from poolnet.models import evaluation_report
         from poolnet.tracking import pages, registry, servers
 
         client = servers.own_client()
         report = evaluation_report.score(client, registry.load(model, check_export=True), data, split, seed)
-        run_id = evaluation_report.publish(client, report)
-        experiment_id, model_id = client.get_run(run_id).info.experiment_id, report.model.model_id
-        page = pages.model(experiment_id, model_id) if model_id else pages.run(experiment_id, run_id)
+        run_id, page = "", ""
+        if not no_publish:
+            run_id = evaluation_report.publish(client, report)
+            experiment_id, model_id = client.get_run(run_id).info.experiment_id, report.model.model_id
+            page = pages.model(experiment_id, model_id) if model_id else pages.run(experiment_id, run_id)
     if as_json:
-        look = pages.link(client.uri, page)
-        echo(to_json({**evaluation_report.contents(report), "run_id": run_id, "look": look}))
+        look = pages.link(client.uri, page) if page else None
+        echo(to_json({**evaluation_report.contents(report), "run_id": run_id or None, "look": look}))
     else:
         echo(evaluation_report.table(report))
     if report.agrees is False:
         echo_warning(report.agreement)
-    look_at(client.uri, page, open_page, as_json)
+    if page:
+        look_at(client.uri, page, open_page, as_json)
 
 
 def _alias(context: click.Context, option: click.Parameter, name: str) -> str:

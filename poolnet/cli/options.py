@@ -71,7 +71,14 @@ TIMEOUT = click.option(
 )
 
 
+NO_PUBLISH = click.option("--no-publish", is_flag=True, help="Only print; write nothing to the tracking server.")
 OPEN = switch("--open", "open_page", help="Open the page in a browser.")
+
+
+def check_publish(no_publish: bool, open_page: bool) -> None:
+    """Refuse to open the page of what is not published."""
+    if no_publish and open_page:
+        raise InputError("--no-publish: found it with --open, expected one of the two")
 
 
 def look_at(uri: str, page: str, open_page: bool, as_json: bool = False) -> None:

@@ -16,9 +16,11 @@ from poolnet.cli.options import (
     DATA,
     DEVICE,
     FILE,
+    NO_PUBLISH,
     OPEN,
     STUDY,
     TIMEOUT,
+    check_publish,
     completed,
     data_option,
     look_at,
@@ -164,6 +166,7 @@ def _option_of_arms(context: click.Context, option: click.Parameter, name: str) 
 @click.option("--margin", default="", help="Points within which arms are equivalent.  [default: the study's, or 0.5]")
 @click.option("--plan", is_flag=True, help="Say what other numbers of seeds and letters would find; publish nothing.")
 @click.option("--seed", default=0, hidden=True, help="Of no effect: earlier versions drew random numbers here.")
+@NO_PUBLISH
 @OPEN
 @TIMEOUT
 @AS_JSON
@@ -180,6 +183,7 @@ def compare(
     margin: str,
     plan: bool,
     seed: int,
+    no_publish: bool,
     open_page: bool,
     timeout: float,
     as_json: bool,
@@ -195,6 +199,7 @@ def compare(
     if experiment and not (names or study):
         by = by or "pool"
     _check_selection(names, study, by, arms)
+    check_publish(no_publish, open_page)
     asked = read(Path(study), data) if study else None
     within = points("--margin", margin)
 
@@ -216,13 +221,17 @@ def compare(
             designs = planning.designs(found)
             echo(to_json(designs) if as_json else planning.table(designs))
             return
-        run_id = report.publish(client, client.uri, experiment_id, found, _typed(context))
-        look = pages.artifact(experiment_id, run_id, "report.html")
+        run_id, look = "", ""
+        if not no_publish:
+            run_id = report.publish(client, client.uri, experiment_id, found, _typed(context))
+            look = pages.artifact(experiment_id, run_id, "report.html")
     if as_json:
-        echo(to_json({**page.contents(found), "run_id": run_id, "look": pages.link(client.uri, look)}))
+        link = pages.link(client.uri, look) if look else None
+        echo(to_json({**page.contents(found), "run_id": run_id or None, "look": link}))
     else:
         echo(report.table(found))
-    look_at(client.uri, look, open_page, as_json)
+    if look:
+        look_at(client.uri, look, open_page, as_json)
 
 
 def _check_selection(names: list[str], study: str, by: str, arms: tuple[str, str] | None) -> None:
