@@ -16,7 +16,7 @@ import click
 from click.core import ParameterSource
 
 from poolnet import process
-from poolnet.cli import model_commands, study_commands, upkeep_commands
+from poolnet.cli import model_commands, study_commands, team_commands, upkeep_commands
 from poolnet.cli.options import AS_JSON, DATA, DEVICE, FILE, OPEN, TIMEOUT, completed, look_at, switch
 from poolnet.errors import InputError, RunError
 from poolnet.files import FULL, expanded, writable
@@ -331,6 +331,7 @@ for command in (  # in their order of use
     model_commands.reproduce,
     model_commands.register,
     upkeep_commands.clean,
+    team_commands.team,
 ):
     cli.add_command(command)
 

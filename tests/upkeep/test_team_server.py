@@ -1,0 +1,304 @@
+"""The team server with its real parts, and poolnet on it as people with different rights use it."""
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from base64 import b64encode
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlflow
+import numpy as np
+import pytest
+from conftest import enter, inside, make_arrays, world
+from PIL import Image
+
+from poolnet.upkeep import parts
+
+STUDY = """question = "Which pooling loses less?"
+data = "letters.npz"
+seeds = [1, 2, 3]
+[grid]
+pool = ["max", "avg"]
+epochs = 2
+[arms]
+max = { pool = "max" }
+avg = { pool = "avg" }
+"""
+missing = [name for name in parts.PACKAGES if not find_spec(name)]
+pytestmark = pytest.mark.skipif(
+    bool(missing), reason=f"{', '.join(missing)} not installed: pip install 'poolnet[team]'"
+)
+
+
+def begin(home, *options):
+    """`poolnet team up`, as a user starts it."""
+    command = [sys.executable, "-m", "poolnet", "team", "up", *map(str, options)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "bufsize": 1}
+    return subprocess.Popen(command, env=world(home) | {"PYTHONUNBUFFERED": "1"}, cwd=home, **pipes)
+
+
+def said(process):
+    """What the command prints until it says how it is used."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("Ctrl-C"):
+            break
+    text = "".join(lines)
+    if "does not run as root" in text:
+        pytest.skip(text.strip())
+    assert "The team server is at" in text, text
+    return text
+
+
+def settings(team, user):
+    lines = (team.folder / f"{user}.env").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("=", 1) for line in lines)
+
+
+def alive(folder):
+    """The programs whose notes are in a folder and that still run."""
+    import psutil
+
+    notes = [json.loads((folder / f"{name}.json").read_text()) for name in ("mlflow", "postgres", "object-store")]
+    return [note["pid"] for note in notes if psutil.pid_exists(note["pid"])]
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory):
+    """A running team server, and how it said it is used."""
+    home = tmp_path_factory.mktemp("team server")
+    port = parts.free_port()
+    process = begin(home, "--port", port)
+    text = said(process)
+    folder = home / "home" / "team"
+    yield SimpleNamespace(
+        uri=f"http://127.0.0.1:{port}", folder=folder, process=process, said=text, home=home, port=port
+    )
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, rest
+    assert "The team server has ended" in rest
+    assert not alive(folder)
+
+
+@pytest.fixture
+def as_user(team, tmp_path, monkeypatch):
+    """Runs a command as a user of the team server, on a machine of his own."""
+
+    def do(user, *args):
+        place = tmp_path / user
+        place.mkdir(exist_ok=True)
+        return inside(*args, **settings(team, user), POOLNET_HOME=str(place))
+
+    enter(tmp_path, monkeypatch)
+    np.savez("letters.npz", **make_arrays())
+    Path("study.toml").write_text(STUDY, encoding="utf-8")
+    return do
+
+
+def test_it_says_what_to_type_and_keeps_passwords_to_its_owner(team):
+    assert team.uri in team.said
+    assert "ada (EDIT)" in team.said
+    for user in ("admin", "ada", "ben", "cleo"):
+        password = settings(team, user)["MLFLOW_TRACKING_PASSWORD"]
+        assert len(password) >= 24
+        assert password not in team.said
+    private = [path for path in team.folder.rglob("*") if path.suffix in (".env", ".ini", ".pem", ".toml")]
+    private.append(team.folder / "secrets.json")
+    assert len(private) == 9
+    if os.name == "posix":
+        assert stat.S_IMODE(team.folder.stat().st_mode) == 0o700
+        assert {stat.S_IMODE(path.stat().st_mode) for path in private} == {0o600}
+
+
+def test_all_parts_listen_on_loopback_only_and_no_password_is_in_an_argument_list(team):
+    import psutil
+
+    keys = json.loads((team.folder / "secrets.json").read_text())
+    top = psutil.Process(team.process.pid)
+    tree = [top, *top.children(recursive=True)]
+    addresses = {c.laddr.ip for each in tree for c in each.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert addresses == {"127.0.0.1"}
+    words = " ".join(word for each in tree for word in each.cmdline())
+    assert "postgres" in words
+    assert not [name for name, key in keys.items() if key in words]
+
+
+def test_every_command_works_for_a_user_who_made_neither_experiment_nor_model(team, as_user):
+    begun = time.monotonic()
+    trained = as_user("ada", "train", "--data", "letters.npz", "--epochs", "2", "--seed", "9")
+    run = re.search(r"models:/poolnet/(\d+)", trained.stdout)
+    assert trained.returncode == 0, trained.stderr
+    name = next(Path("ada/runs").iterdir()).name
+    Image.fromarray(make_arrays()["X_test"][0]).resize((60, 60)).save("letter.png")
+    import torch
+
+    import poolnet
+
+    torch.save(poolnet.build_model("avg", seed=0).state_dict(), "weights.pt")
+    first = f"models:/poolnet/{run[1]}"
+    expected = [
+        ("train", "--data", "letters.npz", "--epochs", "2", "--pool", "avg", "--seed", "9"),
+        ("sweep", "study.toml", "--workers", "1"),
+        ("sweep", "study.toml", "--workers", "1"),
+        ("compare", "--study", "study.toml"),
+        ("compare", "--study", "study.toml", "--plan"),
+        ("compare", "--study", "study.toml", "--no-publish"),
+        ("compare", name, "avg-seed9"),
+        ("evaluate", first),
+        ("evaluate", first, "--no-publish"),
+        ("promote", first),
+        ("promote", "avg-seed9", "--force"),
+        ("promote", "--rollback"),
+        ("promote", "avg-seed9", "--force", "--alias", "champion-avg"),
+        ("predict", "models:/poolnet@champion", "letter.png"),
+        ("reproduce", name),
+        ("register", "weights.pt", "--pool", "avg", "--data", "letters.npz"),
+        ("sync",),
+        ("sync", "--prune"),
+        ("sync", "--prune"),
+    ]
+    codes = {}
+    for args in expected:
+        done = as_user("ben", *args)
+        codes[" ".join(args)] = done.returncode
+        assert done.returncode == 0, (args, done.stdout, done.stderr)
+    assert time.monotonic() - begun < 300
+
+
+def test_who_may_only_look_can_score_compare_and_predict_and_nothing_else(team, as_user):
+    made = as_user("ada", "train", "--data", "letters.npz", "--epochs", "2", "--seed", "33")
+    model = re.search(r"models:/poolnet/\d+", made.stdout)[0]
+    made = as_user("ada", "train", "--data", "letters.npz", "--epochs", "2", "--seed", "33", "--pool", "avg")
+    assert made.returncode == 0, made.stderr
+    Image.fromarray(make_arrays()["X_test"][0]).resize((60, 60)).save("letter.png")
+    before = state(team)
+    for args in (
+        ("evaluate", model, "--no-publish"),
+        ("compare", "max-seed33", "avg-seed33", "--no-publish"),
+        ("predict", model, "letter.png"),
+    ):
+        done = as_user("cleo", *args)
+        assert done.returncode == 0, (args, done.stderr)
+    refused = {
+        ("evaluate", model): 1,
+        ("compare", "max-seed33", "avg-seed33"): 1,
+        ("promote", model, "--force"): 1,
+        ("reproduce", "max-seed33"): 3,
+        ("train", "--data", "letters.npz", "--epochs", "1"): 3,
+        ("sweep", "study.toml", "--workers", "1"): 3,
+        ("team", "grant", "cleo", "--right", "manage"): 1,
+    }
+    for args, code in refused.items():
+        done = as_user("cleo", *args)
+        assert done.returncode == code, (args, done.stdout, done.stderr)
+        last = done.stderr.strip().splitlines()[-1]
+        assert "may not do this there" in done.stderr, (args, done.stderr)
+        assert last.startswith("poolnet: error: "), done.stderr
+        assert "Traceback" not in done.stderr
+    assert state(team) == before
+
+
+def state(team):
+    """What a user may have changed: runs, tags of the experiment, versions, aliases."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings(team, "admin").items():
+            patch.setenv(name, value)
+        client = mlflow.MlflowClient(team.uri)
+        runs = sorted((run.info.run_id, run.info.status, len(run.data.tags)) for run in client.search_runs(["0"]))
+        model = client.get_registered_model("poolnet")
+        versions = sorted((v.version, str(v.tags)) for v in client.search_model_versions("name = 'poolnet'"))
+        return runs, client.get_experiment("0").tags, model.aliases, model.tags, versions
+
+
+def test_nobody_without_a_password_reads_or_writes(team):
+    keys = settings(team, "ada")
+    wrong = b64encode(f"ada:{keys['MLFLOW_TRACKING_PASSWORD']}x".encode()).decode()
+    experiment, users = "/api/2.0/mlflow/experiments/get?experiment_id=0", "/ajax-api/2.0/mlflow/users/list"
+    artifact = "/api/2.0/mlflow-artifacts/artifacts/0/x"
+    for path, method in ((experiment, "GET"), (users, "GET"), (artifact, "GET"), (artifact, "PUT")):
+        for headers in ({}, {"Authorization": f"Basic {wrong}"}):
+            data = b"x" if method == "PUT" else None
+            request = urllib.request.Request(team.uri + path, headers=headers, method=method, data=data)
+            assert status(request) == 401, (path, method)
+
+
+def status(request):
+    """The status of an answer that refuses."""
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=20)
+    error.value.close()
+    return error.value.code
+
+
+def test_the_object_store_gives_nothing_to_other_users_of_the_machine(team):
+    import psutil
+
+    (store,) = [each for each in psutil.Process(team.process.pid).children() if "weed" in each.name()]
+    words = " ".join(store.cmdline())
+    ports = {name: int(number) for name, number in re.findall(r"-(\w+)\.port=(\d+)", words)}
+    for url in (f"{ports['s3']}/artifacts/ready", f"{ports['filer']}/buckets/artifacts/ready", f"{ports['filer']}/"):
+        assert status(f"http://127.0.0.1:{url}") in (401, 403), url
+
+
+def test_rights_are_given_replaced_and_refused(team, as_user):
+    assert "cleo has READ" in as_user("admin", "team", "grant", "cleo", "--right", "read").stdout
+    unknown = as_user("admin", "team", "grant", "nobody")
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert "no such user" in unknown.stderr
+    assert as_user("ada", "team", "grant", "cleo").returncode == 1
+
+
+def test_a_server_without_users_has_no_rights_to_give(server):
+    done = inside("team", "grant", "ada", MLFLOW_TRACKING_URI=server)
+    assert done.returncode == 1
+    assert "the server has no users" in done.stderr
+    done = inside("team", "grant", "ada")
+    assert done.returncode == 2
+    assert "has no users" in done.stderr
+
+
+def test_a_second_one_and_a_used_port_are_refused_in_one_line(team, tmp_path):
+    again = begin(team.home, "--port", parts.free_port())
+    out, _ = again.communicate(timeout=60)
+    assert again.returncode == 1
+    assert re.fullmatch(r"poolnet: error: .*team.lock: held by process \d+ .*\n", out)
+    other = begin(tmp_path, "--port", team.port)
+    out, _ = other.communicate(timeout=60)
+    assert other.returncode == 2
+    assert out.startswith(f"poolnet: error: --port {team.port}: cannot be used")
+
+
+def test_a_killed_one_leaves_nothing_that_the_next_cannot_end_and_its_data_stay(tmp_path):
+    first = begin(tmp_path, "--port", parts.free_port())
+    said(first)
+    team = SimpleNamespace(folder=tmp_path / "home" / "team")
+    place = {**settings(team, "ada"), "POOLNET_HOME": str(tmp_path / "ada")}
+    np.savez("letters.npz", **make_arrays())
+    trained = inside("train", "--data", "letters.npz", "--epochs", "2", **place)
+    assert trained.returncode == 0, trained.stderr
+    first.kill()
+    first.wait()
+    first.stdout.close()
+    assert len(alive(team.folder)) == 3
+    again = begin(tmp_path, "--port", parts.free_port())
+    try:
+        said(again)
+        place |= settings(team, "ada")
+        predicted = inside("evaluate", "models:/poolnet/1", "--no-publish", **place)
+        assert predicted.returncode == 0, predicted.stderr
+    finally:
+        again.terminate()
+        out, _ = again.communicate(timeout=60)
+    assert again.returncode == 0, out
+    assert not alive(team.folder)
