@@ -1,21 +1,18 @@
 """Runs that meet trouble, as processes: killed, interrupted, cut off from their server, out of room."""
 
-import http.client
 import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import forked
 import mlflow
 import numpy as np
+import proxy
 import pytest
 from conftest import inside, make_arrays, poolnet, ran, wait_for, world
 from finished_runs import journaled
@@ -210,52 +207,12 @@ def test_without_a_server_all_is_on_disk_and_sync_creates_the_run_elsewhere(lett
     assert json.loads(inside("sync", "--json").stdout)["runs"][0]["server"] == store  # its home from now on
 
 
-class Trouble(BaseHTTPRequestHandler):
-    """Passes requests on to a real server, or answers with trouble."""
-
-    protocol_version = "HTTP/1.1"
-    upstream, trouble, requests = "", None, 0
-
-    def do(self):
-        type(self).requests += 1
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.trouble == "hang":
-            self.server.over.wait(60)
-            self.close_connection = True
-            return
-        if self.trouble:
-            status, kind, content = self.trouble, "text/plain", b"trouble"
-        else:
-            connection = http.client.HTTPConnection(self.upstream, timeout=60)
-            headers = {key: value for key, value in self.headers.items() if key.lower() != "host"}
-            connection.request(self.command, self.path, body, headers)
-            reply = connection.getresponse()
-            status, kind, content = reply.status, reply.headers.get("Content-Type", ""), reply.read()
-            connection.close()
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def troubled(server, monkeypatch):
     """The address of a real server behind a proxy that makes trouble on demand."""
-    handler = type("Handler", (Trouble,), {"upstream": urlsplit(server).netloc})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as proxy:
-        proxy.daemon_threads = True
-        proxy.over = threading.Event()
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{proxy.server_port}")
+    with proxy.serving(server) as (uri, handler):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         yield handler
-        proxy.over.set()
-        proxy.shutdown()
 
 
 def test_a_server_in_trouble_costs_no_run(letters, troubled, monkeypatch):
