@@ -29,12 +29,20 @@ class Locked(RunError):
     """A lock that another process holds for too long."""
 
 
+def home_path() -> Path:
+    """Return where local state lies, whether it is there or not.
+
+    It is `POOLNET_HOME`, or `.poolnet` in the working folder.
+    """
+    return expanded(Path(os.environ.get("POOLNET_HOME") or ".poolnet")).absolute()
+
+
 def home() -> Path:
     """Return the folder of local state; create it if missing.
 
-    It is `POOLNET_HOME`, or `.poolnet` in the working folder. Raises `InputError` if it is not writable.
+    Raises `InputError` if it is not writable.
     """
-    path = expanded(Path(os.environ.get("POOLNET_HOME") or ".poolnet")).absolute()
+    path = home_path()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -70,6 +78,17 @@ def locked(path: Path, wait: float = LOCK_SECONDS, poll: float = 0.05) -> Iterat
         finally:
             with contextlib.suppress(OSError):
                 holder.unlink(missing_ok=True)
+
+
+def holder_of(path: Path) -> str:
+    """Return who holds a lock now; the text is empty if nobody does."""
+    if not path.exists():
+        return ""
+    try:
+        with FileLock(path, timeout=0):
+            return ""
+    except Timeout:
+        return _read_holder(path.with_name(f"{path.name}.holder"))
 
 
 def _read_holder(path: Path) -> str:

@@ -19,7 +19,7 @@ from poolnet import process
 from poolnet.cli import model_commands, study_commands, team_commands, upkeep_commands
 from poolnet.cli.options import AS_JSON, DATA, DEVICE, FILE, OPEN, TIMEOUT, completed, look_at, switch
 from poolnet.errors import InputError, RunError
-from poolnet.files import FULL, expanded, writable
+from poolnet.files import FULL, expanded, home_path, writable
 from poolnet.text import echo, echo_warning, failed, pasted, progress, step, to_json
 from poolnet.training.config import POOLS, TrainConfig
 
@@ -331,6 +331,7 @@ for command in (  # in their order of use
     model_commands.reproduce,
     model_commands.register,
     upkeep_commands.clean,
+    upkeep_commands.doctor,
     team_commands.team,
 ):
     cli.add_command(command)
@@ -365,7 +366,7 @@ def _without_home() -> dict[str, str]:
 
     In containers there may be no such folder, or one that may not be written.
     """
-    place = expanded(Path(os.environ.get("POOLNET_HOME") or ".poolnet")).absolute()
+    place = home_path()
     try:
         folder = Path.home()
     except RuntimeError:  # MLflow asks for it too
@@ -387,8 +388,8 @@ def _run(args: list[str] | None) -> int:
         return failed(error, 1)
     except OSError as error:
         full = error.errno in FULL and not error.filename
-        places = "; files go to POOLNET_HOME, the temporary folder and the tracking store" if full else ""
-        return failed(f"{error}{places}", 1)
+        places = "; files go to POOLNET_HOME, the temporary folder and the tracking store; poolnet doctor says more"
+        return failed(f"{error}{places if full else ''}", 1)
     except MemoryError:
         return failed("there is not enough memory; end other programs, or use a machine with more", 1)
     except process.Stop as stop:

@@ -9,7 +9,7 @@ import click
 
 from poolnet import process
 from poolnet.cli.options import AS_JSON, TIMEOUT, tracking_server
-from poolnet.text import echo, failed, pasted, to_json
+from poolnet.text import echo, failed, pasted, step, to_json
 from poolnet.upkeep import KINDS
 
 
@@ -68,3 +68,20 @@ def clean(
             echo("Deleted." if yes else f"Nothing is deleted yet; delete this with: {again}")
     if troubled:
         context.exit(failed(f"{len(troubled)} could not be deleted: {troubled[0]}", 1))
+
+
+@click.command()
+@AS_JSON
+@TIMEOUT
+@click.pass_context
+def doctor(context: click.Context, as_json: bool, timeout: float) -> None:
+    """Find out what is wrong, and how to cure it.
+
+    With this machine, the tracking server, and the way there.
+    """
+    step("Looking")
+    from poolnet.upkeep.doctor import examine, table
+
+    checks = examine(timeout)
+    echo(to_json({"checks": checks}) if as_json else table(checks))
+    context.exit(1 if any(check.ok is False for check in checks) else 0)

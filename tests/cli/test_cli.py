@@ -227,7 +227,7 @@ def test_the_help_names_the_commands_in_their_order_of_use_each_in_a_whole_line(
     assert not any(line.endswith("...") for line in lines)
     assert max(map(len, lines)) <= 80
     order = ["prepare", "train", "sync", "sweep", "figures", "compare"]
-    order += ["evaluate", "predict", "promote", "reproduce", "register", "clean"]
+    order += ["evaluate", "predict", "promote", "reproduce", "register", "clean", "doctor", "team"]
     assert [line.split()[0] for line in lines] == order
     assert sorted(order) == sorted(cli.commands)
 

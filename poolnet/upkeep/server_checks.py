@@ -1,0 +1,275 @@
+"""Ask a tracking server what `poolnet doctor` wants to know.
+
+Nothing stays on the server. Whether a user may write is asked with an incomplete request: the server looks at the
+rights first, and then refuses it.
+"""
+
+import contextlib
+import os
+import re
+import time
+import uuid
+from collections.abc import Collection
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import mlflow
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.utils.credentials import get_default_host_creds, read_mlflow_creds
+from mlflow.utils.rest_utils import http_request
+from requests import Response
+
+from poolnet.errors import NoAnswer
+from poolnet.tracking import addresses, servers, waiting
+from poolnet.upkeep.visit import (
+    LOOK_AT_URI,
+    START,
+    Experiment,
+    NotAsked,
+    Problem,
+    Visit,
+    brief,
+    may_be_written,
+    no_experiment,
+)
+
+API = "/api/2.0/mlflow"
+SLOW_SECONDS = 2  # a run asks some twenty times
+ARTIFACT_BYTES = 2_000_000  # as the predictions on notMNIST; proxies often let one million through
+KEPT = "poolnet-doctor.txt"  # for users who may write and not delete: one file, the same each time
+EXPLANATION = b"Written by `poolnet doctor` to see whether artifacts arrive. It may be removed.\n"
+CLEAN_UP_SECONDS = 2
+CONFIRMED = 20  # runs that a search did not find, each with a request of its own
+
+
+def ask(visit: Visit, method: str, path: str, base: str = "", **options: Any) -> Response:
+    """Send one request, with this user's credentials, and once."""
+    with waiting.answering(visit.uri):
+        return _request(base or visit.uri, method, path, visit.timeout, **options)
+
+
+def _request(base: str, method: str, path: str, timeout: float, **options: Any) -> Response:
+    creds = get_default_host_creds(addresses.for_mlflow(base))
+    return http_request(creds, path, method, max_retries=0, raise_on_status=False, timeout=timeout, **options)
+
+
+def user(visit: Visit) -> str:
+    """Return the user that this process says it is, or nothing."""
+    return read_mlflow_creds().username or urlsplit(visit.uri).username or ""
+
+
+def _not_allowed(visit: Visit, what: str) -> Problem:
+    name = user(visit)
+    cure = f"ask who runs the server for: poolnet team grant {name or 'USER'}"
+    return Problem(f"user {name} may not {what}" if name else f"you may not {what}", cure)
+
+
+def reachability(visit: Visit) -> str:
+    down = "the server cannot be reached"
+    if problem := addresses.unreachable(visit.uri):
+        raise Problem(f"{visit.shown}: {problem}", START, down)
+    began = time.monotonic()
+    try:
+        visit.reply = reply = ask(visit, "POST", f"{API}/experiments/search", json={"max_results": 1})
+    except NoAnswer as error:
+        raise Problem(f"{visit.shown}: takes the connection, but {error}", "restart the server", down) from None
+    except MlflowException as error:
+        raise Problem(f"{visit.shown}: {servers.reason(error)}", LOOK_AT_URI, down) from None
+    seconds, visit.replied = time.monotonic() - began, time.time()
+    if "Invalid Host header" in reply.text:
+        host = urlsplit(visit.uri).netloc.rpartition("@")[2]
+        raise Problem(f"the server does not answer to {host}", f"start it with --allowed-hosts {host}", down)
+    if reply.status_code not in (200, 401) and reply.status_code < 500:
+        raise _no_server(visit)
+    if seconds > SLOW_SECONDS:
+        cure = "look at its load, at --workers, and at the way to its database"
+        raise Problem(f"the server took {seconds:.1f} s for a small answer", cure)
+    return f"answers within {seconds:.2f} s"
+
+
+def _no_server(visit: Visit) -> Problem:
+    return Problem(f"{visit.shown}: no MLflow server is there", LOOK_AT_URI, "there is no MLflow server")
+
+
+def credentials(visit: Visit) -> str:
+    assert visit.reply is not None
+    if visit.reply.status_code != 401:
+        return f"user {user(visit)}" if user(visit) else "none asked for"
+    blocks = "the server does not know this user"
+    if user(visit):
+        cure = "correct MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ask who runs the server for a new one"
+        raise Problem(f"the server refuses user {user(visit)} with this password", cure, blocks)
+    if os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        raise Problem("the server refuses this token", "set MLFLOW_TRACKING_TOKEN to one that is valid", blocks)
+    raise Problem("the server asks who you are", servers.CURES["401"], blocks)
+
+
+def database(visit: Visit) -> str:
+    assert visit.reply is not None
+    _answered(visit.reply)
+    return "the server reads it"
+
+
+def _failed(reply: Response) -> Problem:
+    """Explain an answer that says the server has failed."""
+    status, said = reply.status_code, _object(reply)
+    if status in (502, 503, 504) and "error_code" not in said:
+        cure = "start the MLflow server behind the proxy"
+        return Problem(f"the proxy in front of the server answers {status}", cure, "the server is down")
+    why = f" ({brief(said['message'])})" if said.get("message") else ""
+    cure = "start the server's database; if it runs, the server's log says more; after an upgrade: mlflow db upgrade"
+    return Problem(f"the server answers {status}{why}", cure, "the server cannot read its database")
+
+
+def _object(reply: Response) -> dict[str, Any]:
+    try:
+        said = reply.json()
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def version(visit: Visit) -> str:
+    reply = ask(visit, "GET", "/version")
+    theirs = re.match(r"(\d+)\.(\d+)\S*$", reply.text.strip()) if reply.status_code == 200 else None
+    if not theirs:
+        raise _no_server(visit)
+    ours = re.match(r"(\d+)\.(\d+)", mlflow.__version__)
+    assert ours
+    gap = [*map(int, theirs.groups())], [*map(int, ours.groups())]
+    if gap[0] < gap[1]:
+        cure = (
+            f"on the server, with its users stopped: pip install mlflow=={mlflow.__version__}, then: mlflow db upgrade"
+        )
+        raise Problem(f"MLflow {theirs[0]} on the server is older than {mlflow.__version__} here", cure)
+    if gap[0] > gap[1]:
+        cure = "pip install --upgrade poolnet"
+        raise Problem(f"MLflow {theirs[0]} on the server is newer than {mlflow.__version__} here", cure)
+    return f"MLflow {theirs[0]} on the server, {mlflow.__version__} here"
+
+
+def schema(visit: Visit) -> str:
+    return "the server would not start with another"
+
+
+def seconds_ahead(visit: Visit) -> float:
+    """Return how much later it is for the server."""
+    assert visit.reply is not None
+    if "Date" not in visit.reply.headers:
+        raise NotAsked("the server does not say the time")
+    return parsedate_to_datetime(visit.reply.headers["Date"]).timestamp() + 0.5 - visit.replied  # whole seconds
+
+
+def experiment(visit: Visit) -> str:
+    number, name = os.environ.get("MLFLOW_EXPERIMENT_ID"), os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
+    query = {"experiment_id": number} if number else {"experiment_name": name}
+    reply = _read(visit, f"experiments/get{'' if number else '-by-name'}", query, f"experiment {number or name}")
+    found = _object(reply).get("experiment")
+    if not found and number:
+        raise no_experiment(number)
+    if not found:
+        _check_right(visit, "experiments/create", {}, f"make experiment {name}")
+        return f"{name} is not there yet; the first run makes it"
+    visit.experiment = Experiment(found["experiment_id"], found["name"], found["artifact_location"])
+    chosen = {"experiment_id": found["experiment_id"]}
+    _check_right(visit, "experiments/set-experiment-tag", chosen, f"write in experiment {found['name']}")
+    return may_be_written(visit, found["lifecycle_stage"])
+
+
+def registry(visit: Visit) -> str:
+    from poolnet.tracking.registry import NAME
+
+    what = f"the registered model {NAME}"
+    if _read(visit, "registered-models/get", {"name": NAME}, what).status_code == 404:
+        _check_right(visit, "registered-models/create", {}, f"make {what}")
+        return f"{NAME} is not there yet; the first run makes it"
+    _check_right(visit, "registered-models/set-tag", {"name": NAME}, f"write {what}")
+    return f"{NAME} may be written"
+
+
+def _read(visit: Visit, path: str, query: dict[str, str], what: str) -> Response:
+    reply = ask(visit, "GET", f"{API}/{path}", params=query)
+    if reply.status_code == 403:
+        raise _not_allowed(visit, f"read {what}")
+    return _answered(reply)
+
+
+def _check_right(visit: Visit, path: str, incomplete: dict[str, str], what: str) -> None:
+    """Raise `Problem` if this user may not do that; it is not done."""
+    if _answered(ask(visit, "POST", f"{API}/{path}", json=incomplete)).status_code == 403:
+        raise _not_allowed(visit, what)
+
+
+def _answered(reply: Response) -> Response:
+    if reply.status_code >= 500:
+        raise _failed(reply)
+    return reply
+
+
+def statuses(visit: Visit, run_ids: Collection[str], experiment_ids: Collection[str]) -> dict[str, str]:
+    """Return the statuses of the runs that the server has, by id."""
+    found: dict[str, str] = {}
+    ids = [*run_ids]
+    for some in [ids[start : start + 100] for start in range(0, len(ids), 100)]:
+        listed = ", ".join(f"'{run_id}'" for run_id in some)
+        request = {
+            "experiment_ids": [*experiment_ids],
+            "filter": f"attributes.run_id IN ({listed})",
+            "run_view_type": "ALL",
+            "max_results": 1000,
+        }
+        reply = ask(visit, "POST", f"{API}/runs/search", json=request)
+        if reply.status_code != 200:
+            raise Problem(f"the server answers {reply.status_code} to a search of runs", "look at its log")
+        infos = [run["info"] for run in _object(reply).get("runs", [])]
+        found |= {info["run_id"]: info["status"] for info in infos}
+    for run_id in [run_id for run_id in ids if run_id not in found][:CONFIRMED]:
+        reply = ask(visit, "GET", f"{API}/runs/get", params={"run_id": run_id})
+        if reply.status_code != 404:  # a search leaves out what this user may not read
+            found[run_id] = _object(reply).get("run", {}).get("info", {}).get("status", "")
+    return found
+
+
+# --- an artifact there and back --------------------------------------------------------------------------------------
+
+
+def artifact(visit: Visit, experiment: Experiment) -> str:
+    """Send a file through the server's own store of artifacts."""
+    base = get_artifact_repository(experiment.place, addresses.for_mlflow(visit.uri)).artifact_uri
+    name = f"poolnet-doctor-{uuid.uuid4().hex}.txt"
+    may_delete = ask(visit, "DELETE", f"/{name}", base).status_code != 403  # there is no such file
+    path = f"/{name if may_delete else KEPT}"
+    content = uuid.uuid4().hex.encode() * (ARTIFACT_BYTES // 32)
+    try:
+        _there_and_back(visit, base, path, content)
+    finally:
+        with contextlib.suppress(MlflowException):  # of a server that is silent, say
+            if may_delete:
+                _request(base, "DELETE", path, CLEAN_UP_SECONDS)
+            else:
+                _request(base, "PUT", path, CLEAN_UP_SECONDS, data=EXPLANATION)
+    return "arrives and comes back" + f"; {KEPT} stays, since this user may not delete" * (not may_delete)
+
+
+def _there_and_back(visit: Visit, base: str, path: str, content: bytes) -> None:
+    size, between = f"{len(content):,} bytes", "a proxy in front of it, or its store of artifacts"
+    try:
+        sent = ask(visit, "PUT", path, base, data=content)
+    except (MlflowException, NoAnswer) as error:
+        cure = "look for a proxy or a firewall that does not pass PUT; else the server's log says more"
+        raise Problem(f"an artifact of {size} does not arrive: {servers.reason(error)}", cure) from None
+    if sent.status_code == 413:
+        cure = "let the proxy pass more; for nginx: client_max_body_size 0"
+        raise Problem(f"an artifact of {size} is too large for a proxy", cure)
+    if sent.status_code != 200:
+        why = brief(_object(sent).get("message") or sent.reason)
+        cure = f"look at {between}; the server's log says more"
+        raise Problem(f"an artifact of {size} does not arrive: the answer is {sent.status_code} ({why})", cure)
+    try:
+        back = ask(visit, "GET", path, base)
+    except (MlflowException, NoAnswer) as error:
+        raise Problem(f"an artifact does not come back: {servers.reason(error)}", f"look at {between}") from None
+    if back.content != content:
+        raise Problem("an artifact does not come back as it was sent", f"look at {between}")
