@@ -36,6 +36,11 @@ SIGNS = (  # the words that matter in the long texts of MLflow and its libraries
     *("No space left on device", "File too large", "database or disk is full", "disk I/O error"),
     *("database is locked", "readonly database", "file is not a database", "database disk image is malformed"),
 )
+SERVERS = re.compile(  # what `poolnet doctor` looks at
+    "|".join(
+        [*SIGNS, "the server answers", "no MLflow server", "database schema", "OperationalError", "connection failed"]
+    )
+)
 CURES = {  # the status of a server's reply, and what to do
     "401": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
     "403": "MLFLOW_TRACKING_USERNAME may not do this there; ask who runs the server for permission, who types: "
@@ -180,7 +185,7 @@ def own_client() -> Client:
     if client.uri.startswith("http") and not client.search_experiments(view_type=ViewType.ALL, max_results=1):
         raise RunError(
             f"{addresses.shown(client.uri)}: shows no experiment at all: it is no MLflow server, or one that lets this "
-            "user see nothing; look at MLFLOW_TRACKING_URI and MLFLOW_TRACKING_USERNAME"
+            "user see nothing; look at MLFLOW_TRACKING_URI and MLFLOW_TRACKING_USERNAME; poolnet doctor says more"
         )
     return client
 
@@ -331,6 +336,12 @@ def reason(error: Exception) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
+def pointer(error: Exception) -> str:
+    """Return where to look further, if the server is the cause."""
+    is_servers = isinstance(error, NoAnswer) or SERVERS.search(f"{reason(error)} {error}")
+    return "; poolnet doctor says more" if is_servers else ""
+
+
 def is_refusal(error: Exception) -> bool:
     """Whether the same request would fail again."""
     if isinstance(error, MlflowException) and error.error_code in REFUSALS:
@@ -351,7 +362,6 @@ def brief_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, NoAnswer) as error:
-        why = reason(error)
-        away = isinstance(error, NoAnswer) or why in map(str.lower, AWAY)
+        away = isinstance(error, NoAnswer) or reason(error) in map(str.lower, AWAY)
         cure = "; start the server, correct MLFLOW_TRACKING_URI, or wait longer with --timeout" if away else ""
-        raise RunError(f"{addresses.shown(uri)}: {why}{cure}") from None
+        raise RunError(f"{addresses.shown(uri)}: {reason(error)}{cure}{pointer(error)}") from None

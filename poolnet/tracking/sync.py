@@ -57,7 +57,8 @@ def one_line(error: Exception, where: str = "") -> str:
         return str(error)
     if isinstance(error, DAMAGED):
         return f"damaged record ({error!r})"
-    return f"{where}: {servers.reason(error)}" if where else servers.reason(error)
+    why = servers.reason(error)
+    return f"{where}: {why}{servers.pointer(error)}" if where else why
 
 
 def find(text: str) -> RunRecord:

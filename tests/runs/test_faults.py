@@ -189,7 +189,7 @@ def test_without_a_server_all_is_on_disk_and_sync_creates_the_run_elsewhere(lett
     warning, error = finished.stderr.splitlines()
     assert warning == AWAY  # before the training, and after it where all is
     assert error == (
-        f"poolnet: error: {DEAD}: connection refused; the run is saved in {folder}; "
+        f"poolnet: error: {DEAD}: connection refused; poolnet doctor says more; the run is saved in {folder}; "
         f"upload it later with: poolnet sync {name}"
     )
     store = f"sqlite:///{tmp_path / 'team.db'}"

@@ -225,7 +225,7 @@ def test_views_are_tried_again_after_a_server_was_silent(hanging, monkeypatch):
 def test_a_command_ends_in_one_line_when_the_server_hangs(hanging, letters):
     finished = poolnet("evaluate", "models:/poolnet/1", "--timeout", 1, env=world(letters.parent, hanging))
     assert finished.returncode == 1
-    cure = "start the server, correct MLFLOW_TRACKING_URI, or wait longer with --timeout"
+    cure = "start the server, correct MLFLOW_TRACKING_URI, or wait longer with --timeout; poolnet doctor says more"
     assert finished.stderr == f"poolnet: error: {hanging}: no answer for 1 s; {cure}\n"
 
 
