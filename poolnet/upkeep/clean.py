@@ -7,6 +7,7 @@ sweep before the sweep, each after its model and before its record; then the oth
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -142,7 +143,7 @@ def _publications(uri: str, plan: Plan) -> Iterator[Publication]:
 def _find_versions(plan: Plan, found: _Found) -> None:
     """Find the versions of an experiment's runs that never were champion."""
     stay = needed.by_promotions(found.client, found.versions)
-    for version in found.versions:
+    for version in sorted(found.versions, key=lambda version: int(version.version)):
         if version.name == NAME and version.run_id in found.runs:
             if str(version.version) in stay:
                 plan.keep(
@@ -158,9 +159,11 @@ def _find_runs(plan: Plan, found: _Found, kinds: Collection[str]) -> None:
     failed = {run.info.run_id for run in found.runs.values() if _is_failed(run)} if "failed" in kinds else set()
     old = superseded.runs(found.client, found.runs.values()) if "superseded" in kinds else ()
     candidates = [*(found.runs[run_id] for run_id in failed), *old]
-    named = needed.by_results(found.client, found.runs.values()) if candidates else needed.Named()
+    of_model = needed.runs_of_models(found.runs.values())
+    named = needed.by_results(found.client, of_model) if candidates else needed.Named()
     going_versions = {version.version for version in plan.versions}
-    staying = {each.run_id for each in found.versions if each.name != NAME or each.version not in going_versions}
+    kept = [each for each in found.versions if each.name != NAME or each.version not in going_versions]
+    staying = {run_id for each in kept for run_id in (each.run_id, of_model.get(registry.logged_id(each) or ""))}
     here = {*run_record.names()} if failed else set()
     for run in candidates:
         if why := _why_kept(run, named, staying, here):
@@ -192,10 +195,11 @@ def _why_kept(run: Run, named: needed.Named, staying: Collection[str | None], he
     """
     name = run.data.tags.get(names.RUN)
     if run.info.status != "FINISHED" and name in here:
-        return f"have records here, to go on with: {run_record.resume_command('RUN')}"
+        again = run_record.resume_command("RUN")
+        return f"can go on: {again}; to give a run up, remove its folder in {run_record.folder()}"
     if names.PROMOTION in run.data.tags:
         return "tell of a promotion"
-    return "are model versions" if run.info.run_id in staying else named.why(run)
+    return "are versions that stay" if run.info.run_id in staying else named.why(run)
 
 
 def _parents_of_others(going: dict[str, Run], runs: Mapping[str, Run]) -> list[Run]:
@@ -231,7 +235,7 @@ def _find_records(plan: Plan, found: _Found) -> None:
 
 def _find_caches(plan: Plan, before: int) -> None:
     """Find the files of caches, unless runs are trained here."""
-    files = [file for name in CACHES for file in _files(home() / name) if file.stat().st_mtime * 1000 < before]
+    files = [file for name in CACHES for file, stat in _files(home() / name).items() if stat.st_mtime * 1000 < before]
     for name in run_record.names() if files else ():
         with contextlib.suppress(*sync.DAMAGED):
             run = RunRecord(run_record.folder() / name)
@@ -241,24 +245,26 @@ def _find_caches(plan: Plan, before: int) -> None:
     plan.caches = files
 
 
-def _files(path: Path) -> list[Path]:
-    return [file for file in (path, *path.rglob("*")) if file.is_file()]
+def _files(path: Path) -> dict[Path, os.stat_result]:
+    """Return the files below a path, or the file that it is."""
+    found = {}
+    for file in (path, *path.rglob("*")):
+        with contextlib.suppress(OSError):  # of one that another process has just removed
+            if file.is_file():
+                found[file] = file.stat()
+    return found
 
 
 def _bytes(path: Path) -> int:
-    total = 0
-    for file in _files(path):
-        with contextlib.suppress(OSError):  # of one that another process has just removed
-            total += file.stat().st_size
-    return total
+    return sum(stat.st_size for stat in _files(path).values())
 
 
 def _artifacts(run: Run) -> int | None:
     """Return the bytes of a run's artifacts, if they are here."""
     uri = run.info.artifact_uri
-    if "://" in uri and not uri.startswith("file:"):
+    folder = Path(local_file_uri_to_path(uri) if uri.startswith("file:") else uri)
+    if not folder.is_absolute():  # an address
         return None
-    folder = Path(local_file_uri_to_path(uri))
     models = [
         folder.parents[1] / "models" / each.model_id for each in (run.outputs.model_outputs if run.outputs else ())
     ]
@@ -278,11 +284,18 @@ def carry_out(client: Client | None, plan: Plan) -> None:
     try:
         with progress(deletions, label="Deleting") as bar:
             for delete in bar:
-                delete()
+                try:
+                    delete()
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # else another process was faster
+                        raise
                 done += 1
     except (MlflowException, NoAnswer) as error:
         what = f"{done:,} of {len(deletions):,} deleted, the rest is as it was" if done else "nothing was deleted"
-        raise RunError(f"{servers.reason(error)} ({what})") from None
+        why = servers.reason(error)
+        if servers.CURES["403"] in why:
+            what += "; what is on this machine is yours to delete: poolnet clean records caches --yes"
+        raise RunError(f"{why} ({what})") from None
 
 
 def _deletions(client: Client | None, plan: Plan) -> Iterator[Callable[[], None]]:
@@ -309,12 +322,8 @@ def _delete_file(file: Path) -> None:
 def _delete_version(client: Client, version: ModelVersion) -> None:
     """Delete a version, unless it was promoted just now."""
     with locked(home() / "promote.lock", champions.LOCK_SECONDS):
-        try:
-            if not needed.is_used(client.get_model_version(NAME, version.version)):
-                registry.withdraw(client, version)
-        except MlflowException as error:
-            if error.error_code not in registry.MISSING:  # another process was faster
-                raise
+        if not needed.is_used(client.get_model_version(NAME, version.version)):
+            registry.withdraw(client, version)
 
 
 def _delete_run(client: Client, run: Run) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mlflow.entities import Run
@@ -36,19 +36,25 @@ class Named:
         return self.runs.get(run.info.run_id, "")
 
 
-def by_results(client: MlflowClient, runs: Iterable[Run]) -> Named:
+def runs_of_models(runs: Iterable[Run]) -> dict[str, str]:
+    """Return the id of the run that logged a model, by the model's id."""
+    return {
+        output.model_id: run.info.run_id
+        for run in runs
+        for output in (run.outputs.model_outputs if run.outputs else ())
+    }
+
+
+def by_results(client: MlflowClient, of_model: Mapping[str, str]) -> Named:
     """Find which runs are named by results in all experiments.
 
-    `runs` are those that may be named. A deleted result names nothing.
+    `of_model` is as from `runs_of_models`. A deleted result names nothing.
     """
-    named, of_model = Named(), {}
-    for run in runs:
-        for output in run.outputs.model_outputs if run.outputs else []:
-            of_model[output.model_id] = run.info.run_id
+    named = Named()
     experiment_ids = [each.experiment_id for each in servers.experiments(client)]
     for result in _tagged(client, experiment_ids, names.EVALUATION):
-        evaluated = [each.model_id for each in (result.inputs.model_inputs if result.inputs else [])]
-        ids = [of_model[model_id] for model_id in evaluated if model_id in of_model]
+        inputs = client.get_run(result.info.run_id).inputs  # a search leaves the models out
+        ids = [of_model[each.model_id] for each in (inputs.model_inputs if inputs else ()) if each.model_id in of_model]
         ids += re.findall(r"^runs:/([0-9a-f]{32})/", result.data.params.get("model", ""))
         named.runs.update(dict.fromkeys(ids, "were evaluated"))
     for result in _tagged(client, experiment_ids, names.REPRODUCES):
