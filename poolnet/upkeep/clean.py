@@ -18,12 +18,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from poolnet.errors import NoAnswer, RunError
-from poolnet.files import home, locked
+from poolnet.files import home
 from poolnet.models import champions
 from poolnet.runs import run_record
 from poolnet.runs.run_record import RunRecord
 from poolnet.text import aligned, progress, step
-from poolnet.tracking import names, registry, server_runs, servers, sync
+from poolnet.tracking import addresses, names, registry, server_runs, servers, sync
 from poolnet.tracking.publication import Publication, is_complete
 from poolnet.tracking.registry import NAME
 from poolnet.tracking.servers import Client
@@ -293,9 +293,10 @@ def carry_out(client: Client | None, plan: Plan) -> None:
     except (MlflowException, NoAnswer) as error:
         what = f"{done:,} of {len(deletions):,} deleted, the rest is as it was" if done else "nothing was deleted"
         why = servers.reason(error)
-        if servers.CURES["403"] in why:
-            what += "; what is on this machine is yours to delete: poolnet clean records caches --yes"
-        raise RunError(f"{why} ({what})") from None
+        if isinstance(error, MlflowException) and servers.is_forbidden(error):
+            why = "deleting needs the right MANAGE; an administrator types: poolnet team grant USER --right manage"
+            what += "; what is on this machine can go without: poolnet clean records caches --yes"
+        raise RunError(f"{addresses.shown(client.uri) if client else home()}: {why} ({what})") from None
 
 
 def _deletions(client: Client | None, plan: Plan) -> Iterator[Callable[[], None]]:
@@ -321,7 +322,7 @@ def _delete_file(file: Path) -> None:
 
 def _delete_version(client: Client, version: ModelVersion) -> None:
     """Delete a version, unless it was promoted just now."""
-    with locked(home() / "promote.lock", champions.LOCK_SECONDS):
+    with champions.alone(client):
         if not needed.is_used(client.get_model_version(NAME, version.version)):
             registry.withdraw(client, version)
 
