@@ -42,6 +42,7 @@ def examine(timeout: float = 20) -> list[Check]:
     """
     visit = Visit(timeout)
     results = [_carry_out(name, check, visit) for name, check in FIRST.items()]
+    waiting.limit(timeout)
     for name, check in _remote(visit).items():
         if visit.blocked:
             results.append(Check(name, None, f"not asked: {visit.blocked}"))

@@ -53,30 +53,35 @@ def time_outs(visit: Visit) -> str:
 
 def locks(visit: Visit) -> str:
     """Find the locks that are held, but not by work that goes on."""
-    if not (home := home_path()).exists():
-        return NO_HOME.format(home)
-    holders = [*home.glob("*.holder"), *home.glob("data/*.holder"), *home.glob("sweeps/*.holder")]
-    holders += home.glob("runs/*/*.holder")
+    if not home_path().exists():
+        return NO_HOME.format(home_path())
+    deadline = time.monotonic() + BUSY_SECONDS
+    while stuck := {path: who for path, who in _held(visit).items() if not _goes_on(path)}:
+        if time.monotonic() > deadline:
+            found = "; ".join(f"{path}: held by {who}" for path, who in stuck.items())
+            raise Problem(found, "wait for it, or end that process")
+        time.sleep(0.1)
+    return (
+        "; ".join(f"{path.parent.name}/{path.name}: {who} is at work" for path, who in _held(visit).items())
+        or "none held"
+    )
+
+
+def _held(visit: Visit) -> dict[Path, str]:
+    """Return the locks that are held now, and by whom."""
+    home = home_path()
+    holders = [holder for place in ("", "data/", "sweeps/", "runs/*/") for holder in home.glob(f"{place}*.holder")]
     if store := addresses.sqlite_file(visit.uri):
         holders += store.parent.glob(f"{store.name}.*.holder")
-    held = [(path, who) for holder in holders if (path := holder.with_suffix("")) and (who := _held_by(path))]
-    stuck = [f"{path}: held by {who}" for path, who in held if not _goes_on(path)]
-    if stuck:
-        raise Problem("; ".join(stuck), "wait for it, or end that process")
-    return "; ".join(f"{path.parent.name}: {who} is at work" for path, who in held) or "none held"
+    locks = [holder.with_suffix("") for holder in holders if holder.stem != "look"]  # which is held for moments
+    return {path: who for path in locks if (who := _holder(path))}
 
 
-def _held_by(path: Path) -> str:
-    """Return who has held a lock for a second, or a run's now."""
-    if path.name == "look":  # for moments
-        return ""
-    if path.name == "lock":
-        with files.locked(path.with_name("look"), poll=0.001):  # or this would seem to train the run, for a moment
-            return files.holder_of(path)
-    deadline = time.monotonic() + BUSY_SECONDS
-    while (who := files.holder_of(path)) and time.monotonic() < deadline and path.name != "publish.lock":
-        time.sleep(0.1)
-    return who
+def _holder(path: Path) -> str:
+    if path.name != "lock":
+        return files.holder_of(path)
+    with files.locked(path.with_name("look"), poll=0.001):  # or this would seem to train the run, for a moment
+        return files.holder_of(path)
 
 
 def _goes_on(path: Path) -> bool:

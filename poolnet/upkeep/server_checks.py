@@ -41,6 +41,7 @@ ARTIFACT_BYTES = 2_000_000  # as the predictions on notMNIST; proxies often let 
 KEPT = "poolnet-doctor.txt"  # for users who may write and not delete: one file, the same each time
 EXPLANATION = b"Written by `poolnet doctor` to see whether artifacts arrive. It may be removed.\n"
 CLEAN_UP_SECONDS = 2
+SILENT = "look at the server's load and its database, restart it, or wait longer with --timeout"
 CONFIRMED = 20  # runs that a search did not find, each with a request of its own
 
 
@@ -74,7 +75,7 @@ def reachability(visit: Visit) -> str:
     try:
         visit.reply = reply = ask(visit, "POST", f"{API}/experiments/search", json={"max_results": 1})
     except NoAnswer as error:
-        raise Problem(f"{visit.shown}: takes the connection, but {error}", "restart the server", down) from None
+        raise Problem(f"{visit.shown}: takes the connection, but {error}", SILENT, down) from None
     except MlflowException as error:
         raise Problem(f"{visit.shown}: {servers.reason(error)}", LOOK_AT_URI, down) from None
     seconds, visit.replied = time.monotonic() - began, time.time()
@@ -239,7 +240,11 @@ def artifact(visit: Visit, experiment: Experiment) -> str:
     """Send a file through the server's own store of artifacts."""
     base = get_artifact_repository(experiment.place, addresses.for_mlflow(visit.uri)).artifact_uri
     name = f"poolnet-doctor-{uuid.uuid4().hex}.txt"
-    may_delete = ask(visit, "DELETE", f"/{name}", base).status_code != 403  # there is no such file
+    try:
+        may_delete = ask(visit, "DELETE", f"/{name}", base).status_code != 403  # there is no such file
+    except (MlflowException, NoAnswer) as error:
+        cure = "look at where the server keeps its artifacts; its log says more"
+        raise Problem(f"the server does not reach its artifacts: {servers.reason(error)}", cure) from None
     path = f"/{name if may_delete else KEPT}"
     content = uuid.uuid4().hex.encode() * (ARTIFACT_BYTES // 32)
     try:
