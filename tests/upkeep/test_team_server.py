@@ -167,6 +167,7 @@ def test_every_command_works_for_a_user_who_made_neither_experiment_nor_model(te
         ("sync",),
         ("sync", "--prune"),
         ("sync", "--prune"),
+        ("clean",),
     ]
     codes = {}
     for args in expected:
@@ -257,6 +258,23 @@ def test_rights_are_given_replaced_and_refused(team, as_user):
     assert (unknown.returncode, unknown.stdout) == (2, "")
     assert "no such user" in unknown.stderr
     assert as_user("ada", "team", "grant", "cleo").returncode == 1
+
+
+def test_who_may_edit_cannot_clean_until_an_administrator_lets_him_manage(team, as_user, monkeypatch):
+    for name, value in settings(team, "ada").items():
+        monkeypatch.setenv(name, value)
+    client = mlflow.MlflowClient(team.uri)
+    run_id = client.create_run("0", tags={"mlflow.source.name": "poolnet compare"}).info.run_id
+    client.set_terminated(run_id, "FAILED")
+    refused = as_user("ben", "clean", "failed", "--yes")
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
+    assert "nothing was deleted" in refused.stderr
+    assert "poolnet team grant USER --right manage" in refused.stderr
+    assert client.get_run(run_id).info.lifecycle_stage == "active"
+    as_user("admin", "team", "grant", "ben", "--right", "manage")
+    assert as_user("ben", "clean", "failed", "--yes").returncode == 0
+    assert client.get_run(run_id).info.lifecycle_stage == "deleted"
+    as_user("admin", "team", "grant", "ben")
 
 
 def test_a_server_without_users_has_no_rights_to_give(server):
