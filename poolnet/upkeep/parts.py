@@ -52,12 +52,17 @@ class Part:
         patience: float = STOP_SECONDS,
     ):
         self.name, self.folder, self.log = name, folder, folder / f"{name}.log"
-        self.ending, self.patience = ending, patience
-        with self.log.open("wb") as log:
+        self.command, self.more, self.ending, self.patience = command, more, ending, patience
+        self.log.unlink(missing_ok=True)
+        self.start()
+
+    def start(self) -> None:
+        """Start the program, for the first time or again."""
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command,
-                cwd=folder,
-                env={**_environment(), **more},
+                self.command,
+                cwd=self.folder,
+                env={**_environment(), **self.more},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
