@@ -2,7 +2,8 @@
 
     python benchmarks/server_load.py [--clients N] [--rounds N] [--store WHAT]... [--fault WHAT]... [--json]
 
-So many clients train at once, each a process with local state of its own, and publish to one server:
+So many clients train at once, each a process with local state of its own, and publish to one server. Only their
+trainings have their imports done, else the machine would not hold them:
 
 - `sqlite`: `mlflow server` with one worker, an SQLite file and a folder for artifacts;
 - `postgres`: the same with PostgreSQL and an S3-compatible object store;
@@ -20,7 +21,9 @@ it was scored with, and doubled if it is there twice. Needs `pip install "poolne
 
 import contextlib
 import http.client
+import importlib
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -40,9 +43,14 @@ import click
 import numpy as np
 import psutil
 
+from poolnet.cli.commands import main as main_of_poolnet
 from poolnet.upkeep import parts
 from poolnet.upkeep.parts import HOST, Part
 
+IMPORTS = ("poolnet.tracking.train", "poolnet.runs.train_run", "poolnet.runs.figures", "mlflow")
+for name in IMPORTS:
+    importlib.import_module(name)
+FORKED = multiprocessing.get_context("fork")  # so this benchmark is one for Linux and macOS
 POOLNET = [sys.executable, "-m", "poolnet"]
 STORES = ("sqlite", "postgres", "users", "unremembered")
 FAULTS = ("postgres", "store", "server", "proxy")
@@ -174,11 +182,23 @@ class Client:
         own = {"POOLNET_HOME": str(self.home), "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1"}
         self.environment = {**os.environ, **settings, **own}
 
-    def start(self) -> subprocess.Popen:
-        command = [*POOLNET, "train", "--data", str(self.data), "--epochs", "3", "--seed", str(self.seed)]
-        return subprocess.Popen(
-            command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+    def start(self) -> multiprocessing.process.BaseProcess:
+        """Begin to train, with all imports done, so that all clients reach the server at once and fit into memory."""
+        self.home.mkdir(exist_ok=True)
+        process = FORKED.Process(target=self._train)
+        process.start()
+        return process
+
+    def _train(self) -> None:
+        os.environ.clear()
+        os.environ.update(self.environment)
+        with (self.home / "said").open("w") as said:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+        main_of_poolnet(["train", "--data", str(self.data), "--epochs", "3", "--seed", str(self.seed)])
+
+    def said(self) -> str:
+        return (self.home / "said").read_text(encoding="utf-8")[-300:]
 
     def sync(self) -> bool:
         command = [*POOLNET, "sync", "--timeout", "60"]
@@ -188,9 +208,10 @@ class Client:
 def train(clients: list[Client]) -> tuple[dict[int, int], list[str]]:
     """Train with all of them at once; their exit codes, and what failed ones said."""
     running = [client.start() for client in clients]
-    said = [process.communicate()[1] for process in running]
-    codes = [process.returncode for process in running]
-    failed = [text.strip()[-300:] for text, code in zip(said, codes, strict=True) if code not in (0, 3)]
+    for process in running:
+        process.join()
+    codes = [process.exitcode for process in running]
+    failed = [client.said() for client, code in zip(clients, codes, strict=True) if code not in (0, 3)]
     return {code: codes.count(code) for code in sorted(set(codes))}, failed
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -29,6 +30,7 @@ from poolnet.training.config import TrainConfig
 
 COMMANDS = {"main": "train"}  # of entry points that are called otherwise
 MLPROJECT = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
+COMPOSE = yaml.safe_load((ROOT / "docs" / "compose.yaml").read_text(encoding="utf-8"))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -76,14 +78,14 @@ def test_the_conda_environment_as_mlflow_converts_it_holds_every_dependency():
 
 
 def test_everything_that_is_imported_is_declared():
-    projects = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+    projects = {"PIL": "pillow", "botocore": "boto3", "yaml": "pyyaml", "sklearn": "scikit-learn"}
     names = [Requirement(line).name for line in PYPROJECT["project"]["dependencies"]]
     extras = PYPROJECT["project"]["optional-dependencies"].items()
     extra = {name: [Requirement(line).name for line in lines] for name, lines in extras}
     for folder, declared in (
-        ("poolnet", names),
-        ("benchmarks", names + extra["bench"]),
-        ("tests", names + extra["test"]),
+        ("poolnet", names + extra["team"]),
+        ("benchmarks", names + extra["bench"] + extra["team"]),
+        ("tests", names + extra["test"] + extra["team"]),
     ):
         paths = list((ROOT / folder).rglob("*.py"))
         assert paths
@@ -186,6 +188,10 @@ def test_the_commands_of_the_docs_are_such_that_can_be_typed():
         match line.split():
             case ["poolnet", *words]:
                 named.add(parsed(cli, words))
+            case ["docker", "compose", action, *words]:
+                assert action in ("up", "stop", "start", "build", "run", "exec", "cp")
+                services = {word.partition(":")[0] for word in words if not word.startswith(("-", ".", "/"))}
+                assert services & set(COMPOSE["services"]) or not services, line
             case ["mlflow", "models" | "artifacts" | "gc", *_] as words:
                 parsed(mlflow_cli, words[1:])
             case ["dask", "scheduler" | "worker" as role, *words]:
@@ -207,8 +213,49 @@ def test_the_commands_of_the_docs_are_such_that_can_be_typed():
                 assert (ROOT / script).exists()
             case _:
                 pytest.fail(f"no test knows this command: {line}")
-    subcommands = {f"prepare {name}" for name in cli.commands["prepare"].commands}
-    assert named == set(cli.commands) - {"prepare"} | subcommands
+    groups = {name for name, command in cli.commands.items() if isinstance(command, click.Group)}
+    subcommands = {f"{group} {name}" for group in groups for name in cli.commands[group].commands}
+    assert named == set(cli.commands) - groups | subcommands
+
+
+def test_the_containers_of_a_team_server_are_of_fixed_versions_and_closed_but_for_the_proxy():
+    services = COMPOSE["services"]
+    assert [name for name, service in services.items() if "ports" in service] == ["proxy"]
+    images = [service["image"] for service in services.values() if "image" in service]
+    assert all(re.search(r":\d+\.\d+", image) for image in images), images
+    text = (ROOT / "docs" / "compose.yaml").read_text(encoding="utf-8")
+    secrets = re.findall(r"(?:PASSWORD|KEY|secretKey|://mlflow)\w*\"?: ?\"?([^@\s,]+)", text.split("services:")[1])
+    assert len(secrets) == 8
+    assert all(re.match(r"\$\{\w+:\?\}", secret.replace("mlflow:", "")) or secret == "mlflow" for secret in secrets), (
+        secrets
+    )
+    for part in services.values():
+        for named in (*part.get("configs", []), *part.get("volumes", [])):
+            kind, name = ("configs", named["source"]) if isinstance(named, dict) else ("volumes", named.split(":")[0])
+            assert name in COMPOSE[kind]
+
+
+def test_the_containers_of_a_team_server_are_told_what_their_programs_know():
+    from mlflow import environment_variables
+    from mlflow.cli import cli as mlflow_cli
+
+    tracking = COMPOSE["services"]["tracking"]
+    words = tracking["command"].replace("${TRACKING_HOST:?}", "mlflow.example.org").split()
+    with mlflow_cli.commands["server"].make_context("server", words[2:]) as context:
+        assert context.params["app_name"] == "basic-auth"
+        assert context.params["allowed_hosts"] == "mlflow.example.org"
+    known = {*vars(environment_variables), "MLFLOW_BACKEND_STORE_URI"}
+    asked = [name for name in tracking["environment"] if name.startswith("MLFLOW_")]
+    assert asked
+    assert set(asked) <= known
+    (installed,) = (Requirement(line) for line in PYPROJECT["project"]["dependencies"] if line.startswith("mlflow"))
+    version = re.search(r"mlflow\[auth\]==([\d.]+)", tracking["build"]["dockerfile_inline"])[1]
+    assert installed.specifier.contains(version)
+    weed = shutil.which("weed")
+    if weed:
+        known = subprocess.run([weed, "server", "-h"], capture_output=True, text=True).stderr
+        for word in COMPOSE["services"]["objects"]["command"].split()[1:]:
+            assert f"  {word.partition('=')[0]}" in known, word
 
 
 def test_the_readmes_lines_for_a_notebook_work(letters, capsys):
