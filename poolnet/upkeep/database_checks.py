@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import mlflow
@@ -150,12 +150,12 @@ def _check_writable(visit: Visit, table: str, column: str) -> None:
         raise Problem(f"table {table}: {why}", "ask who runs the database for the right to write its tables") from None
 
 
-def statuses(visit: Visit, run_ids: Collection[str], experiment_ids: Collection[str]) -> dict[str, str]:
+def statuses(visit: Visit, experiment_of: Mapping[str, str]) -> dict[str, str]:
     """Return the statuses of the runs that the database has, by id."""
     query = text("SELECT run_uuid, status FROM runs WHERE run_uuid IN :ids").bindparams(
         sqlalchemy.bindparam("ids", expanding=True)
     )
-    ids = [*run_ids]
+    ids = [*experiment_of]
     with connected(visit) as connection:
         parts = [ids[start : start + 500] for start in range(0, len(ids), 500)]  # databases bind so many values only
         rows = [row for part in parts for row in connection.execute(query, {"ids": part})]

@@ -9,7 +9,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -42,7 +42,6 @@ KEPT = "poolnet-doctor.txt"  # for users who may write and not delete: one file,
 EXPLANATION = b"Written by `poolnet doctor` to see whether artifacts arrive. It may be removed.\n"
 CLEAN_UP_SECONDS = 2
 SILENT = "look at the server's load and its database, restart it, or wait longer with --timeout"
-CONFIRMED = 20  # runs that a search did not find, each with a request of its own
 
 
 def ask(visit: Visit, method: str, path: str, base: str = "", **options: Any) -> Response:
@@ -209,27 +208,28 @@ def _answered(reply: Response) -> Response:
     return reply
 
 
-def statuses(visit: Visit, run_ids: Collection[str], experiment_ids: Collection[str]) -> dict[str, str]:
-    """Return the statuses of the runs that the server has, by id."""
+def statuses(visit: Visit, experiment_of: Mapping[str, str]) -> dict[str, str]:
+    """Return the statuses of the runs that the server has, by id.
+
+    `experiment_of` has the experiment of each run. The status of a run that this user may not read is empty.
+    """
     found: dict[str, str] = {}
-    ids = [*run_ids]
+    ids, experiment_ids = [*experiment_of], [*{*experiment_of.values()}]
     for some in [ids[start : start + 100] for start in range(0, len(ids), 100)]:
         listed = ", ".join(f"'{run_id}'" for run_id in some)
         request = {
-            "experiment_ids": [*experiment_ids],
+            "experiment_ids": experiment_ids,
             "filter": f"attributes.run_id IN ({listed})",
             "run_view_type": "ALL",
             "max_results": 1000,
         }
-        reply = ask(visit, "POST", f"{API}/runs/search", json=request)
-        if reply.status_code != 200:
-            raise Problem(f"the server answers {reply.status_code} to a search of runs", "look at its log")
+        reply = _answered(ask(visit, "POST", f"{API}/runs/search", json=request))
         infos = [run["info"] for run in _object(reply).get("runs", [])]
         found |= {info["run_id"]: info["status"] for info in infos}
-    for run_id in [run_id for run_id in ids if run_id not in found][:CONFIRMED]:
-        reply = ask(visit, "GET", f"{API}/runs/get", params={"run_id": run_id})
-        if reply.status_code != 404:  # a search leaves out what this user may not read
-            found[run_id] = _object(reply).get("run", {}).get("info", {}).get("status", "")
+    for experiment_id in {experiment_of[run_id] for run_id in ids if run_id not in found}:
+        reply = ask(visit, "GET", f"{API}/experiments/get", params={"experiment_id": experiment_id})
+        if reply.status_code == 403:  # a search leaves its runs out
+            found |= {run_id: "" for run_id in ids if run_id not in found and experiment_of[run_id] == experiment_id}
     return found
 
 

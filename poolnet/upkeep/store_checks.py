@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from poolnet.errors import InputError, NoAnswer
@@ -16,6 +16,7 @@ from poolnet.upkeep.visit import Experiment, NotAsked, Problem, Visit
 
 CLOCK_SECONDS = 60  # by which two clocks may differ
 NAMED = 3  # of many runs
+SYNC = "poolnet sync uploads them again; if they were deleted there for good, remove their folders here"
 
 
 def clock(seconds_ahead: Callable[[Visit], float | None], visit: Visit) -> str:
@@ -30,28 +31,30 @@ def clock(seconds_ahead: Callable[[Visit], float | None], visit: Visit) -> str:
     return f"the server's and this machine's agree within {CLOCK_SECONDS} s"
 
 
-def records(statuses: Callable[[Visit, Collection[str], Collection[str]], dict[str, str]], visit: Visit) -> str:
+def records(statuses: Callable[[Visit, Mapping[str, str]], dict[str, str]], visit: Visit) -> str:
     """Compare what local records say is published with what is there."""
     copies = _copies(visit) if home_path().exists() else {}
-    experiments = {copy.experiment_id for copy in copies.values()}
-    there = statuses(visit, [copy.run_id for copy in copies.values()], experiments) if copies else {}
+    there = statuses(visit, {copy.run_id: copy.experiment_id for copy in copies.values()}) if copies else {}
     lost = [name for name, copy in copies.items() if _is_lost(copy, there)]
     if lost:
         some = ", ".join(lost[:NAMED]) + ", ..." * (len(lost) > NAMED)
         found = f"{len(lost):,} of {len(copies):,} runs that were published there are not, or not whole ({some})"
-        raise Problem(f"{found}; was it restored from an older backup?", "poolnet sync")
+        raise Problem(f"{found}; was it restored from an older backup?", SYNC)
     return f"published there: {len(copies):,}, all of which are there" if copies else "no run here was published there"
 
 
 def _is_lost(copy: ServerCopy, there: dict[str, str]) -> bool:
-    status = there.get(copy.run_id)
-    return status is None or bool(status and copy.status and status != copy.status["status"])
+    return copy.run_id not in there or bool(copy.status and there[copy.run_id] == "RUNNING")
 
 
 def _copies(visit: Visit) -> dict[str, ServerCopy]:
     """Return what local records say that the server has, by run."""
     copies = {}
-    for name in run_record.names():
+    try:
+        names = run_record.names()
+    except InputError as error:
+        raise NotAsked(str(error)) from None
+    for name in names:
         try:
             copy = published.read(RunRecord(run_record.folder() / name)).servers.get(visit.shown)
         except InputError as error:

@@ -176,6 +176,21 @@ def test_a_user_who_may_edit_is_well_and_leaves_one_small_file(team):
     assert content == b"Written by `poolnet doctor` to see whether artifacts arrive. It may be removed.\n"
 
 
+@with_team_parts
+def test_runs_that_a_server_has_are_looked_for(team, letters, monkeypatch):
+    for name, value in as_user(team.uri, "edith").items():
+        monkeypatch.setenv(name, value)
+    run = journaled()
+    server_run = publish(run)
+    assert doctor()[1]["records"]["found"] == "published there: 1, all of which are there"
+    memory = run.folder / "published.json"
+    memory.write_text(memory.read_text().replace(server_run.info.run_id, "0" * 32).replace("crc32", "unchecked"))
+    assert_only(doctor(), "records", "1 of 1 runs", run.name, "poolnet sync")
+    memory.write_text(memory.read_text().replace('"experiment_id": "0"', '"experiment_id": "999"'))
+    assert '"999"' in memory.read_text()
+    assert_only(doctor(), "records", "1 of 1 runs", run.name, "poolnet sync")
+
+
 # --- what is broken ---------------------------------------------------------------------------------------------------
 
 
