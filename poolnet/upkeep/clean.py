@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from poolnet.errors import NoAnswer, RunError
-from poolnet.files import home
+from poolnet.files import home, locked
 from poolnet.models import champions
 from poolnet.runs import run_record
 from poolnet.runs.run_record import RunRecord
@@ -55,7 +55,7 @@ class Plan:
     superseded: list[Run] = dataclasses.field(default_factory=list)
     records: list[RunRecord] = dataclasses.field(default_factory=list)
     caches: list[Path] = dataclasses.field(default_factory=list)
-    left: list[RunRecord] = dataclasses.field(default_factory=list)
+    left: list[Publication] = dataclasses.field(default_factory=list)
     kept: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def keep(self, name: str, why: str) -> None:
@@ -69,7 +69,7 @@ class Plan:
             case "failed" | "superseded":
                 return [server_runs.name_of(run) for run in getattr(self, kind)]
             case "records":
-                return [run.name for run in (*self.left, *self.records)]
+                return [run.name for run in self._records]
         return [path.relative_to(home()).as_posix() for path in self.caches]
 
     def size(self, kind: str) -> int | None:
@@ -84,8 +84,12 @@ class Plan:
                 sizes = [_artifacts(run) for run in getattr(self, kind)]
                 return None if None in sizes else sum(size or 0 for size in sizes)
             case "records":
-                return sum(_bytes(run.folder) for run in (*self.left, *self.records))
+                return sum(_bytes(run.folder) for run in self._records)
         return sum(map(_bytes, self.caches))
+
+    @property
+    def _records(self) -> list[RunRecord]:
+        return [*(publication.run for publication in self.left), *self.records]
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
@@ -156,7 +160,7 @@ def _find_versions(plan: Plan, found: _Found) -> None:
 def _find_runs(plan: Plan, found: _Found, kinds: Collection[str]) -> None:
     """Find failed and superseded runs that nothing names."""
     going: dict[str, Run] = {}
-    failed = {run.info.run_id for run in found.runs.values() if _is_failed(run)} if "failed" in kinds else set()
+    failed = set(_failed(plan, found)) if "failed" in kinds else set()
     old = superseded.runs(found.client, found.runs.values()) if "superseded" in kinds else ()
     candidates = [*(found.runs[run_id] for run_id in failed), *old]
     of_model = needed.runs_of_models(found.runs.values())
@@ -178,14 +182,27 @@ def _find_runs(plan: Plan, found: _Found, kinds: Collection[str]) -> None:
             (plan.failed if run.info.run_id in failed else plan.superseded).append(run)
     for publication in found.publications if "superseded" in kinds else ():
         if publication.server_copy.run_id in going.keys() - failed and publication.run.finished:
-            plan.left.append(publication.run)
+            plan.left.append(publication)
 
 
-def _is_failed(run: Run) -> bool:
-    """Whether a run of poolnet's is one that failed or was killed."""
-    status, begun = run.info.status, run.info.start_time
-    dead = status in ("RUNNING", "SCHEDULED") and begun < run_record.now() - DEAD_DAYS * DAY
-    return run.info.lifecycle_stage == "active" and needed.is_poolnets(run) and (dead or status in ("FAILED", "KILLED"))
+def _failed(plan: Plan, found: _Found) -> Iterator[str]:
+    """Yield the ids of poolnet's runs that failed or were killed."""
+    for run_id, run in found.runs.items():
+        if run.info.lifecycle_stage == "active" and needed.is_poolnets(run):
+            begun = run.info.status not in ("FINISHED", "FAILED", "KILLED")
+            if run.info.status in ("FAILED", "KILLED") or (begun and _is_dead(found.client, run)):
+                yield run_id
+            elif begun:
+                plan.keep(server_runs.name_of(run), f"are RUNNING; after {DEAD_DAYS} days without a step they go")
+
+
+def _is_dead(client: Client, run: Run) -> bool:
+    """Whether a run that says RUNNING has not logged for long."""
+    alive = run_record.now() - DEAD_DAYS * DAY
+    if run.info.start_time > alive:
+        return False
+    steps = client.get_metric_history(run.info.run_id, "val_loss") if "val_loss" in run.data.metrics else []
+    return all(step.timestamp < alive for step in steps)
 
 
 def _why_kept(run: Run, named: needed.Named, staying: Collection[str | None], here: Collection[str]) -> str:
@@ -218,7 +235,7 @@ def _find_records(plan: Plan, found: _Found) -> None:
 
     Here that is judged by what is remembered, and before they are removed by what the server returns.
     """
-    left = {run.name for run in plan.left}
+    left = {publication.run.name for publication in plan.left}
     for publication in found.publications:
         run, end = publication.run, publication.run.ended()
         ours = publication.server_copy.experiment_id in ("", found.experiment_id) and run.name not in left
@@ -304,9 +321,17 @@ def _deletions(client: Client | None, plan: Plan) -> Iterator[Callable[[], None]
     if client:
         yield from (partial(_delete_version, client, version) for version in plan.versions)
         yield from (partial(_delete_run, client, run) for run in (*plan.failed, *plan.superseded))
-    yield from (partial(sync.remove, record) for record in plan.left)
+        yield from (partial(_remove_left, client, publication) for publication in plan.left)
     yield from (partial(_prune, plan, record) for record in plan.records)
     yield from (partial(_delete_file, file) for file in plan.caches)
+
+
+def _remove_left(client: Client, publication: Publication) -> None:
+    """Remove the record of a run, if the run was deleted."""
+    if not server_runs.is_there(client, publication.server_copy.run_id):
+        with locked(publication.run.folder / "publish.lock"):
+            pass  # nobody publishes it now; on Windows, a lock that is held would keep the folder
+        sync.remove(publication.run)
 
 
 def _prune(plan: Plan, record: RunRecord) -> None:
@@ -345,7 +370,10 @@ def table(plan: Plan) -> str:
     for kind, title in TITLES.items():
         if listed := plan.names(kind):
             size = plan.size(kind)
-            shown = dict.fromkeys(Path(name).parts[0] for name in listed) if kind == "caches" else listed
+            if kind == "caches":
+                shown = [name for name in CACHES if any(each.is_relative_to(home() / name) for each in plan.caches)]
+            else:
+                shown = listed
             rows.append([title, f"{len(listed):,}", "" if size is None else f"{size / 1e6:,.1f} MB", _few(shown)])
     lines = aligned([["what", "number", "size", "names"], *rows]) if rows else ["Found nothing to delete."]
     return "\n".join([*lines, *(f"Kept: {_few(kept)} {why}" for why, kept in plan.kept.items())])

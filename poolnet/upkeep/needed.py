@@ -69,9 +69,11 @@ def by_results(client: MlflowClient, of_model: Mapping[str, str]) -> Named:
 
 
 def _tagged(client: MlflowClient, experiment_ids: Sequence[str], tag: str) -> Iterator[Run]:
+    """Yield the runs with a tag, except those that came to nothing."""
     for start in range(0, len(experiment_ids), 500):  # databases bind so many values only
         some, query = experiment_ids[start : start + 500], f"tags.`{tag}` LIKE '%'"
-        yield from servers.all_pages(client.search_runs, some, query, max_results=1000)
+        results = servers.all_pages(client.search_runs, some, query, max_results=1000)
+        yield from (run for run in results if run.info.status not in ("FAILED", "KILLED"))
 
 
 def _compared(client: MlflowClient, comparison: Run) -> list[str]:
