@@ -65,7 +65,8 @@ def clean(
     else:
         echo(listed)
         if going:
-            echo("Deleted." if yes else f"Nothing is deleted yet; delete this with: {again}")
+            space = " The server frees the space with: mlflow gc" if plan.failed or plan.superseded else ""
+            echo(f"Deleted.{space}" if yes else f"Nothing is deleted yet; delete this with: {again}")
     if troubled:
         context.exit(failed(f"{len(troubled)} could not be deleted: {troubled[0]}", 1))
 

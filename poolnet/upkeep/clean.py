@@ -158,17 +158,28 @@ def _find_versions(plan: Plan, found: _Found) -> None:
 
 
 def _find_runs(plan: Plan, found: _Found, kinds: Collection[str]) -> None:
-    """Find failed and superseded runs that nothing names."""
-    going: dict[str, Run] = {}
+    """Find failed and superseded runs, and the records of the latter."""
     failed = set(_failed(plan, found)) if "failed" in kinds else set()
     old = superseded.runs(found.client, found.runs.values()) if "superseded" in kinds else ()
-    candidates = [*(found.runs[run_id] for run_id in failed), *old]
+    going = _unneeded(plan, found, [*(found.runs[run_id] for run_id in failed), *old])
+    parents = {run.data.tags.get(names.PARENT) for run in going.values()}
+    for run in sorted(going.values(), key=lambda run: run.info.run_id in parents):
+        if run.info.lifecycle_stage == "active":
+            (plan.failed if run.info.run_id in failed else plan.superseded).append(run)
+    for publication in found.publications:
+        if publication.server_copy.run_id in going.keys() - failed and publication.run.finished:
+            plan.left.append(publication)
+
+
+def _unneeded(plan: Plan, found: _Found, candidates: Collection[Run]) -> dict[str, Run]:
+    """Return the candidates that nothing needs, by id."""
+    going: dict[str, Run] = {}
     of_model = needed.runs_of_models(found.runs.values())
     named = needed.by_results(found.client, of_model) if candidates else needed.Named()
     going_versions = {version.version for version in plan.versions}
     kept = [each for each in found.versions if each.name != NAME or each.version not in going_versions]
     staying = {run_id for each in kept for run_id in (each.run_id, of_model.get(registry.logged_id(each) or ""))}
-    here = {*run_record.names()} if failed else set()
+    here = {*run_record.names()}
     for run in candidates:
         if why := _why_kept(run, named, staying, here):
             plan.keep(server_runs.name_of(run), why)
@@ -176,13 +187,7 @@ def _find_runs(plan: Plan, found: _Found, kinds: Collection[str]) -> None:
             going[run.info.run_id] = run
     for run in _parents_of_others(going, found.runs):
         plan.keep(server_runs.name_of(run), "have runs below them that stay")
-    parents = {run.data.tags.get(names.PARENT) for run in going.values()}
-    for run in sorted(going.values(), key=lambda run: run.info.run_id in parents):
-        if run.info.lifecycle_stage == "active":
-            (plan.failed if run.info.run_id in failed else plan.superseded).append(run)
-    for publication in found.publications if "superseded" in kinds else ():
-        if publication.server_copy.run_id in going.keys() - failed and publication.run.finished:
-            plan.left.append(publication)
+    return going
 
 
 def _failed(plan: Plan, found: _Found) -> Iterator[str]:
