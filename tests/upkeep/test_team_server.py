@@ -21,6 +21,7 @@ import pytest
 from conftest import enter, inside, make_arrays, world
 from PIL import Image
 
+from poolnet import files
 from poolnet.upkeep import parts
 
 STUDY = """question = "Which pooling loses less?"
@@ -220,6 +221,22 @@ def state(team):
         model = client.get_registered_model("poolnet")
         versions = sorted((v.version, str(v.tags)) for v in client.search_model_versions("name = 'poolnet'"))
         return runs, client.get_experiment("0").tags, model.aliases, model.tags, versions
+
+
+def test_a_run_that_the_server_has_lost_is_found_out_and_published_again(team, as_user, tmp_path):
+    """To a run that is not there, a server with users answers that it is forbidden."""
+    assert as_user("ben", "train", "--data", "letters.npz", "--epochs", "2", "--seed", "44").returncode == 0
+    (memory,) = (tmp_path / "ben" / "runs").glob("*/published.json")
+    known = files.read_json(memory)
+    (copy,) = known["servers"].values()
+    files.write_json(memory, {**known, "servers": {team.uri: {**copy, "run_id": "0" * 32}}})
+    asked = as_user("ben", "doctor", "--json")
+    (records,) = [each for each in json.loads(asked.stdout)["checks"] if each["check"] == "records"]
+    assert (asked.returncode, records["ok"]) == (1, False)
+    assert "poolnet sync" in records["cure"]
+    done = as_user("ben", "sync")
+    assert done.returncode == 0, done.stdout
+    assert as_user("ben", "doctor").returncode == 0
 
 
 def test_nobody_without_a_password_reads_or_writes(team):
