@@ -15,6 +15,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -71,7 +72,8 @@ def locked(path: Path, wait: float = LOCK_SECONDS, poll: float = 0.05) -> Iterat
         raise Locked(f"{path}: held by {_read_holder(holder)}; wait for it, or end it, then try again") from None
     with lock:
         with contextlib.suppress(OSError):  # of a full disk: the lock holds without it
-            command = " ".join(["poolnet", *sys.argv[1:3]])
+            words = takewhile(str.isalpha, sys.argv[1:3])  # the command; what follows may hold a secret
+            command = " ".join(["poolnet", *words])
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()} ({command})", encoding="utf-8")
         try:
             yield

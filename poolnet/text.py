@@ -14,6 +14,8 @@ from pathlib import Path
 
 import click
 
+from poolnet.secret import hidden
+
 Echo = Callable[[object], object]  # prints a line, as `echo` and `echo_warning` do
 WIDTH = 60  # columns of tables and sentences on a terminal
 DIGITS = 12  # of a checksum, for a person; the whole of it is in the tags
@@ -63,13 +65,13 @@ def echo_warning(message: object) -> None:
 
 
 def failed(error: object, code: int) -> int:
-    """Print one line about an error; return the code."""
+    """Print one line about an error, without secrets; return the code."""
     _complain("error", error)
     return code
 
 
 def _complain(kind: str, text: object) -> None:
-    echo(f"poolnet: {kind}: {' '.join(str(text).split())}", err=True)
+    echo(f"poolnet: {kind}: {hidden(' '.join(str(text).split()))}", err=True)
 
 
 def echo(text: object = "", **options) -> None:

@@ -287,9 +287,15 @@ def sklearn():
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory, empty_store):
+def server_folder(tmp_path_factory):
+    """Where `server` keeps all that it has."""
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="session")
+def server(server_folder, empty_store):
     """The address of a real tracking server on loopback."""
-    folder = tmp_path_factory.mktemp("server")
+    folder = server_folder
     shutil.copy(empty_store, folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -56,14 +56,15 @@ def user() -> str:
 
 
 def code_state() -> tuple[str | None, str, bytes]:
-    """Return the commit, whether tracked files differ, and the diff.
+    """Return the commit, whether the package differs, and the diff.
 
-    The second is `true` or `false`. If the package is installed outside its repository, or git is missing, the result
-    is None, `unknown` and no diff.
+    Only its own tracked files count: others decide nothing of a run, and may hold secrets. The second is `true` or
+    `false`. If the package is installed outside its repository, or git is missing, the result is None, `unknown` and
+    no diff.
     """
     if not _git("ls-files", "--error-unmatch", "__init__.py"):
         return None, "unknown", b""
-    diff = _git("diff", "HEAD", "--binary", "--no-ext-diff", "--no-textconv", "--no-color")
+    diff = _git("diff", "HEAD", "--binary", "--no-ext-diff", "--no-textconv", "--no-color", "--", ".")
     return _git("rev-parse", "HEAD").decode().strip(), "true" if diff else "false", diff
 
 

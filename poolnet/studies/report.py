@@ -18,10 +18,11 @@ from poolnet.data import dataset, folds
 from poolnet.data.dataset import SPLITS
 from poolnet.errors import InputError
 from poolnet.runs.figures import png
+from poolnet.secret import hidden
 from poolnet.studies import comparison_figures, page
 from poolnet.studies.comparison import Comparison, Design, Ranking
 from poolnet.text import aligned, coded, marked, piped, step, to_json, wrapped
-from poolnet.tracking import addresses, names, pages, result_runs
+from poolnet.tracking import names, pages, result_runs
 
 HOW = {  # the figures' titles, and how to read them
     "seeds": (
@@ -155,7 +156,7 @@ def publish(client: MlflowClient, uri: str, experiment_id: str, found: Compariso
     """
     step("Drawing and uploading the report")
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    origin = Origin(when, addresses.hidden(command), pages.serving(uri))
+    origin = Origin(when, hidden(command), pages.serving(uri))
     tags = {names.COMPARISON: found.verdict, names.DATA_SHA256: found.data_sha256, names.NOTE: markdown(found, origin)}
     params = {f"arm_{letter}": arm.name for letter, arm in zip("abcdefghij", found.arms, strict=False)}
     params |= {"verdict": found.verdict, "primary": found.primary}

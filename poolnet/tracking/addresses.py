@@ -1,8 +1,8 @@
-"""Read, complete, check and show tracking server addresses.
+"""Read, complete and check tracking server addresses.
 
-Addresses are shown without their secrets. An SQLite address may be percent-encoded or not: `mlflow run` gives its child
-an encoded one, users type plain ones. The files that exist on the disk decide how it is read. This module does not
-import MLflow, since a training checks its address first.
+An SQLite address may be percent-encoded or not: `mlflow run` gives its child an encoded one, users type plain ones. The
+files that exist on the disk decide how it is read. This module does not import MLflow, since a training checks its
+address first.
 """
 
 import importlib.metadata
@@ -20,22 +20,25 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from poolnet.errors import InputError
 from poolnet.files import expanded
+from poolnet.secret import USER, shown
 
 DEFAULT = "sqlite:///mlflow.db"  # MLflow's own, in the working folder
 DATABASES = ("postgresql", "mysql", "mssql")
-USER = re.compile(r"^(\w[\w+.-]*://[^:/?#@]*):(.*)@", re.DOTALL)  # up to the last @: the password may hold all others
-SECRET = re.compile(r"pass|pwd|token|secret|key|auth|cred|sig|odbc_connect", re.IGNORECASE)  # keys of a query
 PROBE_SECONDS = 2  # that a training waits to hear whether there is a server
 
 
 def own() -> str:
     """Return the complete tracking address of this process.
 
-    It is the address that this process is told to use. Raises `InputError` if a setting of MLflow is not UTF-8.
+    It is the address that this process is told to use. Raises `InputError` if a setting of MLflow is not UTF-8, or if
+    the token cannot be sent.
     """
     for name, value in os.environ.items():
         if name.startswith("MLFLOW_") and value != value.encode(errors="replace").decode():
-            raise InputError(f"{name}: found {value!r}, which is not UTF-8, as tracking servers store it")
+            raise InputError(f"{name}: found a value that is not UTF-8, as tracking servers store it")
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN", "")
+    if token != token.strip() or not (token.isascii() and token.isprintable()):
+        raise InputError("MLFLOW_TRACKING_TOKEN: found a line break or another sign that no token has; set it anew")
     return absolute(os.environ.get("MLFLOW_TRACKING_URI", ""), Path.cwd())
 
 
@@ -159,37 +162,6 @@ def for_mlflow(uri: str) -> str:
     if uri.startswith("postgresql://") and (find_spec("psycopg") or not find_spec("psycopg2")):
         uri = uri.replace("postgresql:", "postgresql+psycopg:", 1)
     return uri
-
-
-def shown(uri: str) -> str:
-    """Return the address without its password and other secrets."""
-    if uri.startswith("sqlite"):
-        return uri
-    without = re.sub(r"([?&;])([^?&;=]*)=[^&;]*", lambda pair: pair[1] if SECRET.search(pair[2]) else pair[0], uri)
-    address, mark, query = USER.sub(r"\1@", without).partition("?")
-    kept = [pair for pair in re.split("[&;]", query) if "=" in pair]
-    return address + mark * bool(kept) + "&".join(kept)
-
-
-def hidden(text: str) -> str:
-    """Remove secrets of tracking addresses from a message.
-
-    These are the secrets of the addresses in the message, and of this process's own address.
-    """
-    own_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    text = text.replace(own_uri, shown(own_uri)) if own_uri else text
-    for secret in sorted(_secrets(own_uri), key=len, reverse=True):
-        text = text.replace(secret, "***")
-    text = re.sub(r"(\w://[^\s:/?#@]*):\S*@", r"\1@", text)
-    return re.sub(rf"([?&;]\w*(?:{SECRET.pattern})\w*=)[^\s&;'\")]+", r"\1***", text, flags=re.IGNORECASE)
-
-
-def _secrets(uri: str) -> set[str]:
-    """Return the secrets in an address, encoded and decoded."""
-    match = USER.match(uri)
-    pairs = [pair.partition("=") for pair in re.split("[?&;]", uri.partition("?")[2])]
-    values = [value for key, _, value in pairs if SECRET.search(key)] + ([match[2]] if match else [])
-    return {each for value in values for each in (value, unquote(value), quote(value, safe="")) if len(each) > 2}
 
 
 def _parsed(uri: str) -> URL | None:

@@ -50,6 +50,7 @@ TITLE = "mlflow.runName"
 USER = "mlflow.user"
 PARENT = "mlflow.parentRunId"
 COMMIT = "mlflow.source.git.commit"
+ORIGIN = ("mlflow.source.name", "mlflow.source.git.repoURL")  # the repository's address, as `mlflow run` knows it
 CONTEXT = "mlflow.data.context"  # of an input: the name of the split
 TABLES = "mlflow.loggedArtifacts"  # artifacts that the interface shows as tables
 MODEL_VERSIONS = "mlflow.modelVersions"  # of a model

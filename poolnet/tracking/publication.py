@@ -263,6 +263,8 @@ def find_or_create_run(publication: Publication) -> None:
     if publication.server_copy.stand_in:
         return
     publication.created = not server_run
+    if server_run:
+        server_runs.hide_origin(client, server_run)
     server_run = server_run or create_run(publication)
     if not publication.server_copy.run_id:
         adopt(publication, server_run.info)

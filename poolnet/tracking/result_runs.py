@@ -14,7 +14,7 @@ from mlflow.tracking.client import MlflowClient
 
 from poolnet.errors import NoAnswer
 from poolnet.runs import provenance, run_record
-from poolnet.tracking import names, waiting
+from poolnet.tracking import names, server_runs, waiting
 
 END_SECONDS = 2.5  # that a server has to take the end of a run that was cut off
 
@@ -34,6 +34,7 @@ def run(
     run_id = os.environ.get("MLFLOW_RUN_ID", "") or begun
     if run_id:
         client.update_run(run_id, "RUNNING", name)
+        server_runs.hide_origin(client, client.get_run(run_id))
     else:
         tags = {**more, **names.source(command, provenance.user())}
         run_id = client.create_run(experiment_id, run_record.now(), tags, name).info.run_id

@@ -15,6 +15,7 @@ from mlflow.tracking.client import MlflowClient
 from poolnet.errors import InputError, RunError
 from poolnet.runs import run_name
 from poolnet.runs.run_record import RunRecord
+from poolnet.secret import anonymous
 from poolnet.tracking import addresses, names, servers
 from poolnet.tracking.servers import Client
 
@@ -70,9 +71,21 @@ def explain_carrier(client: Client, carrier: str, run: RunRecord, run_id: str) -
     The carrier is the run that `mlflow run -P resume=...` made. It cannot be deleted: `mlflow run` fails if it cannot
     set the status of that run at the end.
     """
+    hide_origin(client, client.get_run(carrier))
     note = f"Made by `mlflow run` to resume {run.name}, run {run_id}, which holds everything."
     tags = {names.NOTE: note, names.TITLE: f"resumes {run.name}"}
     client.log_batch(carrier, tags=[RunTag(*tag) for tag in tags.items()])
+
+
+def hide_origin(client: MlflowClient, run: Run) -> None:
+    """Remove secrets from what `mlflow run` recorded of its origin.
+
+    That is the address of a repository, in which many a clone has a token.
+    """
+    tags = run.data.tags
+    shown = {name: anonymous(tags[name]) for name in names.ORIGIN if name in tags}
+    if changed := [RunTag(name, text) for name, text in shown.items() if text != tags[name]]:
+        client.log_batch(run.info.run_id, tags=changed)
 
 
 def agrees(raw: str, value: str | int | float | bool) -> bool:

@@ -28,6 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from poolnet import files
 from poolnet.errors import InputError, NoAnswer, RunError
 from poolnet.runs.run_record import RunRecord
+from poolnet.secret import hidden
 from poolnet.tracking import addresses, published, waiting
 
 AWAY = ("Connection refused", "Read timed out", "Name or service not known", "Connection reset", "timed out")
@@ -314,7 +315,7 @@ def reason(error: Exception) -> str:
 
     The line says what went wrong and, where that is known, what to do. It fits a screen and holds no password.
     """
-    text = addresses.hidden(" ".join(str(error).split())) or type(error).__name__
+    text = hidden(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, ImportError) and error.name:
         name = error.name.partition(".")[0]
         package = PACKAGES.get(name, name)

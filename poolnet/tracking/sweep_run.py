@@ -14,7 +14,7 @@ from poolnet.errors import InputError
 from poolnet.files import home
 from poolnet.runs import provenance, run_record
 from poolnet.runs.run_record import RunRecord
-from poolnet.tracking import names, pages, servers, training_runs
+from poolnet.tracking import names, pages, server_runs, servers, training_runs
 from poolnet.training.config import TrainConfig
 
 OPTIMUM = names.METRICS["optimum_test_loss"]  # of a run that found it
@@ -25,6 +25,8 @@ def find_or_create(client: MlflowClient, experiment_id: str, sweep: str, adopted
 
     It is the run that exists already, the run `adopted` that `mlflow run` has made, or a new one.
     """
+    if adopted:
+        server_runs.hide_origin(client, client.get_run(adopted))
     with files.locked(folder() / f"{sweep}.parent.lock"):  # of two publishers at once, the second finds it
         query = f"tags.`{names.STUDY}` = '{sweep}'"
         for parent in _all(client, experiment_id, query)[:1]:

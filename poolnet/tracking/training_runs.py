@@ -18,6 +18,7 @@ from mlflow.tracking.client import MlflowClient
 
 from poolnet.data.dataset import LETTERS
 from poolnet.errors import InputError
+from poolnet.secret import hidden
 from poolnet.text import Echo, echo_warning
 from poolnet.tracking import names, servers
 from poolnet.training.config import SAME_RUN, TrainConfig
@@ -203,7 +204,7 @@ def predictions(client: MlflowClient, run_id: str, name: str, split: str) -> Pre
             _check(found)
             return found
         except (MlflowException, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            text = " ".join(str(error).split())[:200]
+            text = hidden(" ".join(str(error).split()))[:200]
             raise InputError(f"{name}: found no readable {file} on the server ({text})") from None
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from poolnet import files
 from poolnet.errors import InputError, RunError
 from poolnet.process import detached
+from poolnet.secret import hidden
 
 HOST = "127.0.0.1"
 BUCKET = "artifacts"
@@ -84,7 +85,7 @@ class Part:
         if self.process.poll() is not None:
             lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
             last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
-            raise RunError(f"{self.name} has ended; its last words: {last[:200]}; the others are in {self.log}")
+            raise RunError(f"{self.name} has ended; its last words: {hidden(last)[:200]}; the others are in {self.log}")
 
     def stop(self) -> None:
         """End the program, by force if it does not end itself."""

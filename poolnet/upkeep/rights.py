@@ -13,6 +13,7 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
 from poolnet.errors import InputError, RunError
+from poolnet.secret import hidden
 from poolnet.tracking import addresses, registry, servers, waiting
 
 RIGHTS = ("READ", "EDIT", "MANAGE")
@@ -73,5 +74,5 @@ def _ask(client: servers.Client, endpoint: str, asked: Mapping[str, str]) -> Non
     if answer.status_code == 404:
         why = "the server has no users, expected one with --app-name basic-auth"
     else:
-        why = servers.CURES.get(str(answer.status_code), " ".join(answer.text.split())[:200])
+        why = servers.CURES.get(str(answer.status_code), hidden(" ".join(answer.text.split()))[:200])
     raise RunError(f"{addresses.shown(client.uri)}: {why}")

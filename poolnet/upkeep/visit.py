@@ -6,7 +6,7 @@ from typing import Any
 
 from requests import Response
 
-from poolnet.tracking import addresses
+from poolnet.secret import hidden, shown
 
 LOOK_AT_URI = "look at MLFLOW_TRACKING_URI"
 START = "start it, or correct MLFLOW_TRACKING_URI, or look for a firewall or a VPN in between"
@@ -51,12 +51,12 @@ class Visit:
 
     @property
     def shown(self) -> str:
-        return addresses.shown(self.uri)
+        return shown(self.uri)
 
 
 def brief(text: Any) -> str:
     """Return an error in one line, without secrets and what libraries add."""
-    line = addresses.hidden(" ".join(str(text).split()))
+    line = hidden(" ".join(str(text).split()))
     line = re.sub(r"^\(\S+\) |\(Background on this error at: \S+\)|\[SQL: .*", "", line).strip()
     return line if len(line) <= 200 else f"{line[:200]}..."
 

@@ -22,6 +22,7 @@ from mlflow.utils.file_utils import path_to_local_sqlite_uri
 from poolnet.errors import InputError, NoAnswer, RunError
 from poolnet.files import home
 from poolnet.runs import provenance, run_record
+from poolnet.secret import hidden
 from poolnet.tracking import addresses, server_runs, servers, views, waiting
 
 ODD = "Büro x#1 100%'s"
@@ -331,7 +332,7 @@ def test_a_password_is_taken_out_of_an_address(password, scheme):
     assert addresses.shown(f"{scheme}://me:{password}@host:5000/x") == f"{scheme}://me@host:5000/x"
     shown = addresses.shown(f"{scheme}://me:{password}@host/x?password={password}&timeout=3&accessToken={password}")
     assert "sw0rd" not in shown
-    text = addresses.hidden(f"cannot open {scheme}://me:{password}@host/x?token=t0ken: refused")
+    text = hidden(f"cannot open {scheme}://me:{password}@host/x?token=t0ken: refused")
     assert "sw0rd" not in text
     assert "t0ken" not in text
 
