@@ -31,7 +31,7 @@ class Locked(RunError):
 
 
 def home_path() -> Path:
-    """Return where local state lies, whether it is there or not.
+    """Return where local state lies, there or not.
 
     It is `POOLNET_HOME`, or `.poolnet` in the working folder.
     """
@@ -83,7 +83,7 @@ def locked(path: Path, wait: float = LOCK_SECONDS, poll: float = 0.05) -> Iterat
 
 
 def holder_of(path: Path) -> str:
-    """Return who holds a lock now; the text is empty if nobody does."""
+    """Return who holds a lock now, or an empty text."""
     if not path.exists():
         return ""
     try:

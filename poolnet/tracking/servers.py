@@ -338,7 +338,7 @@ def reason(error: Exception) -> str:
 
 
 def pointer(error: Exception) -> str:
-    """Return where to look further, if the server is the cause."""
+    """Say where to look further, if a server failed."""
     is_servers = isinstance(error, NoAnswer) or SERVERS.search(f"{reason(error)} {error}")
     return "; poolnet doctor says more" if is_servers else ""
 

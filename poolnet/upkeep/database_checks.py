@@ -1,7 +1,7 @@
-"""Ask a database, or an SQLite file, what `poolnet doctor` wants to know.
+"""Ask a database what `poolnet doctor` wants to know.
 
-It is asked without MLflow's own store, which would create tables. Nothing is written: the statements that would need
-the right to write concern no row.
+An SQLite file is one too. It is asked without MLflow's own store, which would create tables. Nothing is written: the
+statements that would need the right to write concern no row.
 """
 
 import contextlib
@@ -110,7 +110,7 @@ def schema(visit: Visit) -> str:
 
 
 def seconds_ahead(visit: Visit) -> float | None:
-    """Return how much later it is for the database, if it says."""
+    """Return how much later it is for the database."""
     query = NOW.get(sqlalchemy.make_url(visit.uri).get_backend_name())
     if not query:
         return None
@@ -151,7 +151,7 @@ def _check_writable(visit: Visit, table: str, column: str) -> None:
 
 
 def statuses(visit: Visit, experiment_of: Mapping[str, str]) -> dict[str, str]:
-    """Return the statuses of the runs that the database has, by id."""
+    """Return the statuses of the database's runs, by id."""
     query = text("SELECT run_uuid, status FROM runs WHERE run_uuid IN :ids").bindparams(
         sqlalchemy.bindparam("ids", expanding=True)
     )

@@ -1,4 +1,4 @@
-"""Find out why poolnet or its tracking server does not work.
+"""Find out why poolnet or its server does not work.
 
 Each check says what it found, or what is wrong and how to cure it. A check that fails does not stop the others. A check
 that cannot ask, because an earlier one failed, says so. Nothing that is written for a check stays.
@@ -54,6 +54,8 @@ def examine(timeout: float = 20) -> list[Check]:
 
 def _remote(visit: Visit) -> dict[str, Callable[[Visit], str]]:
     """Return the checks that ask the server or the database."""
+    from poolnet.upkeep.artifact_check import artifact
+
     kind: ModuleType
     if visit.uri.startswith("http"):
         from poolnet.upkeep import server_checks as kind
@@ -69,7 +71,7 @@ def _remote(visit: Visit) -> dict[str, Callable[[Visit], str]]:
         "experiment": kind.experiment,
         "registry": kind.registry,
         "records": partial(store_checks.records, kind.statuses),
-        "artifact": store_checks.artifact,
+        "artifact": artifact,
     }
 
 
@@ -85,7 +87,10 @@ def _carry_out(name: str, check: Callable[[Visit], str], visit: Visit) -> Check:
         visit.blocked = "the server is silent"
         return Check(name, False, str(error), "restart the server, or wait longer with --timeout")
     except Exception as error:  # the others go on
-        return Check(name, False, f"the check failed: {brief(error)}", "mend that, or report it with this line")
+        if name == "reachability":  # the others would fail too
+            visit.blocked = "the server cannot be reached"
+        found = f"the check failed: {brief(error) or type(error).__name__}"
+        return Check(name, False, found, "mend that, or report it with this line")
 
 
 def table(checks: Iterable[Check]) -> str:

@@ -1,4 +1,4 @@
-"""Look at this machine for `poolnet doctor`: settings, locks, disks, data sets, device."""
+"""Look at this machine for `poolnet doctor`."""
 
 import contextlib
 import os
@@ -52,7 +52,7 @@ def time_outs(visit: Visit) -> str:
 
 
 def locks(visit: Visit) -> str:
-    """Find the locks that are held, but not by work that goes on."""
+    """Find the locks that are held although nothing goes on."""
     if not home_path().exists():
         return NO_HOME.format(home_path())
     deadline = time.monotonic() + BUSY_SECONDS
@@ -85,7 +85,7 @@ def _holder(path: Path) -> str:
 
 
 def _goes_on(path: Path) -> bool:
-    """Whether the work that a lock is for has written something since it was taken."""
+    """Whether something was written since a lock was taken."""
     folder = path.parent
     if path.name in LASTING:
         return True
@@ -132,7 +132,7 @@ def _room(folder: Path) -> int:
 
 
 def data_sets(visit: Visit) -> str:
-    """Open the data sets that were prepared here, without their pixels."""
+    """Open the prepared data sets, without their pixels."""
     from poolnet.data import npz
     from poolnet.data.dataset import SPLITS
 

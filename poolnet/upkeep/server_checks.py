@@ -4,11 +4,9 @@ Nothing stays on the server. Whether a user may write is asked with an incomplet
 rights first, and then refuses it.
 """
 
-import contextlib
 import os
 import re
 import time
-import uuid
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -16,7 +14,6 @@ from urllib.parse import urlsplit
 
 import mlflow
 from mlflow.exceptions import MlflowException
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.credentials import get_default_host_creds, read_mlflow_creds
 from mlflow.utils.rest_utils import http_request
 from requests import Response
@@ -37,26 +34,22 @@ from poolnet.upkeep.visit import (
 
 API = "/api/2.0/mlflow"
 SLOW_SECONDS = 2  # a run asks some twenty times
-ARTIFACT_BYTES = 2_000_000  # as the predictions on notMNIST; proxies often let one million through
-KEPT = "poolnet-doctor.txt"  # for users who may write and not delete: one file, the same each time
-EXPLANATION = b"Written by `poolnet doctor` to see whether artifacts arrive. It may be removed.\n"
-CLEAN_UP_SECONDS = 2
 SILENT = "look at the server's load and its database, restart it, or wait longer with --timeout"
 
 
 def ask(visit: Visit, method: str, path: str, base: str = "", **options: Any) -> Response:
     """Send one request, with this user's credentials, and once."""
     with waiting.answering(visit.uri):
-        return _request(base or visit.uri, method, path, visit.timeout, **options)
+        return request(base or visit.uri, method, path, visit.timeout, **options)
 
 
-def _request(base: str, method: str, path: str, timeout: float, **options: Any) -> Response:
+def request(base: str, method: str, path: str, timeout: float, **options: Any) -> Response:
     creds = get_default_host_creds(addresses.for_mlflow(base))
     return http_request(creds, path, method, max_retries=0, raise_on_status=False, timeout=timeout, **options)
 
 
 def user(visit: Visit) -> str:
-    """Return the user that this process says it is, or nothing."""
+    """Return the user that this process says it is."""
     return read_mlflow_creds().username or urlsplit(visit.uri).username or ""
 
 
@@ -70,23 +63,40 @@ def reachability(visit: Visit) -> str:
     down = "the server cannot be reached"
     if problem := addresses.unreachable(visit.uri):
         raise Problem(f"{visit.shown}: {problem}", START, down)
-    began = time.monotonic()
     try:
-        visit.reply = reply = ask(visit, "POST", f"{API}/experiments/search", json={"max_results": 1})
+        seconds = _first_answer(visit)
     except NoAnswer as error:
         raise Problem(f"{visit.shown}: takes the connection, but {error}", SILENT, down) from None
     except MlflowException as error:
         raise Problem(f"{visit.shown}: {servers.reason(error)}", LOOK_AT_URI, down) from None
-    seconds, visit.replied = time.monotonic() - began, time.time()
+    reply = visit.reply
+    assert reply is not None
     if "Invalid Host header" in reply.text:
         host = urlsplit(visit.uri).netloc.rpartition("@")[2]
         raise Problem(f"the server does not answer to {host}", f"start it with --allowed-hosts {host}", down)
+    if reply.status_code == 403:
+        raise Problem("the server answers 403", servers.CURES["403"], down)
     if reply.status_code not in (200, 401) and reply.status_code < 500:
         raise _no_server(visit)
     if seconds > SLOW_SECONDS:
         cure = "look at its load, at --workers, and at the way to its database"
         raise Problem(f"the server took {seconds:.1f} s for a small answer", cure)
     return f"answers within {seconds:.2f} s"
+
+
+def _first_answer(visit: Visit) -> float:
+    """Ask for little; return how many seconds the answer took.
+
+    A slow server is asked twice: it may have slept.
+    """
+    began = time.monotonic()
+    visit.reply = ask(visit, "POST", f"{API}/experiments/search", json={"max_results": 1})
+    visit.replied, seconds = time.time(), time.monotonic() - began
+    if seconds > SLOW_SECONDS:
+        began = time.monotonic()
+        ask(visit, "POST", f"{API}/experiments/search", json={"max_results": 1})
+        seconds = time.monotonic() - began
+    return seconds
 
 
 def _no_server(visit: Visit) -> Problem:
@@ -114,21 +124,22 @@ def database(visit: Visit) -> str:
 
 def _failed(reply: Response) -> Problem:
     """Explain an answer that says the server has failed."""
-    status, said = reply.status_code, _object(reply)
-    if status in (502, 503, 504) and "error_code" not in said:
+    status, answer = reply.status_code, said(reply)
+    if status in (502, 503, 504) and "error_code" not in answer:
         cure = "start the MLflow server behind the proxy"
         return Problem(f"the proxy in front of the server answers {status}", cure, "the server is down")
-    why = f" ({brief(said['message'])})" if said.get("message") else ""
+    why = f" ({brief(answer['message'])})" if answer.get("message") else ""
     cure = "start the server's database; if it runs, the server's log says more; after an upgrade: mlflow db upgrade"
     return Problem(f"the server answers {status}{why}", cure, "the server cannot read its database")
 
 
-def _object(reply: Response) -> dict[str, Any]:
+def said(reply: Response) -> dict[str, Any]:
+    """Return the object of an answer, or an empty one."""
     try:
-        said = reply.json()
+        answer = reply.json()
     except ValueError:
         return {}
-    return said if isinstance(said, dict) else {}
+    return answer if isinstance(answer, dict) else {}
 
 
 def version(visit: Visit) -> str:
@@ -166,7 +177,7 @@ def experiment(visit: Visit) -> str:
     number, name = os.environ.get("MLFLOW_EXPERIMENT_ID"), os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
     query = {"experiment_id": number} if number else {"experiment_name": name}
     reply = _read(visit, f"experiments/get{'' if number else '-by-name'}", query, f"experiment {number or name}")
-    found = _object(reply).get("experiment")
+    found = said(reply).get("experiment")
     if not found and number:
         raise no_experiment(number)
     if not found:
@@ -197,7 +208,7 @@ def _read(visit: Visit, path: str, query: dict[str, str], what: str) -> Response
 
 
 def _check_right(visit: Visit, path: str, incomplete: dict[str, str], what: str) -> None:
-    """Raise `Problem` if this user may not do that; it is not done."""
+    """Raise `Problem` if this user may not do that."""
     if _answered(ask(visit, "POST", f"{API}/{path}", json=incomplete)).status_code == 403:
         raise _not_allowed(visit, what)
 
@@ -209,7 +220,7 @@ def _answered(reply: Response) -> Response:
 
 
 def statuses(visit: Visit, experiment_of: Mapping[str, str]) -> dict[str, str]:
-    """Return the statuses of the runs that the server has, by id.
+    """Return the statuses of the server's runs, by id.
 
     `experiment_of` has the experiment of each run. The status of a run that this user may not read is empty.
     """
@@ -224,57 +235,10 @@ def statuses(visit: Visit, experiment_of: Mapping[str, str]) -> dict[str, str]:
             "max_results": 1000,
         }
         reply = _answered(ask(visit, "POST", f"{API}/runs/search", json=request))
-        infos = [run["info"] for run in _object(reply).get("runs", [])]
+        infos = [run["info"] for run in said(reply).get("runs", [])]
         found |= {info["run_id"]: info["status"] for info in infos}
     for experiment_id in {experiment_of[run_id] for run_id in ids if run_id not in found}:
         reply = ask(visit, "GET", f"{API}/experiments/get", params={"experiment_id": experiment_id})
         if reply.status_code == 403:  # a search leaves its runs out
             found |= {run_id: "" for run_id in ids if run_id not in found and experiment_of[run_id] == experiment_id}
     return found
-
-
-# --- an artifact there and back --------------------------------------------------------------------------------------
-
-
-def artifact(visit: Visit, experiment: Experiment) -> str:
-    """Send a file through the server's own store of artifacts."""
-    base = get_artifact_repository(experiment.place, addresses.for_mlflow(visit.uri)).artifact_uri
-    name = f"poolnet-doctor-{uuid.uuid4().hex}.txt"
-    try:
-        may_delete = ask(visit, "DELETE", f"/{name}", base).status_code != 403  # there is no such file
-    except (MlflowException, NoAnswer) as error:
-        cure = "look at where the server keeps its artifacts; its log says more"
-        raise Problem(f"the server does not reach its artifacts: {servers.reason(error)}", cure) from None
-    path = f"/{name if may_delete else KEPT}"
-    content = uuid.uuid4().hex.encode() * (ARTIFACT_BYTES // 32)
-    try:
-        _there_and_back(visit, base, path, content)
-    finally:
-        with contextlib.suppress(MlflowException):  # of a server that is silent, say
-            if may_delete:
-                _request(base, "DELETE", path, CLEAN_UP_SECONDS)
-            else:
-                _request(base, "PUT", path, CLEAN_UP_SECONDS, data=EXPLANATION)
-    return "arrives and comes back" + f"; {KEPT} stays, since this user may not delete" * (not may_delete)
-
-
-def _there_and_back(visit: Visit, base: str, path: str, content: bytes) -> None:
-    size, between = f"{len(content):,} bytes", "a proxy in front of it, or its store of artifacts"
-    try:
-        sent = ask(visit, "PUT", path, base, data=content)
-    except (MlflowException, NoAnswer) as error:
-        cure = "look for a proxy or a firewall that does not pass PUT; else the server's log says more"
-        raise Problem(f"an artifact of {size} does not arrive: {servers.reason(error)}", cure) from None
-    if sent.status_code == 413:
-        cure = "let the proxy pass more; for nginx: client_max_body_size 0"
-        raise Problem(f"an artifact of {size} is too large for a proxy", cure)
-    if sent.status_code != 200:
-        why = brief(_object(sent).get("message") or sent.reason)
-        cure = f"look at {between}; the server's log says more"
-        raise Problem(f"an artifact of {size} does not arrive: the answer is {sent.status_code} ({why})", cure)
-    try:
-        back = ask(visit, "GET", path, base)
-    except (MlflowException, NoAnswer) as error:
-        raise Problem(f"an artifact does not come back: {servers.reason(error)}", f"look at {between}") from None
-    if back.content != content:
-        raise Problem("an artifact does not come back as it was sent", f"look at {between}")

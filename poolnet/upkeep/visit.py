@@ -38,7 +38,7 @@ class Experiment:
 
 @dataclasses.dataclass
 class Visit:
-    """What the checks found out so far, for those after them."""
+    """What the checks have found out so far."""
 
     timeout: float
     uri: str = ""
@@ -55,7 +55,7 @@ class Visit:
 
 
 def brief(text: Any) -> str:
-    """Return an error in one line, without secrets and what libraries add."""
+    """Return an error in one line, without secrets."""
     line = hidden(" ".join(str(text).split()))
     line = re.sub(r"^\(\S+\) |\(Background on this error at: \S+\)|\[SQL: .*", "", line).strip()
     return line if len(line) <= 200 else f"{line[:200]}..."
@@ -66,7 +66,7 @@ def no_experiment(number: str) -> Problem:
 
 
 def may_be_written(visit: Visit, stage: str) -> str:
-    """Say that the experiment may be written, unless it is deleted."""
+    """Say that the experiment may be written, or raise `Problem`."""
     assert visit.experiment
     if stage == "deleted":
         cure = f"mlflow experiments restore --experiment-id {visit.experiment.experiment_id}"
