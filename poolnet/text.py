@@ -102,7 +102,8 @@ def _plain(value: object) -> object:
 
 
 def aligned(rows: Sequence[Sequence[str]], gap: int = 2) -> list[str]:
-    """Return the lines of a table for a terminal."""
+    """Return the lines of a table for a terminal, each `printable`."""
+    rows = [[*map(printable, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [(" " * gap).join(map(str.ljust, row, widths)).rstrip() for row in rows]
 

@@ -137,10 +137,8 @@ def test_mlflow_run_prepares_too(tmp_path):
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [
-    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")),
-    *sorted((ROOT / "docs").glob("*.md")),
-]
+NAMES = ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")
+PAGES = [*(ROOT / f"{name}.md" for name in NAMES), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(language, *pages):

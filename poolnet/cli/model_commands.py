@@ -25,7 +25,7 @@ from poolnet.cli.options import (
 from poolnet.errors import InputError
 from poolnet.files import home, regular
 from poolnet.models import BUDGET, WEIGHTS_FILE
-from poolnet.text import echo, echo_warning, failed, progress, step, to_json
+from poolnet.text import echo, echo_warning, failed, printable, progress, step, to_json
 from poolnet.training.config import POOLS
 
 
@@ -246,7 +246,7 @@ def reproduce(context: click.Context, run: str, data: str, timeout: float, as_js
         look = pages.link(client.uri, page) if page else None
         echo(to_json({**reproduce.contents(result), "run_id": server_copy.run_id or None, "look": look}))
     else:
-        echo(result.sentence)
+        echo(printable(result.sentence))  # others call their runs what they like
         if page:
             look_at(client.uri, page, open_page=False)
     if trouble:

@@ -284,7 +284,7 @@ def publish(client: MlflowClient, reproduction: Reproduction, run_id: str) -> No
     link = pages.in_markdown(reproduction.original.name, page)
     lines = [f"**Reproduction of {link}: {reproduction.verdict}**, {reproduction.counts} compared.", ""]
     lines += [f"- First difference: {marked(reproduction.first)}"] if reproduction.first else []
-    lines += [f"- The original was trained with {difference}" for difference in reproduction.circumstances]
+    lines += [f"- The original was trained with {marked(difference)}" for difference in reproduction.circumstances]
     before = client.get_run(run_id).data.tags.get(names.NOTE, "")
     client.set_tag(run_id, names.NOTE, "\n".join([*lines, "", before]))
     client.set_tag(run_id, names.REPRODUCTION, reproduction.verdict)

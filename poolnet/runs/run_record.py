@@ -37,6 +37,7 @@ from poolnet.errors import InputError, RunError
 from poolnet.files import Locked, home, locked, read_json, replacing, write_json
 from poolnet.runs import metrics_file, record_form, run_name, tensors
 from poolnet.runs.metrics_file import Step
+from poolnet.text import pasted
 from poolnet.training.config import TrainConfig
 
 # A name cannot be a path out of the folder of runs.
@@ -350,7 +351,7 @@ def find_name(text: str) -> str | None:
 
 
 def resume_command(name: str) -> str:
-    return f"poolnet train --resume {name}"
+    return pasted("poolnet", "train", "--resume", name)  # which others may have given to their run
 
 
 def now() -> int:

@@ -59,8 +59,8 @@ class Card:
 
     @property
     def sentence(self) -> str:
-        origin = f"weights from {marked(self.file)}" if self.file else f"seed {self.seed}"
-        origin += f", fold {self.fold}" if self.fold else ""
+        origin = f"weights from {marked(self.file)}" if self.file else f"seed {marked(self.seed)}"
+        origin += f", fold {marked(self.fold)}" if self.fold else ""
         if self.val_acc is None or self.test_acc is None:
             return f"{self.pool} pooling, {origin}, not scored on any data."
         return (

@@ -362,7 +362,17 @@ def brief_errors(uri: str) -> Iterator[None]:
     """Turn server errors in the block into a one-line `RunError`."""
     try:
         yield
-    except (MlflowException, NoAnswer) as error:
+    except Exception as error:
+        if not (isinstance(error, (MlflowException, NoAnswer)) or _is_of_artifacts(error)):
+            raise
         away = isinstance(error, NoAnswer) or reason(error) in map(str.lower, AWAY)
         cure = "; start the server, correct MLFLOW_TRACKING_URI, or wait longer with --timeout" if away else ""
         raise RunError(f"{addresses.shown(uri)}: {reason(error)}{cure}{pointer(error)}") from None
+
+
+def _is_of_artifacts(error: Exception) -> bool:
+    """Whether a library that fetches artifacts has raised it.
+
+    They have errors of their own, which MLflow passes on as they are.
+    """
+    return type(error).__module__.partition(".")[0] in PACKAGES

@@ -1,12 +1,18 @@
-"""Secrets are planted wherever one can be, and searched for wherever anything is written."""
+"""Secrets and hostile content are planted wherever they can be, and searched for wherever anything is written."""
 
 import base64
 import contextlib
 import http.server
+import importlib
+import json
 import os
+import pickle
 import re
+import shlex
 import subprocess
 import threading
+from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,13 +20,15 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import enter, inside, make_arrays
+from conftest import ROOT, Payload, enter, inside, make_arrays
 from PIL import Image
 
 import poolnet
 from poolnet import files
 from poolnet.runs import provenance
+from poolnet.training.config import TrainConfig
 
+psutil = importlib.import_module("psutil") if find_spec("psutil") else None
 STUDY = """question = "Which pooling loses less?"
 data = "letters.npz"
 seeds = [1]
@@ -92,15 +100,22 @@ def telling(status):
 
 
 @contextlib.contextmanager
-def argument_lists():
-    """All argument lists of this machine, and those that this process gives, while the block runs."""
-    seen, over = set(), threading.Event()
+def watched():
+    """What others see of processes while the block runs.
+
+    These are all argument lists of this machine, those that this process gives, and the addresses at which it and its
+    children listen.
+    """
+    seen, addresses, over = set(), set(), threading.Event()
 
     def look():
         while not over.wait(0.2):
             for path in Path("/proc").glob("[0-9]*/cmdline"):
                 with contextlib.suppress(OSError):
                     seen.add(path.read_bytes())
+            for each in [psutil.Process(), *psutil.Process().children(recursive=True)] if psutil else ():
+                with contextlib.suppress(psutil.Error):
+                    addresses.update(c.laddr for c in each.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
 
     begin = subprocess.Popen.__init__
 
@@ -113,7 +128,7 @@ def argument_lists():
         patch.setattr(subprocess.Popen, "__init__", __init__)
         thread.start()
         try:
-            yield seen
+            yield seen, addresses
         finally:
             over.set()
             thread.join()
@@ -123,7 +138,7 @@ def argument_lists():
 def used(server, server_folder, tmp_path_factory):
     """What all commands say and leave, with secrets in all that they are told."""
     folder, said = tmp_path_factory.mktemp("security"), []
-    with pytest.MonkeyPatch.context() as patch, argument_lists() as lists:
+    with pytest.MonkeyPatch.context() as patch, watched() as (lists, listening):
         enter(folder, patch)
         patch.setenv("MLFLOW_TRACKING_URI", server.replace("//", f"//me:{secret('uri')}@"))
         patch.setenv("MLFLOW_EXPERIMENT_NAME", "security")
@@ -168,7 +183,7 @@ def used(server, server_folder, tmp_path_factory):
             use(3, "sync", MLFLOW_TRACKING_URI=uri)
             use(1, "team", "grant", "ada", MLFLOW_TRACKING_URI=uri)
         runs = mlflow.MlflowClient(server).search_runs([mlflow.get_experiment_by_name("security").experiment_id])
-    return SimpleNamespace(said=said, lists=lists, places=(folder, server_folder), runs=runs)
+    return SimpleNamespace(said=said, lists=lists, listening=listening, places=(folder, server_folder), runs=runs)
 
 
 def of_mlflow_run():
@@ -201,6 +216,13 @@ def test_no_secret_is_in_an_argument_list(used):
     assert not [words for words in used.lists if found(words)]
 
 
+def test_the_workers_of_a_sweep_listen_on_loopback_only(used):
+    if not psutil:
+        pytest.skip("psutil not installed: pip install 'poolnet[team]'")
+    assert len(used.listening) > 2  # a scheduler, and more
+    assert {address.ip for address in used.listening} == {"127.0.0.1"}
+
+
 def test_a_lock_names_the_command_of_its_holder_and_none_of_its_options(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["poolnet", "sync", f"--to=http://me:{secret('to')}@host"])
     with files.locked(tmp_path / "lock"):
@@ -226,3 +248,124 @@ def test_what_is_not_of_the_package_is_in_no_diff(tmp_path, monkeypatch):
     assert dirty == "true"
     assert b"+one = 2" in diff
     assert not found(diff)
+
+
+# --- what others have written ----------------------------------------------------------------------------------------
+
+VERSIONS = [TrainConfig(data="letters.npz", pool=pool, epochs=2, lr=0.01) for pool in ("avg", "max")]
+HOSTILE = (
+    "<script>alert(1)</script>|**b** [x](javascript:alert(1)) ![i](http://evil/x.png) \x1b[31mred\x1b]0;t\x07"
+    "\u202egpj `code`\nsecond: line\n# head ../../x " + "long" * 60
+)
+
+
+class Tags(HTMLParser):
+    """The names of a page's elements and attributes."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.names, self.links = set(), set()
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.names |= {tag, *(name for name, _ in attrs)}
+        self.links |= {value for name, value in attrs if name in ("href", "src")}
+
+
+def is_harmless(note):
+    """Whether MLflow shows a description as text, and nothing of it as a page would have it."""
+    obeyed = [char for char in note if not (char.isprintable() or char == "\n")]
+    return not obeyed and not re.search(r"<script|(?<!\\)\]\(javascript|!\[|^(second: |# head)", note, re.MULTILINE)
+
+
+def test_hostile_names_do_nothing(trained):
+    client = mlflow.MlflowClient()
+    for number, run in enumerate(client.search_runs(["0"])):
+        for tag in ("mlflow.runName", "poolnet.run", "mlflow.source.git.commit", "poolnet.groups_cross"):
+            client.set_tag(run.info.run_id, tag, f"{HOSTILE}{number}")
+    path = Path(client.download_artifacts(trained.info.run_id, "record.json", "."))
+    record = json.loads(path.read_text())
+    record["environment"]["python"] = record["code"]["commit"] = HOSTILE
+    path.write_text(json.dumps({key: value for key, value in record.items() if key != "crc32"}))
+    client.log_artifact(trained.info.run_id, str(path))
+    client.update_registered_model("poolnet", HOSTILE)
+    client.update_model_version("poolnet", "1", HOSTILE)
+    client.set_model_version_tag("poolnet", "1", "source", HOSTILE)
+    failed = client.create_run("0", tags={"poolnet.run": f"x; {HOSTILE}"}, run_name=HOSTILE).info.run_id
+    client.set_terminated(failed, "FAILED")
+    runs = [run.info.run_id for run in client.search_runs(["0"], "params.seed = '42'")]
+    for code, *args in (
+        (0, "compare", *runs),
+        (2, "compare", "--experiment", "0", "--by", "pool"),  # since one has failed
+        (0, "evaluate", "models:/poolnet/1"),
+        (0, "reproduce", trained.info.run_id),
+        (0, "clean"),
+    ):
+        done = inside(*args)
+        assert done.returncode == code, done.stderr
+        for text in (done.stdout, done.stderr):
+            assert all(char.isprintable() or char == "\n" for char in text), text
+            assert not re.search(r"^(second: |# head)", text, re.MULTILINE), text
+        if code:
+            assert shlex.split(done.stderr.partition("finish it with: ")[2])[3].startswith("x; <script>")
+    notes = {run.info.run_id: run.data.tags.get("mlflow.note.content", "") for run in client.search_runs(["0"])}
+    assert sum("alert" in note for note in notes.values()) == 3
+    assert [note for note in notes.values() if not is_harmless(note)] == []
+    (report,) = Path("mlruns").rglob("report.html")
+    tags = Tags(report.read_text(encoding="utf-8"))
+    assert not tags.names & {"script", "iframe", "object", "form", "onerror", "onload"}
+    assert all(link.startswith(("http://127.0.0.1:5000/#/", "data:image/png;")) for link in tags.links)
+
+
+def versions_of_others(trained, touched):
+    """Versions of `poolnet` that poolnet has not made, by what is wrong with them."""
+    client = mlflow.MlflowClient()
+    foreign = client.create_run(client.create_experiment("theirs")).info.run_id
+    with mlflow.start_run(run_id=foreign):
+        Path("model.pkl").write_bytes(pickle.dumps(Payload(touched)))
+        for name in ("model", "model/data"):
+            client.log_artifact(foreign, "model.pkl", name)
+    own, model = trained.info.run_id, client.get_model_version("poolnet", "1").source
+    sources = {
+        "a pickle": (f"runs:/{foreign}/model", foreign),
+        "a run of another experiment": (model, foreign),
+        "a run that is not there": (model, "0" * 32),
+        "a folder of this machine": ("file:///etc", own),
+        "a folder above": ("../../../etc", own),
+        "a path that leads out": (f"runs:/{foreign}/../../../etc", foreign),
+        "no source": ("", foreign),
+        "a bucket": ("s3://theirs/x", own),
+    }
+    return {what: client.create_model_version("poolnet", *source).version for what, source in sources.items()}
+
+
+def test_versions_of_others_become_no_champion_and_nothing_of_them_is_run(trained, tmp_path, monkeypatch):
+    for name, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "y" * 20, "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", "http://127.0.0.1:9")
+    for what, number in versions_of_others(trained, tmp_path / "touched").items():
+        for more in ([], ["--force"]):
+            done = inside("promote", f"models:/poolnet/{number}", *more)
+            assert done.returncode in (1, 2), what
+            (line,) = done.stderr.splitlines()
+            assert line.startswith("poolnet: error: "), what
+    assert mlflow.MlflowClient().get_model_version_by_alias("poolnet", "champion").version == 1
+    assert not (tmp_path / "touched").exists()
+
+
+def test_predictions_with_a_pickle_are_refused_and_nothing_of_it_is_run(trained, tmp_path):
+    client = mlflow.MlflowClient()
+    other = next(run for run in client.search_runs(["0"]) if run.data.params.get("pool") == "max")
+    np.savez("test.npz", logits=np.array([Payload(tmp_path / "touched")] * 110), y=np.zeros(110, int))
+    client.log_artifact(other.info.run_id, "test.npz", "predictions")
+    done = inside("compare", trained.info.run_id, other.info.run_id)
+    assert done.returncode == 2
+    assert "found no readable predictions/test.npz" in done.stderr
+    assert not (tmp_path / "touched").exists()
+
+
+def test_nothing_of_ours_listens_to_the_network():
+    paths = [path for folder in ("poolnet", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
+    everywhere = re.compile(r"0\.0\.0\.[0]|bind\(\(['\"]{2}")
+    assert not [path for path in paths if everywhere.search(path.read_text(encoding="utf-8"))]
