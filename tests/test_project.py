@@ -1,8 +1,10 @@
 """The files around the package say what the package says, and `mlflow run` works as a user types it."""
 
 import ast
+import contextlib
 import dataclasses
 import importlib
+import importlib.metadata
 import json
 import re
 import shutil
@@ -96,6 +98,15 @@ def test_everything_that_is_imported_is_declared():
             modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
             for module in {name.partition(".")[0] for name in modules} - sys.stdlib_module_names - own:
                 assert projects.get(module, module) in declared, f"{path.name} imports {module}"
+
+
+def test_every_dependency_has_bounds_which_those_installed_keep():
+    extras = PYPROJECT["project"]["optional-dependencies"].values()
+    for line in [*PYPROJECT["project"]["dependencies"], *(line for lines in extras for line in lines)]:
+        requirement = Requirement(line)
+        assert {"<", ">="} == {bound.operator for bound in requirement.specifier}, line
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of an extra
+            assert importlib.metadata.version(requirement.name) in requirement.specifier, line
 
 
 def test_mlflow_run_gives_the_run_that_the_command_gives(letters):
