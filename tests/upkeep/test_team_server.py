@@ -259,6 +259,46 @@ def status(request):
     return error.value.code
 
 
+def test_who_is_denied_an_experiment_reads_nothing_of_it(team, tmp_path, monkeypatch):
+    for name, value in settings(team, "admin").items():
+        monkeypatch.setenv(name, value)
+    client = mlflow.MlflowClient(team.uri)
+    experiment_id = client.create_experiment("salaries")
+    run_id, other = client.create_run(experiment_id).info.run_id, client.create_run("0").info.run_id
+    (tmp_path / "note.txt").write_text("1,000")
+    client.log_artifact(run_id, str(tmp_path / "note.txt"))
+    denied = {"username": "cleo", "resource_type": "experiment", "resource_id": experiment_id, "permission": "DENY"}
+    asked(team, "admin", "/api/3.0/mlflow/users/permissions/grant", denied)
+    artifacts, note = "/api/2.0/mlflow-artifacts", f"{experiment_id}/{run_id}/artifacts/note.txt"
+    paths = (
+        *(f"{artifacts}/artifacts/{way}{note}" for way in ("", "0/../", "0/%2e%2e/", "0/..%2f", "./", "/")),
+        *(f"{artifacts}/presigned/{note}", f"{artifacts}/artifacts?path={experiment_id}/{run_id}/artifacts"),
+        *(f"/get-artifact?run_uuid={run_id}&path=note.txt", f"/get-artifact?run_uuid={other}&path=../../../{note}"),
+        *(f"/api/2.0/mlflow/{what}?run_id={run_id}" for what in ("runs/get", "artifacts/list")),
+        f"/api/2.0/mlflow/experiments/get?experiment_id={experiment_id}",
+    )
+    assert asked(team, "admin", paths[0])[:2] == (200, "1,000")
+    for path in paths:
+        code, text = asked(team, "cleo", path)
+        assert code in (400, 403, 500), path
+        assert "1,000" not in text
+
+
+def asked(team, user, path, message=None):
+    """The status and the text of an answer."""
+    keys = settings(team, user)
+    login = b64encode(f"{user}:{keys['MLFLOW_TRACKING_PASSWORD']}".encode()).decode()
+    headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
+    data = json.dumps(message).encode() if message else None
+    request = urllib.request.Request(team.uri + path, data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
 def test_the_object_store_gives_nothing_to_other_users_of_the_machine(team):
     import psutil
 
