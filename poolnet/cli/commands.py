@@ -8,8 +8,10 @@ import dataclasses
 import gc
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import click
@@ -20,6 +22,7 @@ from poolnet.cli import model_commands, study_commands, team_commands, upkeep_co
 from poolnet.cli.options import AS_JSON, DATA, DEVICE, FILE, OPEN, TIMEOUT, completed, look_at, switch
 from poolnet.errors import InputError, RunError
 from poolnet.files import FULL, expanded, home_path, writable
+from poolnet.secret import hidden
 from poolnet.text import echo, echo_warning, failed, pasted, progress, step, to_json
 from poolnet.training.config import POOLS, TrainConfig
 
@@ -344,6 +347,7 @@ def main(args: list[str] | None = None) -> None:
     README.
     """
     process.install()
+    sys.excepthook = _show_bug
     # Python would look for garbage over and over among all that torch and MLflow make while they are imported, and
     # once more at the end: half a second each.
     gc.set_threshold(50_000, 20, 20)
@@ -359,6 +363,11 @@ def main(args: list[str] | None = None) -> None:
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback, without secrets: libraries put them into errors."""
+    sys.stderr.write(hidden("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _without_home() -> dict[str, str]:

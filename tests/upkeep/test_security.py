@@ -10,6 +10,7 @@ import pickle
 import re
 import shlex
 import subprocess
+import sys
 import threading
 from html.parser import HTMLParser
 from importlib.util import find_spec
@@ -20,7 +21,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Payload, enter, inside, make_arrays
+from conftest import ROOT, Payload, enter, inside, make_arrays, world
 from PIL import Image
 
 import poolnet
@@ -167,6 +168,7 @@ def used(server, server_folder, tmp_path_factory):
         use(1, "team", "grant", "ada")  # of a server without users
         use(0, "sync", f"--to={os.environ['MLFLOW_TRACKING_URI']}")
         use(0, "clean", "--yes")
+        use(0, "doctor")
         # and in vain
         use(2, "train", "--data", f"https://me:{secret('data')}@127.0.0.1/letters.npz")
         use(2, "evaluate", model, MLFLOW_TRACKING_TOKEN=secret("line") + "\n")
@@ -179,9 +181,11 @@ def used(server, server_folder, tmp_path_factory):
         with telling(401) as uri:
             use(3, *train, MLFLOW_TRACKING_URI=uri)
             use(1, "compare", "--study", "study.toml", MLFLOW_TRACKING_URI=uri)
+            use(1, "doctor", MLFLOW_TRACKING_URI=uri)
         with telling(400) as uri:
             use(3, "sync", MLFLOW_TRACKING_URI=uri)
             use(1, "team", "grant", "ada", MLFLOW_TRACKING_URI=uri)
+            use(1, "doctor", "--json", MLFLOW_TRACKING_URI=uri)
         runs = mlflow.MlflowClient(server).search_runs([mlflow.get_experiment_by_name("security").experiment_id])
     return SimpleNamespace(said=said, lists=lists, listening=listening, places=(folder, server_folder), runs=runs)
 
@@ -198,6 +202,15 @@ def test_no_secret_is_said(used):
     for done in used.said:
         assert not found(done.stdout + done.stderr), done.args
         assert "Traceback" not in done.stderr, done.args
+
+
+def test_a_traceback_has_no_secret(tmp_path):
+    script = "import os; from poolnet.cli import commands; commands._run = os.environ.__getitem__; commands.main({!r})"
+    env = {**world(tmp_path), "MLFLOW_TRACKING_TOKEN": secret("token")}
+    command = [sys.executable, "-c", script.format(f"a word like {secret('token')}")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert "KeyError: 'a word like ***'" in done.stderr
+    assert not found(done.stderr)
 
 
 def test_no_secret_is_on_the_disk_or_on_the_server(used):
