@@ -392,7 +392,7 @@ def test_a_store_that_is_none_is_one_line(capsys, tmp_path, command):
     (tmp_path / "mlflow.db").write_text("no database at all, and long enough to be looked at as one" * 20)
     code, _, err = run(capsys, *command)
     assert code == 1
-    assert re.fullmatch(r"poolnet: error: .*mlflow\.db: file is not a database\n", err)
+    assert re.fullmatch(r"poolnet: error: .*mlflow\.db: file is not a database; poolnet doctor says more\n", err)
 
 
 # --- what is not loaded -----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import forked
@@ -95,7 +96,8 @@ def test_mlflow_run_works_in_a_folder_of_any_name(name, begin, tmp_path, letters
 # --- what can never work ---------------------------------------------------------------------------------------------
 
 NEVER = {  # an address, and what the line says
-    "postgresql://me:secret@127.0.0.1:9/x": "pip install 'poolnet[postgres]'",
+    **({} if find_spec("psycopg") else {"postgresql://me:secret@127.0.0.1:9/x": "pip install 'poolnet[postgres]'"}),
+    "postgresql+pygresql://me:secret@127.0.0.1:9/x": "a driver that SQLAlchemy does not know",
     "mysql+nodriver://me:secret@127.0.0.1:9/x": "nodriver",
     "mysql://127.0.0.1/x": "mysqlclient",
     "mssql://127.0.0.1/x": "pyodbc",
