@@ -119,6 +119,8 @@ NEVER = {  # an address, and what the line says
 @pytest.mark.parametrize("uri", NEVER)
 def test_an_address_that_can_never_work_is_refused_before_anything_is_done(uri, capsys, letters, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for driver in ("psycopg", "psycopg2", "MySQLdb", "pyodbc"):  # as where none is installed
+        monkeypatch.setitem(sys.modules, driver, None)
     for args in (["train", "--data", letters], ["evaluate", "models:/poolnet/1"]):
         code, out, err = command(capsys, *args)
         assert_refused(code, err, "MLFLOW_TRACKING_URI", NEVER[uri])
