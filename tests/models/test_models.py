@@ -104,6 +104,20 @@ def test_an_evaluation_is_named_after_its_model(capsys, letters):
         assert client.get_run(report["run_id"]).info.run_name.startswith(expected)
 
 
+def test_an_evaluation_that_is_not_published_leaves_nothing_and_gives_the_same(capsys, trained):
+    client, before = mlflow.MlflowClient(), len(mlflow.MlflowClient().search_runs(["0"]))
+    code, out, err = run(capsys, "evaluate", "models:/poolnet/1", "--no-publish", "--json")
+    assert (code, err) == (0, "")
+    quiet = json.loads(out)
+    assert (quiet.pop("run_id"), quiet.pop("look")) == (None, None)
+    assert len(client.search_runs(["0"])) == before
+    published = json.loads(run(capsys, "evaluate", "models:/poolnet/1", "--json")[1])
+    assert quiet == {name: value for name, value in published.items() if name not in ("run_id", "look")}
+    assert "Look at it" not in run(capsys, "evaluate", "models:/poolnet/1", "--no-publish")[1]
+    code, _, err = run(capsys, "evaluate", "models:/poolnet/1", "--no-publish", "--open")
+    assert_refused(code, err, "--no-publish", "--open")
+
+
 @pytest.mark.parametrize(
     ("uri", "word"),
     [

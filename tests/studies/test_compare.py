@@ -334,6 +334,9 @@ def test_two_runs_are_compared_over_examples_and_the_verdict_says_so(client):
     assert client.get_run(found["run_id"]).info.run_name == "avg vs max, letters, seed 1"
     assert "1 seed," in found["sentence"]
     assert any("another seed" in caveat for caveat in found["caveats"])
+    quiet = compared(*names, "--no-publish")
+    assert quiet == found | {"run_id": None, "look": None}
+    assert len(client.search_runs(["0"], "tags.`poolnet.comparison` != ''")) == 1
 
 
 def test_two_runs_are_found_by_the_names_on_the_screen(client):
