@@ -348,10 +348,11 @@ def main(args: list[str] | None = None) -> None:
     """
     process.install()
     sys.excepthook = _show_bug
-    # Python would look for garbage over and over among all that torch and MLflow make while they are imported, and
-    # once more at the end: half a second each.
-    gc.set_threshold(50_000, 20, 20)
-    atexit.register(gc.freeze)
+    if args is None:  # the process is this command's own
+        # Python would look for garbage over and over among all that torch and MLflow make while they are imported, and
+        # once more at the end: half a second each.
+        gc.set_threshold(50_000, 20, 20)
+        atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that the encoding of a file or pipe lacks must not end a command
             stream.reconfigure(errors="backslashreplace")
