@@ -37,6 +37,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import click
@@ -56,6 +57,7 @@ STORES = ("sqlite", "postgres", "users", "unremembered")
 FAULTS = ("postgres", "store", "server", "proxy")
 DOWN_SECONDS = 3
 FIRST = 10_000  # the seed of the run that makes the exports
+AT_ONCE = 8  # commands with imports of their own, which fit into memory
 SYNCS = 10  # that a client may need
 
 
@@ -215,6 +217,12 @@ def train(clients: list[Client]) -> tuple[dict[int, int], list[str]]:
     return {code: codes.count(code) for code in sorted(set(codes))}, failed
 
 
+def sync(clients: list[Client]) -> list[Client]:
+    """Let all of them run `poolnet sync`; those that have something left."""
+    with ThreadPool(AT_ONCE) as pool:
+        return [client for client, done in zip(clients, pool.map(Client.sync, clients), strict=True) if not done]
+
+
 def check(server: Server, clients: list[Client]) -> dict[str, int]:
     """How many runs are lost or doubled on a server."""
     from mlflow.tracking.client import MlflowClient
@@ -280,11 +288,11 @@ def measure_load(folder: Path, store: str, count: int) -> dict[str, float]:
         asked = server.requests() - asked
         if failed:
             raise click.ClickException(failed[0])
-        synced = sum(client.sync() for client in clients) if 3 in codes else count
+        left = sync(clients) if 3 in codes else []
         found = check(server, clients)
     rows = {"seconds": seconds, "requests a run": asked / count, "not at once": codes.get(3, 0)}
     rows |= {f"seconds of {name} a run": value / count for name, value in used.items()}
-    return rows | {"not synced": count - synced, "lost": found["lost"], "doubled": found["doubled"]}
+    return rows | {"not synced": len(left), "lost": found["lost"], "doubled": found["doubled"]}
 
 
 def measure_fault(folder: Path, fault: str, count: int) -> dict[str, object]:
@@ -311,7 +319,7 @@ def measure_fault(folder: Path, fault: str, count: int) -> dict[str, object]:
         syncs = 0
         left = clients
         while left and syncs < SYNCS:
-            left = [client for client in left if not client.sync()]
+            left = sync(left)
             syncs += 1
         return {
             "clients": count,
@@ -343,16 +351,20 @@ def main(clients: int, rounds: int, stores: tuple, faults: tuple, seed: int, as_
                 loads[store].append(measure_load(Path(place), store, clients))
     for store, rows in loads.items():
         medians = {name: statistics.median(row[name] for row in rows) for name in (rows or [{}])[0]}
-        results[f"load on {store}"] = medians
+        results[f"load on {store}"] = show(f"load on {store}", medians, as_json)
     for fault in faults:
         with tempfile.TemporaryDirectory() as place:
-            results[f"fault of {fault}"] = measure_fault(Path(place), fault, clients)
+            found = measure_fault(Path(place), fault, clients)
+        results[f"fault of {fault}"] = show(f"fault of {fault}", found, as_json)
     if as_json:
         click.echo(json.dumps(results))
-        return
-    for title, rows in results.items():
-        for name, value in rows.items():
-            click.echo(f"{title}: {name:<30}{value if not isinstance(value, float) else round(value, 2)}")
+
+
+def show(title: str, rows: dict, as_json: bool) -> dict:
+    """Print what was found, as soon as it is known."""
+    for name, value in () if as_json else rows.items():
+        click.echo(f"{title}: {name:<30}{value if not isinstance(value, float) else round(value, 2)}")
+    return rows
 
 
 if __name__ == "__main__":
