@@ -334,10 +334,9 @@ def versions_of_others(trained, touched):
     """Versions of `poolnet` that poolnet has not made, by what is wrong with them."""
     client = mlflow.MlflowClient()
     foreign = client.create_run(client.create_experiment("theirs")).info.run_id
-    with mlflow.start_run(run_id=foreign):
-        Path("model.pkl").write_bytes(pickle.dumps(Payload(touched)))
-        for name in ("model", "model/data"):
-            client.log_artifact(foreign, "model.pkl", name)
+    Path("model.pkl").write_bytes(pickle.dumps(Payload(touched)))
+    for name in ("model", "model/data"):
+        client.log_artifact(foreign, "model.pkl", name)
     own, model = trained.info.run_id, client.get_model_version("poolnet", "1").source
     sources = {
         "a pickle": (f"runs:/{foreign}/model", foreign),
