@@ -30,6 +30,7 @@ settings.load_profile("untimed")
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
 ROOT = Path(__file__).parent.parent
 LONG = [
+    "team_server",
     "browser",
     "sweep",
     "faults",

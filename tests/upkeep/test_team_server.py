@@ -7,7 +7,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
@@ -137,7 +136,6 @@ def test_all_parts_listen_on_loopback_only_and_no_password_is_in_an_argument_lis
 
 
 def test_every_command_works_for_a_user_who_made_neither_experiment_nor_model(team, as_user):
-    begun = time.monotonic()
     trained = as_user("ada", "train", "--data", "letters.npz", "--epochs", "2", "--seed", "9")
     run = re.search(r"models:/poolnet/(\d+)", trained.stdout)
     assert trained.returncode == 0, trained.stderr
@@ -152,10 +150,8 @@ def test_every_command_works_for_a_user_who_made_neither_experiment_nor_model(te
     expected = [
         ("train", "--data", "letters.npz", "--epochs", "2", "--pool", "avg", "--seed", "9"),
         ("sweep", "study.toml", "--workers", "1"),
-        ("sweep", "study.toml", "--workers", "1"),
         ("compare", "--study", "study.toml"),
         ("compare", "--study", "study.toml", "--plan"),
-        ("compare", "--study", "study.toml", "--no-publish"),
         ("compare", name, "avg-seed9"),
         ("evaluate", first),
         ("evaluate", first, "--no-publish"),
@@ -166,17 +162,14 @@ def test_every_command_works_for_a_user_who_made_neither_experiment_nor_model(te
         ("predict", "models:/poolnet@champion", "letter.png"),
         ("reproduce", name),
         ("register", "weights.pt", "--pool", "avg", "--data", "letters.npz"),
+        ("figures", "avg-seed9"),
         ("sync",),
-        ("sync", "--prune"),
         ("sync", "--prune"),
         ("clean",),
     ]
-    codes = {}
     for args in expected:
         done = as_user("ben", *args)
-        codes[" ".join(args)] = done.returncode
         assert done.returncode == 0, (args, done.stdout, done.stderr)
-    assert time.monotonic() - begun < 300
 
 
 def test_who_may_only_look_can_score_compare_and_predict_and_nothing_else(team, as_user):
