@@ -297,6 +297,8 @@ def test_three_machines_one_killed_one_stopped_and_the_server_restarted_train_ea
         serving.terminate()
         serving.wait()
         serving = start(hub, server, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+        stack.callback(serving.wait)
+        stack.callback(serving.terminate)  # killed, it would leave its worker behind
         time.sleep(max(0, stopped + 20 - time.monotonic()))
         crew[1].send_signal(signal.SIGCONT)
         log = tmp_path / f"{hub}.log"
