@@ -90,6 +90,7 @@ class Server:
             config = folder / "auth.ini"
             config.write_text(re.sub("auth_cache_ttl_seconds.*", "", config.read_text()))
             self.restart("server")
+            server.wait_until(self.answers)
         return self
 
     def _serve(self, env: dict[str, str], destination: str) -> None:
@@ -112,7 +113,6 @@ class Server:
         else:
             part.stop()
         part.start()
-        self.parts["server"].wait_until(self.answers)
 
     def seconds(self) -> dict[str, float]:
         """The processor's seconds of each part so far."""
@@ -305,7 +305,7 @@ def measure_fault(folder: Path, fault: str, count: int) -> dict[str, object]:
         over, times = threading.Event(), []
 
         def torment() -> None:
-            while fault != "proxy" and not over.wait(random.uniform(2, 8)):
+            while fault != "proxy" and not over.wait(random.uniform(8, 16)):
                 server.restart(fault, kill=fault == "store")
                 times.append(time.time())
 
