@@ -97,7 +97,7 @@ class Part:
 
 def _environment() -> dict[str, str]:
     """Return this process's environment, without a user's servers."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "AWS_"))}
+    return {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "AWS_", "PG"))}
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def postgres(folder: Path, password: str) -> tuple[Part, str]:
     The name of a database ends an address: `mlflow` or `auth`.
     """
     data, port = folder / "postgres", free_port()
-    if not (data / "PG_VERSION").exists():
+    if not data.exists():
         _init(folder, data, password)
     settings = {"listen_addresses": HOST, "port": port, "unix_socket_directories": "", "max_connections": 200}
     words = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
@@ -199,19 +199,23 @@ def postgres(folder: Path, password: str) -> tuple[Part, str]:
 
 
 def _init(folder: Path, data: Path, password: str) -> None:
-    """Make the files of a new PostgreSQL, with a password."""
-    shutil.rmtree(data, ignore_errors=True)  # what a killed command has begun
-    file = folder / "password"
+    """Make the files of a new PostgreSQL, with a password.
+
+    They get their name when they are complete: a command that is killed meanwhile leaves none that cannot start.
+    """
+    begun, file = folder / "postgres.part", folder / "password"
+    shutil.rmtree(begun, ignore_errors=True)
     private(file, password)
     options = ("--username=postgres", f"--pwfile={file}", "--auth=scram-sha-256", "--encoding=UTF8", "--no-locale")
     try:
-        command = _of_postgres("initdb", f"--pgdata={data}", *options)
+        command = _of_postgres("initdb", f"--pgdata={begun}", *options)
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     finally:
         file.unlink()
     if done.returncode:
-        shutil.rmtree(data, ignore_errors=True)
+        shutil.rmtree(begun, ignore_errors=True)
         raise RunError(f"PostgreSQL cannot make its files in {data}: {' '.join(done.stderr.split())[-300:]}")
+    files.replace(begun, data)
 
 
 def _of_postgres(program: str, *words: str) -> list[str]:
@@ -234,14 +238,21 @@ def _of_postgres(program: str, *words: str) -> list[str]:
 def _has_databases(port: int, password: str) -> bool:
     """Whether PostgreSQL answers; if so, make its databases."""
     import psycopg
+    from psycopg import sql
 
     try:
         with psycopg.connect(
-            host=HOST, port=port, user="postgres", password=password, dbname="postgres", autocommit=True
+            host=HOST,
+            port=port,
+            user="postgres",
+            password=password,
+            dbname="postgres",
+            sslmode="disable",
+            autocommit=True,
         ) as connection:
             there = {name for (name,) in connection.execute("select datname from pg_database")}
             for name in {"mlflow", "auth"} - there:
-                connection.execute(f"create database {name}")  # type: ignore[call-overload]
+                connection.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
     except psycopg.OperationalError:
         return False
     return True

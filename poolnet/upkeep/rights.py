@@ -16,7 +16,6 @@ from poolnet.errors import InputError, RunError
 from poolnet.secret import hidden
 from poolnet.tracking import addresses, registry, servers, waiting
 
-RIGHTS = ("READ", "EDIT", "MANAGE")
 USERS = "/api/2.0/mlflow/users/"
 PERMISSIONS = "/api/3.0/mlflow/users/permissions/"
 

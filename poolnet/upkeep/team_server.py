@@ -51,6 +51,8 @@ def running(port: int, fresh: bool, echo: Echo) -> Iterator[list[Part]]:
         if fresh:
             shutil.rmtree(place)
             place = folder()
+        for name in ("no_proxy", "NO_PROXY"):  # a company's proxy does not reach this machine's own servers
+            os.environ[name] = ",".join(filter(None, (os.environ.get(name), HOST)))
         started: list[Part] = []
         stack.callback(_stop, started)
         echo("Starting PostgreSQL, the object store and MLflow ...")
