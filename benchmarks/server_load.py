@@ -229,17 +229,17 @@ def check(server: Server, clients: list[Client]) -> dict[str, int]:
 
     os.environ.update(server.settings, MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false")
     client = MlflowClient(server.uri)
-    found: dict[str, list] = {}
+    by_seed: dict[str, list] = {}
     for run in client.search_runs(["0"], max_results=1000):
-        found.setdefault(run.data.params.get("seed", run.info.run_id), []).append(run)
+        by_seed.setdefault(run.data.params.get("seed", run.info.run_id), []).append(run)
     whole = 0
     for each in clients:
-        runs = [run for run in found.get(str(each.seed), []) if run.info.status == "FINISHED"]
+        runs = [run for run in by_seed.get(str(each.seed), []) if run.info.status == "FINISHED"]
         whole += len(runs) == 1 and _is_whole(client, runs[0])
     return {
-        "runs": sum(len(runs) for seed, runs in found.items() if seed != str(FIRST)),
+        "runs": sum(len(runs) for seed, runs in by_seed.items() if seed != str(FIRST)),
         "lost": len(clients) - whole,
-        "doubled": sum(len(runs) > 1 for runs in found.values()),
+        "doubled": sum(len(runs) > 1 for runs in by_seed.values()),
     }
 
 
@@ -281,18 +281,18 @@ def measure_load(folder: Path, store: str, count: int) -> dict[str, float]:
     """What one training with all clients at once takes."""
     with Server(folder, store) as server:
         clients = make_clients(folder, server, server.uri, count)
-        before, asked, start = server.seconds(), server.requests(), time.perf_counter()
+        before, requests, start = server.seconds(), server.requests(), time.perf_counter()
         codes, failed = train(clients)
         seconds = time.perf_counter() - start
         used = {name: after - before[name] for name, after in server.seconds().items()}
-        asked = server.requests() - asked
+        requests = server.requests() - requests
         if failed:
             raise click.ClickException(failed[0])
         left = sync(clients) if 3 in codes else []
-        found = check(server, clients)
-    rows = {"seconds": seconds, "requests a run": asked / count, "not at once": codes.get(3, 0)}
+        outcome = check(server, clients)
+    rows = {"seconds": seconds, "requests a run": requests / count, "not at once": codes.get(3, 0)}
     rows |= {f"seconds of {name} a run": value / count for name, value in used.items()}
-    return rows | {"not synced": len(left), "lost": found["lost"], "doubled": found["doubled"]}
+    return rows | {"not synced": len(left), "lost": outcome["lost"], "doubled": outcome["doubled"]}
 
 
 def measure_fault(folder: Path, fault: str, count: int) -> dict[str, object]:
@@ -354,14 +354,14 @@ def main(clients: int, rounds: int, stores: tuple, faults: tuple, seed: int, as_
         results[f"load on {store}"] = show(f"load on {store}", medians, as_json)
     for fault in faults:
         with tempfile.TemporaryDirectory() as place:
-            found = measure_fault(Path(place), fault, clients)
-        results[f"fault of {fault}"] = show(f"fault of {fault}", found, as_json)
+            outcome = measure_fault(Path(place), fault, clients)
+        results[f"fault of {fault}"] = show(f"fault of {fault}", outcome, as_json)
     if as_json:
         click.echo(json.dumps(results))
 
 
 def show(title: str, rows: dict, as_json: bool) -> dict:
-    """Print what was found, as soon as it is known."""
+    """Print what was outcome, as soon as it is known."""
     for name, value in () if as_json else rows.items():
         click.echo(f"{title}: {name:<30}{value if not isinstance(value, float) else round(value, 2)}")
     return rows

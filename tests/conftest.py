@@ -45,6 +45,16 @@ LONG = [
     "models",
     "programs",
 ]
+STUDY = """question = "Which pooling loses less?"
+data = "letters.npz"
+seeds = [1, 2, 3]
+[grid]
+pool = ["max", "avg"]
+epochs = 2
+[arms]
+max = { pool = "max" }
+avg = { pool = "avg" }
+"""
 REAL_LETTERS = ROOT.parent / "shared" / "data" / "notMNIST_small.tar.gz"
 
 

@@ -8,7 +8,7 @@ import subprocess
 import forked
 import mlflow
 import pytest
-from conftest import inside
+from conftest import STUDY, inside
 from finished_runs import journaled, publish
 
 from poolnet import files
@@ -20,16 +20,6 @@ from poolnet.tracking.publication import Publication
 from poolnet.training.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("letters")
-STUDY = """question = "Which pooling loses less?"
-data = "letters.npz"
-seeds = [1, 2, 3]
-[grid]
-pool = ["max", "avg"]
-epochs = 2
-[arms]
-max = { pool = "max" }
-avg = { pool = "avg" }
-"""
 
 
 def test_two_machines_at_once_leave_one_sweep_and_each_combination_once(tmp_path):

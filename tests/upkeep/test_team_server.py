@@ -17,22 +17,12 @@ from types import SimpleNamespace
 import mlflow
 import numpy as np
 import pytest
-from conftest import enter, inside, make_arrays, world
+from conftest import STUDY, enter, inside, make_arrays, world
 from PIL import Image
 
 from poolnet import files
 from poolnet.upkeep import parts
 
-STUDY = """question = "Which pooling loses less?"
-data = "letters.npz"
-seeds = [1, 2, 3]
-[grid]
-pool = ["max", "avg"]
-epochs = 2
-[arms]
-max = { pool = "max" }
-avg = { pool = "avg" }
-"""
 missing = [name for name in parts.PACKAGES if not find_spec(name)]
 pytestmark = pytest.mark.skipif(
     bool(missing), reason=f"{', '.join(missing)} not installed: pip install 'poolnet[team]'"
