@@ -84,7 +84,8 @@ class Part:
         """Raise `RunError` if the program has ended."""
         if self.process.poll() is not None:
             lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-            last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+            said = [line.strip() for line in lines if line.strip() and line[0] not in "(["]  # SQLAlchemy's notes
+            last = said[-1] if said else "nothing"
             raise RunError(f"{self.name} has ended; its last words: {hidden(last)[:200]}; the others are in {self.log}")
 
     def stop(self) -> None:
