@@ -17,7 +17,7 @@ import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError
 from multiprocessing import resource_tracker
 
 import dask
@@ -37,7 +37,6 @@ RETRIES = 3  # of a run whose worker died
 LOOK_SECONDS = 1.0  # between two looks at which workers there are
 ANSWER_SECONDS = 30  # in which a scheduler has to answer
 CLOSE_SECONDS = 3  # in which a scheduler hears that we leave; if it is gone, that cannot be
-FETCHERS = 8  # results that are on their way here at once
 START_SECONDS = 120  # for a first process of our own, on a machine that is busy with much else
 OWN = {  # the configuration of a scheduler and workers of our own
     "distributed.nanny.pre-spawn-environ": {},  # which would change the environment of this process too
@@ -88,7 +87,6 @@ class Crew:
         self._cluster: LocalCluster | None = None
         self._client: Client | None = None
         self._news: queue.SimpleQueue[tuple[str, object]] = queue.SimpleQueue()  # by key: an epoch, or a task's result
-        self._fetchers = self._stack.enter_context(ThreadPoolExecutor(FETCHERS))
         self._flights: dict[str, _Flight] = {}  # by the key of the task
         self._deaths: Counter[TrainConfig] = Counter()
         self._refused: dict[str, str] = {}  # why, by the address of the worker
@@ -205,19 +203,22 @@ class Crew:
 
     def _submit(self, task: Task, address: str, function: Callable[..., object], *arguments: object) -> None:
         assert self._client
+        assert self._client.loop
         key = f"{self.job.topic}-{next(self._numbers)}"
         with warnings.catch_warnings(action="ignore"):  # of a data set, that it is large
             future: Future = self._client.submit(function, *arguments, key=key, workers=[address], pure=False)
         self._flights[key] = _Flight(task, address, future, function is worker.receive)
-        future.add_done_callback(lambda future: self._fetchers.submit(self._fetch, future))
+        self._client.loop.add_callback(self._fetch, future)
 
-    def _fetch(self, future: Future) -> None:
-        """Wait for a result, in a thread of its own.
+    async def _fetch(self, future: Future) -> None:
+        """Wait for a result, in Dask's own loop.
 
-        A worker that dies now takes it along. Then the wait is endless, until `_died` cancels the task.
+        So the wait ends with the client. A thread that waits for Dask never returns once the client is closed.
+        A worker that dies takes its result along. Then the wait is endless, until `_died` cancels the task.
         """
+        assert self._client
         try:
-            self._news.put((str(future.key), future.result()))
+            self._news.put((str(future.key), await self._client.gather(future, asynchronous=True)))
         except Exception as error:  # of the worker, or `CancelledError`
             self._news.put((str(future.key), error))
 
