@@ -46,6 +46,7 @@ OWN = {  # the configuration of a scheduler and workers of our own
     "distributed.admin.tick.interval": "1 s",  # this and the next cost time beside a training
     "distributed.admin.system-monitor.interval": "5 s",
     "distributed.worker.profile.enabled": False,
+    "distributed.deploy.lost-worker-timeout": "365 days",  # after it Dask ends a worker that is just starting again
 }
 
 
