@@ -1,6 +1,7 @@
 """Tiny data, a tracking store for each test, and nothing of the user's own within reach."""
 
 import contextlib
+import functools
 import io
 import os
 import shutil
@@ -91,14 +92,38 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 
+@contextlib.contextmanager
+def made_once(tmp_path_factory, name):
+    """A folder that all workers share, and whether it is still to be filled; the others wait meanwhile."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(folder.with_suffix(".lock")):
+        full = folder.with_suffix(".full")
+        folder.mkdir(exist_ok=True)
+        yield folder, not full.exists()
+        full.touch()
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory):
     """The tables of a store that nothing has used yet, which take MLflow a second to make."""
-    import mlflow.db
+    with made_once(tmp_path_factory, "empty") as (folder, new):
+        path = folder / "mlflow.db"
+        if new:
+            import mlflow.db
 
-    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    mlflow.db.commands.main(["upgrade", f"sqlite:///{path}"], standalone_mode=False)
+            mlflow.db.commands.main(["upgrade", f"sqlite:///{path}"], standalone_mode=False)
     return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def newest_schema():
+    """MLflow reads all its migrations for each store that it opens; here once a worker."""
+    from mlflow.store.db import utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "_get_latest_schema_revision", functools.cache(utils._get_latest_schema_revision))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -123,18 +148,13 @@ def forking():
 def kept(tmp_path_factory):
     """The exports that the second run of a home needs no torch for: seconds of work, of which workers share two."""
     global KEPT
-    base = tmp_path_factory.getbasetemp()
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    KEPT = (base.parent if worker else base) / "kept"
-    KEPT.mkdir(exist_ok=True)
-    for pool in ("max", "avg") if worker == "gw0" else ("avg", "max"):
-        with FileLock(KEPT.with_name(f"{pool}.lock")), pytest.MonkeyPatch.context() as patch:
-            if not any(KEPT.glob(f"{pool}-*")):
-                folder = tmp_path_factory.mktemp("kept")
+    pools = ("max", "avg") if os.environ.get("PYTEST_XDIST_WORKER") == "gw0" else ("avg", "max")
+    for pool in pools:
+        with made_once(tmp_path_factory, f"kept-{pool}") as (folder, new), pytest.MonkeyPatch.context() as patch:
+            if new:
                 patch.setenv("POOLNET_HOME", str(folder))
                 make_export(folder, pool)
-                for path in (folder / "exports").iterdir():
-                    path.rename(KEPT / path.name)
+    KEPT = [folder.parent / f"kept-{pool}" / "exports" for pool in pools]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -155,7 +175,8 @@ def make_export(folder, pool):
 
 def keep_exports(home):
     """Give local state in this folder what a first publication would make."""
-    shutil.copytree(KEPT, home / "exports", dirs_exist_ok=True)
+    for exports in KEPT:
+        shutil.copytree(exports, home / "exports", dirs_exist_ok=True)
 
 
 @pytest.fixture(autouse=True)
@@ -254,11 +275,13 @@ def real_letters(tmp_path_factory):
     """The real small notMNIST, prepared as the README says."""
     if not REAL_LETTERS.exists():
         pytest.skip("the real small notMNIST is not beside this checkout")
-    folder = tmp_path_factory.mktemp("real")
-    out = folder / "small.npz"
-    finished = poolnet("prepare", "notmnist", "--small", REAL_LETTERS, "--out", out, env=world(folder))
-    assert finished.returncode == 0, finished.stderr
-    return out, finished.stdout
+    with made_once(tmp_path_factory, "real") as (folder, new):
+        out, printed = folder / "small.npz", folder / "printed"
+        if new:
+            finished = poolnet("prepare", "notmnist", "--small", REAL_LETTERS, "--out", out, env=world(folder))
+            assert finished.returncode == 0, finished.stderr
+            printed.write_text(finished.stdout, encoding="utf-8")
+        return out, printed.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -166,6 +166,9 @@ def _serve(listener):
     """Returns in the process of each command, with what it is told."""
     for name in IMPORTS:
         importlib.import_module(name)
+    schema = sys.modules["mlflow.store.db.utils"]  # of which each command would read all migrations
+    schema._get_latest_schema_revision = functools.cache(schema._get_latest_schema_revision)
+    schema._get_latest_schema_revision()
     gc.freeze()  # so that memory stays shared
     assert threading.active_count() == 1, "a fork would leave the other threads behind"
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
