@@ -13,10 +13,11 @@ trainings have their imports done, else the machine would not hold them:
 The seconds are those until all commands have ended; the seconds of the server are its processor's, those of PostgreSQL
 and the object store beside it. They depend on the machine, so compare rows. The requests are those in the server's log.
 
-Faults happen while the clients publish: `postgres` and `server` are restarted, the object `store` is killed and started
-again after 3 seconds, and `proxy` drops a third of all uploads. Then each client runs `poolnet sync` until it has
-nothing left. A run is lost if it is not on the server as FINISHED with predictions, figures and a model that is the one
-it was scored with, and doubled if it is there twice. Needs `pip install "poolnet[team]"`.
+Faults happen amid uploads, each after up to one more file a client: `postgres` and `server` are restarted, and the
+object `store` is killed and started again after 3 seconds. And `proxy` drops a third of all uploads. They go on while
+all clients run `poolnet sync` once; then these do so until they have nothing left. A run is lost if it is not on the
+server as FINISHED with predictions, figures and a model that is the one it was scored with, and doubled if it is there
+twice. Needs `pip install "poolnet[team]"`.
 """
 
 import contextlib
@@ -125,6 +126,10 @@ class Server:
 
     def requests(self) -> int:
         return len(re.findall(r'" \d{3}', self.parts["server"].log.read_text(encoding="utf-8", errors="replace")))
+
+    def uploads(self) -> int:
+        """Files that were sent to the server so far."""
+        return self.parts["server"].log.read_bytes().count(b'"PUT ')
 
     def __exit__(self, *error: object) -> None:
         for name in ("server", "store", "postgres"):
@@ -302,28 +307,33 @@ def measure_fault(folder: Path, fault: str, count: int) -> dict[str, object]:
         if fault == "proxy":
             uri = f"http://{HOST}:{stack.enter_context(dropping(server.port, 1 / 3))}"
         clients = make_clients(folder, server, uri, count)
-        over, times = threading.Event(), []
+        over, times = threading.Event(), []  # the uploads before each fault
 
         def torment() -> None:
-            while fault != "proxy" and not over.wait(random.uniform(8, 16)):
+            while fault != "proxy":
+                wanted = server.uploads() + random.randint(count // 4, count)
+                while server.uploads() < wanted:
+                    if over.wait(0.1):
+                        return
+                times.append(server.uploads())
                 server.restart(fault, kill=fault == "store")
-                times.append(time.time())
 
         thread = threading.Thread(target=torment)
         stack.callback(thread.join)
         stack.callback(over.set)
         thread.start()
         codes, failed = train(clients)
+        left, syncs = sync(clients), 1
         over.set()
         thread.join()
-        syncs = 0
-        left = clients
         while left and syncs < SYNCS:
             left = sync(left)
             syncs += 1
         return {
             "clients": count,
             "times": len(times),
+            "after uploads": times,
+            "uploads": server.uploads(),
             "exit codes": codes,
             "failed": failed,
             "rounds of sync": syncs,
