@@ -371,7 +371,7 @@ def main(clients: int, rounds: int, stores: tuple, faults: tuple, seed: int, as_
 
 
 def show(title: str, rows: dict, as_json: bool) -> dict:
-    """Print what was outcome, as soon as it is known."""
+    """Print an outcome as soon as it is known."""
     for name, value in () if as_json else rows.items():
         click.echo(f"{title}: {name:<30}{value if not isinstance(value, float) else round(value, 2)}")
     return rows
