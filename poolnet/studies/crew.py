@@ -38,6 +38,7 @@ LOOK_SECONDS = 1.0  # between two looks at which workers there are
 ANSWER_SECONDS = 30  # in which a scheduler has to answer
 CLOSE_SECONDS = 3  # in which a scheduler hears that we leave; if it is gone, that cannot be
 START_SECONDS = 120  # for a first process of our own, on a machine that is busy with much else
+SILENT = logging.CRITICAL + 1  # Dask calls a client that has left critical
 OWN = {  # the configuration of a scheduler and workers of our own
     "distributed.nanny.pre-spawn-environ": {},  # which would change the environment of this process too
     "distributed.scheduler.http.routes": [],  # no web page is served
@@ -115,7 +116,7 @@ class Crew:
         if self._client or not count:
             return
         for name in ("distributed", "distributed.client", "tornado.application", "asyncio"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # what a user has to know, we say
+            logging.getLogger(name).setLevel(SILENT)  # what a user has to know, we say
         if self.address:
             self._connect()
         else:
@@ -149,7 +150,7 @@ class Crew:
                 dashboard_address="127.0.0.1:0",
                 local_directory=folder,
                 preload=[worker.__name__],
-                silence_logs=logging.CRITICAL,
+                silence_logs=SILENT,
             )
         self._stack.callback(self._cluster.close)
         self._cluster.scale(count)

@@ -88,7 +88,16 @@ async def dask_setup(worker: Worker) -> None:
     Ctrl-C is the sweep's to answer. The imports take seconds, so they begin before there is a run.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=importlib.import_module, args=["poolnet.runs.train_run"], daemon=True).start()
+    threading.Thread(target=_import, daemon=True).start()
+
+
+def _import() -> None:
+    """Import what a run needs.
+
+    It fails if the worker ends meanwhile. If it fails for another reason, the first run does too, and says so.
+    """
+    with contextlib.suppress(Exception):
+        importlib.import_module("poolnet.runs.train_run")
 
 
 def train(software: dict[str, str], any_version: bool, job_and_task: bytes) -> Outcome:
