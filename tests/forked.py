@@ -4,6 +4,7 @@ A server imports once, and forks for each command. The new process has its own e
 as one that was started. Where a fork after such imports is unsafe, commands are started.
 """
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -70,10 +71,14 @@ def python():
 
 
 def use():
-    """Have publishers begun by the server too."""
-    from poolnet.tracking import publisher
+    """Have publishers, and the processes of tracking servers, begun by the server too."""
+    from mlflow.utils import process
 
-    publisher.subprocess = _changed(subprocess, Popen=start)
+    from poolnet.tracking import pages, publisher
+    from poolnet.upkeep import parts
+
+    for module in (pages, parts, process, publisher):
+        module.subprocess = _changed(subprocess, Popen=start)
 
 
 def draw_once(folder):
@@ -105,8 +110,8 @@ def _changed(module, **names):
 
 
 def start(command, **options):
-    """`subprocess.Popen` for a command that begins with `PYTHON`, which hears Ctrl-C whatever started the tests."""
-    if SERVER in os.environ and "preexec_fn" not in options:
+    """`subprocess.Popen` for a command that hears Ctrl-C whatever started the tests; one of Python's is forked."""
+    if SERVER in os.environ and command[0] == sys.executable and "preexec_fn" not in options:
         return Forked(command, **options)
     if sys.platform != "win32":
         options.setdefault("preexec_fn", hear_ctrl_c)
@@ -180,7 +185,7 @@ def _serve(listener):
                 break
             connection.close()
         else:
-            sys.exit()
+            os._exit(0)
     with connection, warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         length, streams, _, _ = socket.recv_fds(connection, NUMBER, 3)
         told = json.loads(connection.recv(int(length), socket.MSG_WAITALL))
@@ -234,6 +239,23 @@ def _fork_workers():
     process.AsyncProcess.__init__, process.AsyncProcess._run = __init__, classmethod(_run)
 
 
+def _end(code):
+    """End as Python does, but clean no memory up: that would copy all of what processes share."""
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(1 if isinstance(code, str) else code or 0)
+
+
+def _forget_application():
+    """Have a tracking server made anew, as the environment says."""
+    for name in [*sys.modules]:
+        if name.startswith("mlflow.server"):
+            del sys.modules[name]
+
+
 def _main(*words):
     """The `python` of a shell or of pytest-xdist, or the server."""
     if words[0].startswith("-"):
@@ -246,7 +268,13 @@ def _main(*words):
     use()
     draw_once(folder)
     _fork_workers()
-    return runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    if words[0] == "uvicorn":
+        _forget_application()
+    try:
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return _end(end.code)
+    return _end(0)
 
 
 if __name__ == "__main__":
