@@ -6,10 +6,10 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import zlib
 from pathlib import Path
 
+import forked
 import mlflow
 import numpy as np
 import pytest
@@ -169,8 +169,8 @@ def browser(tmp_path, monkeypatch):
 
 def test_open_serves_a_store_until_ctrl_c(browser):
     publish(journaled())
-    command = [sys.executable, "-m", "poolnet", "train", "--data", "letters.npz", "--epochs", "1", "--open"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as training:
+    command = [*forked.POOLNET, "train", "--data", "letters.npz", "--epochs", "1", "--open"]
+    with forked.start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as training:
         wait_for(browser.exists, seconds=90)
         address = browser.read_text().strip()
         key = f"poolnet-{open_dataset('letters.npz').sha256[:8]}"
