@@ -79,9 +79,7 @@ def fingerprint(run):
 
 
 @posix
-@pytest.mark.parametrize(
-    ("signum", "code", "uri"), [(signal.SIGINT, 130, None), (signal.SIGINT, 130, DEAD), (signal.SIGTERM, 143, DEAD)]
-)
+@pytest.mark.parametrize(("signum", "code", "uri"), [(signal.SIGINT, 130, None), (signal.SIGTERM, 143, DEAD)])
 def test_a_signal_ends_the_run_as_killed_within_seconds_and_says_how_to_go_on(long_run, monkeypatch, signum, code, uri):
     if uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -122,10 +120,10 @@ def test_a_signal_in_a_callback_whose_exceptions_python_drops_is_not_lost():
 
 @posix
 def test_ctrl_c_in_the_middle_of_a_long_epoch_ends_it_at_once_and_the_epoch_is_trained_again(tmp_path):
-    np.savez(tmp_path / "letters.npz", **make_arrays((20_000, 50, 50)))
+    np.savez(tmp_path / "letters.npz", **make_arrays((10_000, 50, 50)))
     process = start("--pool", "conv", "--batch-size", 1, "--epochs", 1)  # of several seconds
     wait_for(lambda: run_record.names())
-    time.sleep(1)
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     begun = time.monotonic()
     out, err = process.communicate(timeout=60)
@@ -138,7 +136,7 @@ def test_ctrl_c_in_the_middle_of_a_long_epoch_ends_it_at_once_and_the_epoch_is_t
 
 @posix
 def test_a_second_ctrl_c_and_a_checkpoint_cut_in_half_and_the_run_goes_on_all_the_same(letters):
-    process = start("--epochs", 400, "--drain-timeout", 30)
+    process = start("--epochs", 250, "--drain-timeout", 30)
     assert any(line.startswith("Epoch 05") for line in process.stdout)
     process.send_signal(signal.SIGINT)
     time.sleep(0.05)  # in which it tells the publisher to finish, which takes longer
@@ -155,7 +153,7 @@ def test_a_second_ctrl_c_and_a_checkpoint_cut_in_half_and_the_run_goes_on_all_th
     resumed = inside("train", "--resume", name)
     assert resumed.returncode == 0, resumed.stderr
     assert f"Resuming {name} after epoch" in resumed.stdout
-    calm = journaled(TrainConfig(data="letters.npz", epochs=400))
+    calm = journaled(TrainConfig(data="letters.npz", epochs=250))
     assert fingerprint(run_record.find(name)) == fingerprint(calm)
 
 
@@ -192,7 +190,7 @@ def test_without_a_server_all_is_on_disk_and_sync_creates_the_run_elsewhere(lett
         f"poolnet: error: {DEAD}: connection refused; poolnet doctor says more; the run is saved in {folder}; "
         f"upload it later with: poolnet sync {name}"
     )
-    store = f"sqlite:///{tmp_path / 'team.db'}"
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
     for expected in ("published", "nothing"):
         synced = inside("sync", "--to", store, "--json")
         assert synced.returncode == 0, synced.stderr
@@ -306,7 +304,7 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path_factory
 
 def test_a_run_that_is_being_trained_is_not_resumed(long_run):
     process, run = long_run()
-    second = poolnet("train", "--resume", run.name)
+    second = inside("train", "--resume", run.name)
     assert second.returncode == 2
     assert second.stderr.count("\n") == 1
     assert re.search(
