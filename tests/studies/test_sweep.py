@@ -16,7 +16,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import inside, poolnet
+from conftest import inside, poolnet, ran
 from distributed import LocalCluster
 from finished_runs import journaled, publish
 
@@ -26,6 +26,7 @@ from poolnet.runs import record_transfer, run_record
 from poolnet.runs.run_record import RunRecord
 from poolnet.studies import worker
 from poolnet.studies.crew import Crew
+from poolnet.studies.discovery import take_records
 from poolnet.studies.study import read
 from poolnet.studies.sweep import open_sweep
 from poolnet.studies.worker import Job, Task
@@ -41,7 +42,7 @@ DEAD = "http://127.0.0.1:9"  # where nobody listens
 SAME = ("train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc", "best/val_acc", "best/plateau_epoch")
 STUDY = """question = "Which pooling loses less?"
 data = "letters.npz"
-seeds = [1, 2]
+seeds = {seeds}
 [grid]
 pool = ["max", "avg"]
 epochs = {epochs}
@@ -50,14 +51,6 @@ lr = {lr}
 max = {{ pool = "max", lr = 0.001 }}
 avg = {{ pool = "avg", lr = 0.001 }}
 """
-
-
-def job_of(sweep, **changes):
-    return dataclasses.replace(
-        Job(str(sweep.path.absolute()), sweep.path.stem, sweep.data_sha256, sweep.name, figures=False,
-            optimum=sweep.study.optimum, server=addresses.environment(), topic="of a test", own=True),
-        **changes,
-    )  # fmt: skip
 
 
 def test_a_worker_finds_the_optimum_once_for_a_pooling_and_a_fold(letters, monkeypatch):
@@ -100,9 +93,9 @@ def cluster_in_this_process():
 
 @pytest.fixture
 def study(tmp_path):
-    def write(epochs=3, lr="0.001"):
+    def write(epochs=3, lr="0.001", seeds=(1, 2)):
         path = tmp_path / "pools.toml"
-        path.write_text(STUDY.format(epochs=epochs, lr=lr), encoding="utf-8")
+        path.write_text(STUDY.format(epochs=epochs, lr=lr, seeds=[*seeds]), encoding="utf-8")
         return path
 
     return write
@@ -151,9 +144,6 @@ def test_a_sweep_trains_what_is_missing_and_each_child_equals_the_run_on_its_own
     assert heading == "| arm | n | val acc | test acc | test loss |"
     assert one.startswith("| a: max | 2 | ")
     assert other.startswith("| b: avg | 2 | ")
-    again, _ = swept(study())
-    assert not any(run["trained"] for run in again["runs"])
-    assert [run["run_id"] for run in again["runs"]] == [run.info.run_id for run in _in_order(children)]
     # the figures of one of them, of which a sweep draws none
     client, drawn = mlflow.MlflowClient(), children["max", 1]
     assert not client.list_artifacts(drawn.info.run_id, "figures")
@@ -163,6 +153,14 @@ def test_a_sweep_trains_what_is_missing_and_each_child_equals_the_run_on_its_own
         assert [row["did"] for row in json.loads(finished.stdout)["runs"]] == [did]
         assert len(client.list_artifacts(drawn.info.run_id, "figures")) == 4
     assert not client.list_artifacts(children["max", 2].info.run_id, "figures")
+    # what only the server has is not trained again
+    shutil.rmtree(run_record.folder())
+    again, err = swept(study())
+    assert err == ""
+    assert not any(run["trained"] for run in again["runs"])
+    assert [run["run_id"] for run in again["runs"]] == [run.info.run_id for run in _in_order(children)]
+    assert not run_record.names()
+    assert mlflow.get_run(parent.info.run_id).info.status == "FINISHED"
     # one of the children once more, by itself
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "x")
     single = publish(journaled(TrainConfig(data="letters.npz", seed=1, epochs=3, register=False)))
@@ -170,11 +168,11 @@ def test_a_sweep_trains_what_is_missing_and_each_child_equals_the_run_on_its_own
     assert single.data.params == children["max", 1].data.params
 
 
-def test_a_sweep_over_folds_trains_each_fold_of_each_seed_and_compare_tests_each_letter_once(tmp_path):
+def test_a_sweep_over_folds_trains_each_fold_of_each_seed_and_compare_tests_each_letter_once(study):
     """The runs that it finds count only if they have what the study asks for: the optimum."""
-    path = tmp_path / "folds.toml"
-    path.write_text(STUDY.format(epochs=3, lr=0.001).replace("[grid]", "folds = 2\noptimum = true\n[grid]"), "utf-8")
-    config = TrainConfig(data="letters.npz", pool="avg", seed=2, epochs=3, fold="1/2")
+    path = study(epochs=1)
+    path.write_text(path.read_text().replace("[grid]", "folds = 2\noptimum = true\n[grid]"), "utf-8")
+    config = TrainConfig(data="letters.npz", pool="avg", seed=2, epochs=1, fold="1/2")
     own, without = publish(journaled(config, optimum=True)), publish(journaled(dataclasses.replace(config, seed=1)))
     result, _ = swept(path)
     assert [(run["config"]["seed"], run["config"]["fold"]) for run in result["runs"][::2]] == [
@@ -186,7 +184,7 @@ def test_a_sweep_over_folds_trains_each_fold_of_each_seed_and_compare_tests_each
     child = mlflow.get_run(next(run["run_id"] for run in result["runs"] if run["run"] != own.info.run_name))
     assert child.info.run_name.startswith("max-seed1-fold1-")
     assert {"optimum/test_acc", "optimum/test_loss"} <= child.data.metrics.keys()
-    compared = json.loads(inside("compare", "--study", path, "--json").stdout)
+    compared = json.loads(inside("compare", "--study", path, "--no-publish", "--json").stdout)
     splits = open_dataset("letters.npz")
     assert (compared["n_folds"], compared["n_examples"]) == (2, sum(map(len, splits)))
     assert compared["arms"][1]["at_optimum"]["test_loss"] > 0
@@ -196,7 +194,7 @@ def test_a_sweep_over_folds_trains_each_fold_of_each_seed_and_compare_tests_each
     assert losses == [own.data.metrics["optimum/test_loss"]]
 
 
-def test_a_sweep_warns_once_of_groups_in_two_splits_but_not_where_folds_keep_them_together(tmp_path, study):
+def test_a_sweep_warns_once_of_groups_in_two_splits_but_not_where_folds_keep_them_together(study):
     whole = dict(np.load("letters.npz"))
     for name in ("train", "val", "test"):
         whole[f"group_{name}"] = np.arange(len(whole[f"y_{name}"])) % 7
@@ -204,8 +202,8 @@ def test_a_sweep_warns_once_of_groups_in_two_splits_but_not_where_folds_keep_the
     warned = []
     open_sweep(read(study()), lambda line: None, warned.append)
     assert [line.rpartition("npz: ")[2] for line in warned] == ["7 of 7 groups are in more than one split"]
-    path = tmp_path / "folds.toml"
-    path.write_text(STUDY.format(epochs=1, lr=0.001).replace("[grid]", "folds = 2\n[grid]"), "utf-8")
+    path = study()
+    path.write_text(path.read_text().replace("[grid]", "folds = 2\n[grid]"), "utf-8")
     open_sweep(read(path), lambda line: None, warned.append)
     assert len(warned) == 1
 
@@ -223,49 +221,30 @@ finally:
 
 
 def test_a_sweep_with_nothing_to_do_starts_no_process_and_imports_nothing_slow(study):
-    swept(study(epochs=1))
     if torch.version.cuda or torch.version.hip or sys.platform == "darwin":
         pytest.skip("torch is asked for its devices here")
-    again = subprocess.run([sys.executable, "-c", WATCHED, "sweep", study(epochs=1)], capture_output=True, text=True)
+    path = study(epochs=1, seeds=[1])
+    for config in read(path).configs():
+        publish(journaled(config))
+    again = subprocess.run([sys.executable, "-c", WATCHED, "sweep", path], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "4 of 4 runs finished, 0 of them now" in again.stdout
+    assert "2 of 2 runs finished, 0 of them now" in again.stdout
     table = [line for line in again.stdout.splitlines() if line.startswith(("arm ", "max ", "avg "))]
     assert len(table) == 3
     assert max(map(len, table)) <= WIDTH
     assert again.stderr == "False []\n"
 
 
-def test_runs_that_only_the_server_has_are_not_trained_again(study):
-    swept(study(epochs=1))
-    shutil.rmtree(run_record.folder())
-    again, err = swept(study(epochs=1))
-    assert err == ""
-    assert not any(run["trained"] for run in again["runs"])
-    assert not run_record.names()
-    _, (parent,) = runs()
-    assert parent.info.status == "FINISHED"
-
-
 def _in_order(children):
     return [children[pool, seed] for seed in (1, 2) for pool in ("max", "avg")]
 
 
-def test_a_sweep_draws_the_figures_of_its_runs_if_it_is_told_to(study):
-    finished = poolnet("sweep", study(epochs=1), "--figures")
-    assert finished.returncode == 0, finished.stderr
-    assert {"Looking for runs that are done ...", "Uploading 4 runs ..."} <= set(finished.stdout.splitlines())
-    children, _ = runs()
-    for run in children.values():
-        assert len(mlflow.MlflowClient().list_artifacts(run.info.run_id, "figures")) == 4
-
-
 @posix
 def test_a_sweep_that_is_killed_goes_on_with_the_same_command(study):
-    path = study(epochs=120)
+    path = study(epochs=80)
     command = [*forked.POOLNET, "sweep", str(path), "--workers", "2"]
     with forked.start(command, stdout=subprocess.DEVNULL) as process:
-        _until(lambda: len(run_record.names()) >= 2)
-        time.sleep(0.3)
+        _until(_two_are_trained)
         process.kill()
     begun = set(run_record.names())
     assert {name[: len("max-seed1")] for name in begun} == {"max-seed1", "avg-seed1"}  # a pair
@@ -275,7 +254,7 @@ def test_a_sweep_that_is_killed_goes_on_with_the_same_command(study):
     assert len(children) == len(run_record.names()) == 4
     assert {run.info.status for run in [*children.values(), parent]} == {"FINISHED"}
     for run in children.values():
-        assert [step for step, _ in histories(run)["val_loss"]] == list(range(1, 121))
+        assert [step for step, _ in histories(run)["val_loss"]] == list(range(1, 81))
 
 
 @posix
@@ -283,8 +262,7 @@ def test_ctrl_c_ends_a_sweep_and_its_workers_and_says_how_to_go_on(study):
     path = study(epochs=5000)
     command = [*forked.POOLNET, "sweep", str(path), "--workers", "2"]
     process = forked.start(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    _until(lambda: len(run_record.names()) == 2)
-    time.sleep(0.5)
+    _until(_two_are_trained)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to everybody
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -295,27 +273,21 @@ def test_ctrl_c_ends_a_sweep_and_its_workers_and_says_how_to_go_on(study):
     assert parent.info.status == "KILLED"
 
 
+@posix
 def test_runs_begin_seed_by_seed_and_one_whose_worker_dies_is_trained_again(study, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD)
-    sweep = open_sweep(read(study(epochs=300)), print, print)
-    configs = sweep.study.configs()
-    tasks = deque(Task(config, "cpu", f"max-seed{index}-0000") for index, config in enumerate(configs))
-    told = []
-    with Crew(job_of(sweep), "", False, print, print) as crew:
-        crew.start(1)
-        for message in crew.train(tasks):
-            if message and message.kind != "epoch":
-                told.append((message.kind, configs.index(message.task.config), message.error))
-                doomed = {("begun", 1): 1, ("begun", 3): 9}.get(told[-1][:2], 0)
-                if [each[:2] for each in told].count(told[-1][:2]) <= doomed:
-                    os.kill(*crew._client.run(os.getpid).values(), signal.SIGKILL)
-    first, second = [("begun", 0, ""), ("ended", 0, "")], [("begun", 2, ""), ("ended", 2, "")]
-    once = [("begun", 1, ""), ("again", 1, ""), ("begun", 1, ""), ("ended", 1, "")]
-    never = 3 * [("begun", 3, ""), ("again", 3, "")]
-    assert told == [*first, *once, *second, *never, ("begun", 3, ""), ("ended", 3, GIVEN_UP)]
-    assert {name: RunRecord(run_record.folder() / name).finished for name in run_record.names()} == {
-        f"max-seed{index}-0000": index < 3 for index in range(4)
-    }
+    options = ("--workers", 1, "--drain-timeout", 0)
+    finished = ran(*forked.PYTHON, "trouble", "workers_die", "sweep", study(epochs=100), *options)
+    assert finished.returncode == 1, finished.stderr
+    lines = finished.stdout.splitlines()
+    assert {"Looking for runs that are done ...", "Uploading 4 runs ..."} <= set(lines)
+    told = [line for line in lines if line.startswith(("begun", "again", "ended"))]
+    first, second = ["begun 0 ", "ended 0 "], ["begun 2 ", "ended 2 "]
+    once = ["begun 1 ", "again 1 ", "begun 1 ", "ended 1 "]
+    never = 3 * ["begun 3 ", "again 3 "]
+    assert told == [*first, *once, *second, *never, "begun 3 ", f"ended 3 {GIVEN_UP}"]
+    found = {name[: len("max-seed1")]: run_record.find(name).finished for name in run_record.names()}
+    assert found == {"max-seed1": True, "avg-seed1": True, "max-seed2": True, "avg-seed2": False}
 
 
 def test_what_only_resembles_a_run_of_the_study_is_left_out_and_named(study, monkeypatch):
@@ -330,9 +302,15 @@ def test_what_only_resembles_a_run_of_the_study_is_left_out_and_named(study, mon
             record[key] = {**record[key], **value} if isinstance(value, dict) else value
         files.write_json(other / "record.json", record)
     shutil.rmtree(its)
-    result, err = swept(study(), "--drain-timeout", 0, code=3)
-    assert [run["trained"] for run in result["runs"]] == [True] * 4
-    assert re.search(r"warning: left out max-seed1-0000000\d and 2 more, which this version of poolnet does not", err)
+    sweep, warned = open_sweep(read(study()), print, print), []
+    assert take_records(sweep, warned.append) == ([], {})
+    assert len(sweep.missing) == 4
+    assert len(warned) == 1
+    assert re.match(r"left out max-seed1-0000000\d and 2 more, which this version of poolnet does not", warned[0])
+
+
+def _two_are_trained():
+    return len([path for path in run_record.folder().glob("*/metrics.jsonl") if path.stat().st_size]) >= 2
 
 
 def _until(condition):
@@ -343,32 +321,39 @@ def _until(condition):
 
 
 def test_a_child_that_fails_is_reported_and_never_counted(study):
-    path = study(lr="[0.001, 1e300]")
-    result, err = swept(path, code=1)
+    """Of a worker that was started anew, as a user's, and not forked."""
+    path = study(lr="[0.001, 1e300]", epochs=1, seeds=[1])
+    finished = inside("sweep", path, "--workers", 1, "--json")
+    result, err = json.loads(finished.stdout), finished.stderr
+    assert finished.returncode == 1
     failed = [run for run in result["runs"] if run["config"]["lr"] == 1e300]
-    assert [run["status"] for run in failed] == ["FAILED"] * 4
+    assert [run["status"] for run in failed] == ["FAILED"] * 2
     assert all("lr=1e+300 may be too high" in run["error"] for run in failed)
-    assert err.count("may be too high") == 4
-    assert err.splitlines()[-1] == f"poolnet: error: missing runs: 4, see above; again with: poolnet sweep {path}"
-    assert [run["status"] for run in result["runs"] if run not in failed] == ["FINISHED"] * 4
+    assert err.count("may be too high") == 2
+    assert err.splitlines()[-1] == f"poolnet: error: missing runs: 2, see above; again with: poolnet sweep {path}"
+    assert [run["status"] for run in result["runs"] if run not in failed] == ["FINISHED"] * 2
     (parent,) = mlflow.MlflowClient().search_runs(["0"], "tags.`poolnet.study` LIKE '%'")
-    assert (parent.info.status, parent.data.metrics["sweep/runs_finished"]) == ("FAILED", 4)
+    assert (parent.info.status, parent.data.metrics["sweep/runs_finished"]) == ("FAILED", 2)
 
 
-def test_without_a_server_the_children_are_on_disk_and_published_later(study, monkeypatch):
+def test_without_a_server_the_children_are_on_disk_with_figures_if_told_and_published_later(study, monkeypatch):
     path, uri = study(), os.environ["MLFLOW_TRACKING_URI"]
-    result, err = swept(path, "--drain-timeout", 1, code=3, MLFLOW_TRACKING_URI=DEAD)
+    result, err = swept(path, "--figures", "--drain-timeout", 0, code=3, MLFLOW_TRACKING_URI=DEAD)
     assert [run["status"] for run in result["runs"]] == ["FINISHED"] * 4
     assert "upload them later with: poolnet sync" in err.splitlines()[-1]
     damaged = run_record.find(run_record.names()[1]).folder / "metrics.jsonl"
     damaged.write_bytes(damaged.read_bytes().replace(b"0.", b"1.", 1))
-    again, _ = swept(path, "--drain-timeout", 1, code=3, MLFLOW_TRACKING_URI=DEAD)
+    again, _ = swept(path, "--figures", "--drain-timeout", 0, code=3, MLFLOW_TRACKING_URI=DEAD)
     assert [run["run"] for run in again["runs"] if run["trained"]] == [damaged.parent.name]
     assert [run["scores"] for run in again["runs"]] == [run["scores"] for run in result["runs"]]
     assert inside("sync", "--to", uri).returncode == 0
     children, (parent,) = runs()
     assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parent.info.run_id}
-    found, _ = swept(path)
+    for run in children.values():
+        assert len(mlflow.MlflowClient().list_artifacts(run.info.run_id, "figures")) == 4
+    finished = inside("sweep", path, "--json")
+    assert finished.returncode == 0, finished.stderr
+    found = json.loads(finished.stdout)
     assert not any(run["trained"] for run in found["runs"])
     assert {run["run_id"] for run in found["runs"]} == {run.info.run_id for run in children.values()}
     assert mlflow.get_run(parent.info.run_id).info.status == "FINISHED"
