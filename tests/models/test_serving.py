@@ -15,33 +15,25 @@ import forked
 import mlflow
 import numpy as np
 import pytest
-from conftest import keep_exports, make_arrays, poolnet, ran, world
+from conftest import make_arrays, ran, world
 
 from poolnet.data.dataset import as_images
 
 MODEL = "models:/poolnet@champion"
 LOCAL = ["-m", MODEL, "--env-manager", "local"]
 JSON = {"Content-Type": "application/json"}
-CLIENTS, REQUESTS = 8, 200
+CLIENTS, REQUESTS = 8, 60
 
 
 @pytest.fixture(scope="module")
-def champion(tmp_path_factory):
-    """A small trained model under its alias: the environment to use it in, test images, and training's own logits."""
-    folder = tmp_path_factory.mktemp("champion")
+def champion(store):
+    """The champion's folder, the environment to use it in, test images, and training's own logits."""
+    folder, run = store
     env = world(folder) | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
-    keep_exports(folder / "home")
-    arrays = make_arrays()
-    np.savez(folder / "letters.npz", **arrays)
-    options = ["--data", folder / "letters.npz", "--pool", "avg", "--epochs", "3"]
-    finished = poolnet("train", *options, env=env, cwd=folder)
-    assert finished.returncode == 0, finished.stderr
     client = mlflow.MlflowClient(env["MLFLOW_TRACKING_URI"])
-    client.set_registered_model_alias("poolnet", "champion", "1")
-    run_id = client.get_model_version("poolnet", "1").run_id
-    with np.load(client.download_artifacts(run_id, "predictions/test.npz", folder)) as predictions:
+    with np.load(client.download_artifacts(run.info.run_id, "predictions/test.npz", folder)) as predictions:
         logits = predictions["logits"]
-    return SimpleNamespace(folder=folder, env=env, images=as_images(arrays["X_test"]), logits=logits)
+    return SimpleNamespace(folder=folder, env=env, images=as_images(make_arrays()["X_test"]), logits=logits)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +149,7 @@ def test_a_client_that_goes_away_within_its_request_harms_nobody(champion, port)
 
 
 def test_predict_takes_the_example_that_comes_with_the_model(champion):
-    (example,) = champion.folder.rglob("serving_input_example.json")
+    (example,) = champion.folder.rglob("artifacts/**/serving_input_example.json")
     command = [*forked.PYTHON, "mlflow", "models", "predict", *LOCAL, "-t", "json", "-i", example]
     finished = ran(*command, env=champion.env)
     assert finished.returncode == 0, finished.stderr
