@@ -41,9 +41,10 @@ ONCE = {"test_loss", "test_acc", "best/val_acc", "best/val_epoch", "best/plateau
 
 
 @pytest.fixture(scope="module", params=["sqlite", "http"])
-def trained(request, tmp_path_factory):
+def trained(request, tmp_path_factory, empty_store):
     """One `poolnet train`, finished, and everything needed to look at it."""
     folder = tmp_path_factory.mktemp("trained")
+    shutil.copy(empty_store, folder)
     uri = request.getfixturevalue("server") if request.param == "http" else f"sqlite:///{folder / 'mlflow.db'}"
     path = folder / "letters.npz"
     # of its own: MLflow knows a data set that it has seen in an experiment again, by the path it had then
@@ -167,12 +168,10 @@ def test_figures_are_pictures(here):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
 def test_figures_can_be_drawn_of_data_of_any_name(tmp_path, letters):
-    for name in (r"a$\frac$b", "文字", "\x1b[31mred"):
-        splits = open_dataset(letters.rename(tmp_path / f"{name}.npz"))
-        letters = splits.path
-        config = TrainConfig(data=str(letters), epochs=1, pool="avg")
-        result = fast_step.fit(config, *features.open_pooled(letters, "avg"))
-        save_all(tmp_path / "figures", of_run(config, splits, result, None))
+    splits = open_dataset(letters.rename(tmp_path / "a$\\frac$b 文字 \x1b[31mred.npz"))
+    config = TrainConfig(data=str(splits.path), epochs=1, pool="avg")
+    result = fast_step.fit(config, *features.open_pooled(splits.path, "avg"))
+    save_all(tmp_path / "figures", of_run(config, splits, result, None))
 
 
 def test_the_registered_version_is_tagged_and_linked(trained):
@@ -285,7 +284,7 @@ def test_while_it_waits_a_publisher_says_how_many_runs_the_server_has():
     assert counts[-1] == 2
 
 
-def test_a_stale_run_id_is_refused_before_training_and_the_cure_helps(monkeypatch, letters):
+def test_a_stale_run_id_is_refused_before_training(monkeypatch):
     adopted(monkeypatch, {})
     first = publish(journaled())
     monkeypatch.setattr(publisher, "LOOK_SECONDS", 60)  # on a machine that is busy with much else
@@ -298,9 +297,6 @@ def test_a_stale_run_id_is_refused_before_training_and_the_cure_helps(monkeypatc
         f"MLFLOW_RUN_ID={first.info.run_id}: found the record of {name} in that run; unset MLFLOW_RUN_ID"
     )
     assert run_record.names() == [name]
-    monkeypatch.delenv("MLFLOW_RUN_ID")
-    assert inside("train", "--data", letters, "--epochs", "2").returncode == 0
-    assert len(mlflow.MlflowClient().search_runs(["0"])) == 2
 
 
 def test_the_command_refuses_such_a_run_as_bad_input_and_sync_publishes_it_once_the_variable_is_gone(
@@ -344,15 +340,6 @@ def test_passwords_do_not_reach_the_screen_or_the_disk(monkeypatch):
             assert path.is_dir() or password.encode() not in path.read_bytes()
 
 
-def test_mlflow_reports_nothing_to_its_makers_unless_the_user_wants_it():
-    script = (
-        "import poolnet.tracking.sync; from mlflow.telemetry.utils import is_telemetry_disabled as off; print(off())"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_DISABLE_TELEMETRY"}
-    finished = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert finished.stdout == "True\n", finished.stderr
-
-
 def test_runs_go_to_the_experiment_that_the_environment_names(monkeypatch):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "letters, spring")
     runs = [publish(journaled()) for _ in range(2)]
@@ -381,6 +368,7 @@ def test_sync_to_another_server_keeps_the_experiment_by_its_name(monkeypatch, tm
 
 def test_an_experiment_whose_name_cannot_be_asked_is_not_taken_for_the_default_one(monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "17")
+    shutil.copy(tmp_path / "mlflow.db", tmp_path / "team.db")
     run = journaled()
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
     row = sync.sync(run.name, to=f"sqlite:///{tmp_path / 'team.db'}")
