@@ -3,14 +3,14 @@
 import copy
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
-from conftest import assert_refused, enter, inside, make_arrays, make_groups, poolnet, run
+from conftest import assert_refused, enter, inside, make_arrays, make_groups, run
 from finished_runs import REGISTERED, journaled, name_metrics_as_before, publish
+from threadpoolctl import threadpool_limits
 
 from poolnet.models import reproduce
 from poolnet.runs import provenance, run_record, train_run
@@ -21,9 +21,8 @@ from poolnet.training.config import Arithmetic
 FALLS = "poolnet: warning: the lowest train loss is lower still: it falls for ever as the weights grow\n"
 
 
-def reproduced(name, *options, code=0, **environment):
-    command = ["reproduce", name, *options, "--json"]  # other numbers of threads need a process of their own
-    finished = poolnet(*command, env=os.environ | environment) if environment else inside(*command)
+def reproduced(name, *options, code=0):
+    finished = inside("reproduce", name, *options, "--json")
     assert finished.returncode == code, finished.stderr
     return json.loads(finished.stdout), finished.stderr
 
@@ -48,17 +47,10 @@ def test_the_same_data_and_code_give_the_same_to_the_bit(trained):
     assert [each.run_id for each in training_runs.search(client, ["0"])] == [trained.info.run_id]
 
 
-def test_a_run_of_an_earlier_version_is_compared_in_all_its_metrics(trained):
-    name_metrics_as_before()
-    result, _ = reproduced(trained.info.run_id)
-    assert (result["verdict"], result["compared"]["metrics"]) == ("bit-identical", 3 * 4 + 11)
-
-
 def test_neither_threads_nor_place_and_groups_of_the_data_change_a_digit(trained, tmp_path):
     np.savez(tmp_path / "moved.npz", **make_arrays(), **make_groups())
-    moved = ("--data", str(tmp_path / "moved.npz"))
-    more = {"OMP_NUM_THREADS": "3", "OPENBLAS_NUM_THREADS": "3"}
-    result, err = reproduced(trained.data.tags["poolnet.run"], *moved, **more)
+    with threadpool_limits(3):
+        result, err = reproduced(trained.data.tags["poolnet.run"], "--data", tmp_path / "moved.npz")
     assert (result["verdict"], result["circumstances"], err) == ("bit-identical", [], FALLS)
 
 
@@ -137,6 +129,14 @@ def test_what_is_compared(pair):
         "fc.bias[7]",
     ]
     assert [each.small for each in result] == [False, True, False, False, True]
+
+
+def test_a_run_of_an_earlier_version_is_compared_in_all_its_metrics(trained, both):
+    name_metrics_as_before()
+    original = reproduce.find(mlflow.MlflowClient(), trained.info.run_id)
+    assert original.metrics == both[0].metrics
+    assert differences(original, both[1]) == []
+    assert len(list(reproduce._metrics(original, both[1]))) == 3 * 4 + 11
 
 
 def test_timings_are_not_compared(pair):
