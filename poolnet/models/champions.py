@@ -95,12 +95,12 @@ def alone(client: MlflowClient) -> Iterator[None]:
     """Keep other promotions away in the block, on all machines.
 
     A promotion writes its claim, a tag of the registered model, and then reads all claims. So of two at the same moment
-    at least one sees the other. It takes its claim back and tries again a little later. A claim that stays is one of a
-    process that was killed, and is removed. Raises `RunError` if others do not end.
+    at least one sees the other. It takes its claim back and tries again a little later, with a new one. A claim that
+    stays is one of a process that was killed, and is removed. Raises `RunError` if others do not end.
     """
-    key, seen = f"{CLAIM}{uuid.uuid4().hex[:12]}", dict[str, float]()
+    seen: dict[str, float] = {}  # when each claim was seen first, so none may come back
     until = time.monotonic() + 3 * CLAIM_SECONDS
-    while others := _claim(client, key):
+    while others := _claim(client, key := f"{CLAIM}{uuid.uuid4().hex[:12]}"):
         _unclaim(client, key)
         now = time.monotonic()
         for other in others:

@@ -15,7 +15,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, make_arrays, run
+from conftest import assert_refused, make_arrays, run, wait_for
 from finished_runs import REGISTERED, journaled, publish
 
 from poolnet.errors import RunError
@@ -443,6 +443,24 @@ def test_a_promotion_waits_until_another_has_ended(client, monkeypatch):
         thread.join()
     assert inside[::2] == inside[1::2]
     assert sorted(inside) == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_promotion_that_waits_long_is_not_taken_for_a_killed_one(client):
+    """The others count the age of a claim from its first sight, so each try has another one."""
+    seen, entered = set(), []
+
+    def enter():
+        with champions.alone(mlflow.MlflowClient()):
+            entered.append(claims(client))
+
+    waiting = threading.Thread(target=enter)
+    with champions.alone(client):
+        (held,) = claims(client)
+        waiting.start()
+        wait_for(lambda: seen.update(claims(client)) or len(seen - {held}) > 1)
+    waiting.join()
+    assert len(entered) == 1
+    assert not claims(client)
 
 
 def claims(client):
