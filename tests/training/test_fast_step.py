@@ -35,8 +35,9 @@ def assert_equal_runs(config, path):
     return fast
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 32, 128, 299, 300, 1000])
-@pytest.mark.parametrize("pool", POOLINGS)
+@pytest.mark.parametrize(
+    ("pool", "batch_size"), [*((pool, 32) for pool in POOLINGS), *(("avg", size) for size in (1, 7, 299, 300, 1000))]
+)
 def test_the_fast_path_equals_the_slow_one(letters, pool, batch_size):
     assert_equal_runs(TrainConfig(pool=pool, epochs=3, batch_size=batch_size, lr=0.01), letters)
 
@@ -50,9 +51,8 @@ def test_blocks_of_batches_do_not_show(letters, monkeypatch):
     np.testing.assert_allclose(figures(whole.history), figures(parts.history), atol=1e-12)
 
 
-@pytest.mark.parametrize(("pool", "seed"), [("max", 42), ("avg", 1)])
-def test_thirty_epochs_on_real_letters_are_equal(real_letters, pool, seed):
-    assert_equal_runs(TrainConfig(pool=pool, seed=seed), real_letters[0])
+def test_ten_epochs_on_real_letters_are_equal(real_letters):
+    assert_equal_runs(TrainConfig(epochs=10), real_letters[0])
 
 
 @pytest.mark.parametrize("pool", ["max", "avg"])
