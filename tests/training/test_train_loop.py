@@ -7,7 +7,7 @@ import torch
 from conftest import make_arrays
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from poolnet.data.dataset import Dataset, Split, open_dataset
 from poolnet.errors import InputError, RunError
@@ -44,8 +44,9 @@ def reference_fit(config, splits):
     for split in splits:
         X = torch.from_numpy(np.array(split.X)).reshape(-1, 1, 28, 28).float() / 255
         dataset = TensorDataset(X, torch.from_numpy(split.y))
-        sampler = SeededOrder(len(dataset), config.seed) if split.name == "train" else None
-        loaders[split.name] = DataLoader(dataset, config.batch_size, sampler=sampler)
+        order = SeededOrder(len(dataset), config.seed) if split.name == "train" else SequentialSampler(dataset)
+        batches = BatchSampler(order, config.batch_size, drop_last=False)
+        loaders[split.name] = DataLoader(dataset, sampler=batches, batch_size=None)  # a whole batch is taken at once
 
     def run(loader, train):
         loss_sum, correct, n = 0.0, 0, 0
@@ -82,12 +83,12 @@ def assert_same_run(config, splits):
 
 @pytest.mark.parametrize("pool", ["max", "avg", "conv"])
 def test_fit_equals_the_notebooks_loop(letters, pool):
-    assert_same_run(TrainConfig(pool=pool, epochs=4, batch_size=32, lr=0.01), open_dataset(letters))
+    assert_same_run(TrainConfig(pool=pool, epochs=2, batch_size=32, lr=0.01), open_dataset(letters))
 
 
 @pytest.mark.parametrize("pool", ["max", "avg"])
 def test_fit_equals_the_notebooks_loop_on_real_letters(real_letters, pool):
-    assert_same_run(TrainConfig(pool=pool, epochs=5), open_dataset(real_letters[0]))
+    assert_same_run(TrainConfig(pool=pool, epochs=3), open_dataset(real_letters[0]))
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(letters):
@@ -130,7 +131,7 @@ def test_evaluate_covers_every_image_once(monkeypatch, letters):
 
 
 def test_it_learns(letters):
-    result = fit(TrainConfig(pool="avg", epochs=30, batch_size=16, lr=0.03), open_dataset(letters))
+    result = fit(TrainConfig(pool="avg", epochs=15, batch_size=16, lr=0.03), open_dataset(letters))
     assert result.test.acc > 0.9
 
 
@@ -168,7 +169,7 @@ def test_threads_are_given_back():
 
 @pytest.mark.parametrize("pool", ["max", "conv"])
 def test_no_digit_depends_on_the_number_of_threads(letters, pool):
-    splits, config = open_dataset(letters), TrainConfig(pool=pool, epochs=2, batch_size=128)
+    splits, config = open_dataset(letters), TrainConfig(pool=pool, epochs=1, batch_size=128)
     results = []
     before = torch.get_num_threads()
     for count in (1, 2, 5):
