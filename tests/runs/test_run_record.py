@@ -8,10 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
+import forked
 import numpy as np
 import pytest
+from conftest import make_arrays, ran
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,6 +45,12 @@ RECORD = {
     "environment": {**provenance.environment(), "threads": 1, "layout": "contiguous"},
     "tracking": dict.fromkeys(("uri", "folder", "experiment_id", "experiment_name", "run_id"), ""),
 }
+
+
+@pytest.fixture
+def arrays():
+    """Few, because a convolution trains on them again and again."""
+    return make_arrays((100, 30, 40))
 
 
 @pytest.fixture
@@ -144,11 +151,11 @@ def test_only_one_process_trains_a_run(run):
     script = f"from poolnet.runs import run_record\nwith run_record.find({run.name!r}).training(): pass"
     with run.training():
         assert run.is_training()
-        second = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        second = ran(sys.executable, "-c", script)
     holder = f"held by process {os.getpid()} on "
     assert re.search(f"InputError: {run.name}: another process is training it, .*lock: {holder}", second.stderr)
     assert not run.is_training()
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+    assert ran(sys.executable, "-c", script).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -267,7 +274,7 @@ def damaged_line(run):
 
 
 @given(at=st.integers(0), byte=st.integers(0, 255))
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_any_changed_byte_is_found_and_the_lines_behind_it_are_kept(run, at, byte):
     path = run.folder / "metrics.jsonl"
     path.unlink(missing_ok=True)
@@ -320,31 +327,34 @@ def test_lines_of_earlier_versions_have_no_checksum_and_must_be_what_they_can_be
 # --- who trains a run ------------------------------------------------------------------------------------------------
 
 
-CHECK = """
-import sys
+def checkers(number, run, times):
+    """Processes that look so many times, once they have said that they begin."""
+    script = f"""
 from poolnet.runs import run_record
-run = run_record.find(sys.argv[1])
-print(sum(run.is_training() for _ in range(400)))
+run = run_record.find({run.name!r})
+print("begins", flush=True)
+print(sum(run.is_training() for _ in range({times})))
 """
+    pipe = {"stdout": subprocess.PIPE, "text": True}
+    started = [forked.start([sys.executable, "-c", script], **pipe) for _ in range(number)]
+    for checker in started:
+        assert checker.stdout.readline() == "begins\n"
+    return started
 
 
 def test_who_only_looks_is_never_taken_for_the_trainer_and_never_in_its_way(run):
-    command = [sys.executable, "-c", CHECK, run.name]
-    checkers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    assert [checker.communicate()[0] for checker in checkers] == ["0\n"] * 4
+    assert [checker.communicate()[0] for checker in checkers(3, run, 200)] == ["0\n"] * 3
     with run.training():
-        checkers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-        assert [checker.communicate()[0] for checker in checkers] == ["400\n"] * 2
-    checkers = [subprocess.Popen([*command[:2], CHECK.replace("400", "10**9"), run.name]) for _ in range(3)]
-    time.sleep(1)
+        assert [checker.communicate()[0] for checker in checkers(2, run, 200)] == ["200\n"] * 2
+    looking = checkers(2, run, 10**9)
     try:
-        for _ in range(20):
+        for _ in range(10):
             with RunRecord(run.folder).training():
                 pass
     finally:
-        for checker in checkers:
+        for checker in looking:
             checker.kill()
-            checker.wait()
+            checker.communicate()
 
 
 # --- a training that is interrupted anywhere goes on to the same end -------------------------------------------------
@@ -370,10 +380,10 @@ def assert_identical(result, expected):
 
 @pytest.mark.parametrize("pool", ["max", "avg", "conv"])
 def test_from_every_epochs_state_the_rest_is_the_same(letters, run, pool):
-    fit, config = fits(pool, letters), TrainConfig(pool=pool, epochs=4, batch_size=32, lr=0.01)
+    fit, config = fits(pool, letters), TrainConfig(pool=pool, epochs=3, batch_size=32, lr=0.01)
     history, states = [], []
     expected = fit(config, on_epoch=history.append, on_state=states.append)
-    assert len(states) == 4
+    assert len(states) == 3
     for epochs, kept in enumerate(states, 1):
         with run.training():
             run.save_checkpoint(kept)
