@@ -138,12 +138,12 @@ def test_the_noise_of_jpeg_does_not_move_the_frame(expected, quality):
 
 def test_a_large_photo_with_noise_and_shade(expected):
     """4000 x 3000 pixels, light that falls off to one side, a small letter in a corner."""
-    pixels = np.full((3000, 4000, 3), 190.0)
+    pixels = np.full((3000, 4000), 190, np.float32)
     ink = np.asarray(letter(size=900, margin=0).convert("L")) < 128
     pixels[300 : 300 + ink.shape[0], 500 : 500 + ink.shape[1]][ink] = 30
-    pixels *= np.linspace(1, 0.8, 4000)[:, None]
-    pixels += np.random.default_rng(0).normal(0, 8, (3000, 4000, 1))
-    path = saved(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), "photo.jpg", quality=80)
+    pixels *= np.linspace(1, 0.8, 4000, dtype=np.float32)
+    pixels += 8 * np.random.default_rng(0).standard_normal((3000, 4000), np.float32)
+    path = saved(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert("RGB"), "photo.jpg", quality=80)
     image, inverted = letter_image.read(path)
     assert inverted
     assert same(image, expected)
@@ -205,7 +205,7 @@ def page(size, text="F", ground="white", ink="black"):
     return image
 
 
-@pytest.mark.parametrize("size", [28, 60, 200, 900])
+@pytest.mark.parametrize("size", [28, 60, 200, 600])
 @pytest.mark.parametrize("dirt", DIRT)
 def test_dirt_beside_the_letter_is_none_of_it(dirt, size):
     clean, _ = letter_image.read(saved(page(size)))
@@ -254,20 +254,20 @@ def test_letters_of_notmnists_form_are_kept_as_they_are(expected):
         np.testing.assert_array_equal(image, pixels)
 
 
-@pytest.mark.parametrize("invert", [None, True, False])
-def test_any_picture_becomes_28x28_or_is_refused(invert):
+def test_any_picture_becomes_28x28_or_is_refused():
     rng = np.random.default_rng(0)
-    for _ in range(150):
+    for _ in range(50):
         height, width = rng.choice([1, 2, 3, 5, 17, 28, 29, 60, 130], 2)
         noise = rng.integers(0, 256, (height, width, 3))
         blocks = np.kron(rng.integers(0, 2, (height // 3 + 1, width // 3 + 1)), np.ones((3, 3)))[:height, :width, None]
         slope = np.add.outer(np.arange(height), np.arange(width))[:, :, None] * (rng.random((height, width, 1)) > 0.02)
         for pixels in (noise, noise[:, :, :1], blocks * [255, 200, 9], slope):
-            image = Image.fromarray(np.broadcast_to(pixels, (height, width, 3)).astype(np.uint8))
-            with contextlib.suppress(InputError):
-                read, inverted = letter_image.read(saved(image), invert)
-                assert (read.shape, read.dtype) == ((28, 28), np.uint8)
-                assert invert is None or inverted == invert
+            path = saved(Image.fromarray(np.broadcast_to(pixels, (height, width, 3)).astype(np.uint8)))
+            for invert in (None, True, False):
+                with contextlib.suppress(InputError):
+                    read, inverted = letter_image.read(path, invert)
+                    assert (read.shape, read.dtype) == ((28, 28), np.uint8)
+                    assert invert is None or inverted == invert
 
 
 @pytest.mark.parametrize("invert", [True, False])
@@ -288,7 +288,7 @@ def test_a_picture_of_noise_is_refused_at_once():
             letter_image.read(saved(Image.fromarray(pixels)))
 
 
-@pytest.mark.parametrize("size", [60, 200, 900])
+@pytest.mark.parametrize("size", [60, 200, 600])
 def test_where_no_letter_stands_out_none_is_guessed(size):
     two = Image.new("RGB", (2 * size, size), "white")
     two.paste(page(size), (0, 0))
