@@ -51,8 +51,8 @@ def test_blocks_of_batches_do_not_show(letters, monkeypatch):
     np.testing.assert_allclose(figures(whole.history), figures(parts.history), atol=1e-12)
 
 
-def test_ten_epochs_on_real_letters_are_equal(real_letters):
-    assert_equal_runs(TrainConfig(epochs=10), real_letters[0])
+def test_thirty_epochs_on_real_letters_are_equal(real_letters):
+    assert_equal_runs(TrainConfig(), real_letters[0])
 
 
 @pytest.mark.parametrize("pool", ["max", "avg"])
