@@ -248,7 +248,7 @@ def _until(condition, seconds=90):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are Linux's")
 def test_three_machines_one_killed_one_stopped_and_the_server_restarted_train_each_run_once(study, tmp_path):
-    path = study(seeds=20, epochs=150)
+    path = study(seeds=8, epochs=150)
     here = Path.cwd()
     with machines(3) as (hub, others), contextlib.ExitStack() as stack:
 
@@ -289,11 +289,11 @@ def test_three_machines_one_killed_one_stopped_and_the_server_restarted_train_ea
             MLFLOW_TRACKING_URI="http://127.0.0.1:5000",
             POOLNET_HOME=os.environ.get("POOLNET_HOME", str(here / ".poolnet")),
         )
-        _until(lambda: len(run_record.names()) >= 4 or sweep.poll() is not None)
+        _until(lambda: len(run_record.names()) >= 3 or sweep.poll() is not None)
         crew[0].send_signal(signal.SIGKILL)
         crew[1].send_signal(signal.SIGSTOP)
         stopped = time.monotonic()
-        _until(lambda: len(run_record.names()) >= 8 or sweep.poll() is not None)
+        _until(lambda: len(run_record.names()) >= 6 or sweep.poll() is not None)
         serving.terminate()
         serving.wait()
         serving = start(hub, server, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
@@ -308,5 +308,4 @@ def test_three_machines_one_killed_one_stopped_and_the_server_restarted_train_ea
             assert [file.name for file in (elsewhere / str(index) / "home" / "data").rglob("*.npz")] == ["letters.npz"]
     found = mlflow.MlflowClient().search_runs(["0"])
     assert len([run for run in found if "poolnet.study" in run.data.tags]) == 1
-    assert len(_digits()) == 40
-    assert _digits() == _expected(path)
+    assert _digits() == _expected(path)  # of 16 runs
