@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import http.server
-import importlib
 import json
 import os
 import pickle
@@ -13,12 +12,12 @@ import subprocess
 import sys
 import threading
 from html.parser import HTMLParser
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import mlflow
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import ROOT, STUDY, Payload, enter, inside, make_arrays, world
@@ -29,7 +28,6 @@ from poolnet import files
 from poolnet.runs import provenance
 from poolnet.training.config import TrainConfig
 
-psutil = importlib.import_module("psutil") if find_spec("psutil") else None
 MARK = "c4n4ry"  # is in each secret
 
 
@@ -104,7 +102,7 @@ def watched():
             for path in Path("/proc").glob("[0-9]*/cmdline"):
                 with contextlib.suppress(OSError):
                     seen.add(path.read_bytes())
-            for each in [psutil.Process(), *psutil.Process().children(recursive=True)] if psutil else ():
+            for each in [psutil.Process(), *psutil.Process().children(recursive=True)]:
                 with contextlib.suppress(psutil.Error):
                     addresses.update(c.laddr for c in each.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
 
@@ -220,8 +218,6 @@ def test_no_secret_is_in_an_argument_list(used):
 
 
 def test_the_workers_of_a_sweep_listen_on_loopback_only(used):
-    if not psutil:
-        pytest.skip("psutil not installed: pip install 'poolnet[team]'")
     assert len(used.listening) > 2  # a scheduler, and more
     assert {address.ip for address in used.listening} == {"127.0.0.1"}
 
