@@ -284,7 +284,7 @@ def test_while_it_waits_a_publisher_says_how_many_runs_the_server_has():
     assert counts[-1] == 2
 
 
-def test_a_stale_run_id_is_refused_before_training(monkeypatch):
+def test_a_stale_run_id_is_refused_before_training_and_the_cure_helps(monkeypatch, letters):
     adopted(monkeypatch, {})
     first = publish(journaled())
     monkeypatch.setattr(publisher, "LOOK_SECONDS", 60)  # on a machine that is busy with much else
@@ -297,6 +297,9 @@ def test_a_stale_run_id_is_refused_before_training(monkeypatch):
         f"MLFLOW_RUN_ID={first.info.run_id}: found the record of {name} in that run; unset MLFLOW_RUN_ID"
     )
     assert run_record.names() == [name]
+    monkeypatch.delenv("MLFLOW_RUN_ID")
+    assert inside("train", "--data", letters, "--epochs", "2").returncode == 0
+    assert len(mlflow.MlflowClient().search_runs(["0"])) == 2
 
 
 def test_the_command_refuses_such_a_run_as_bad_input_and_sync_publishes_it_once_the_variable_is_gone(

@@ -417,8 +417,11 @@ def test_what_a_server_has_lost_is_published_again():
     lost += ["version of the model", "model"]
     for what in lost:
         lose(what, mlflow.MlflowClient(), first)
+        assert sync.sync(finished.name, dry_run=True).found == what
         row = sync.sync(finished.name)
         assert (row.found, row.did, row.ok) == (what, "published", True)
+        row = sync.sync(finished.name)
+        assert (row.found, row.did) == ("nothing", "nothing")
         assert lacks_nothing(finished), what
         assert len(mlflow.MlflowClient().search_runs(["0"])) == len(mlflow.MlflowClient().search_model_versions()) == 1
 
@@ -438,6 +441,7 @@ def test_a_store_that_is_lost_or_restored_from_an_older_backup_gets_its_runs_aga
     assert synced() == [("nothing", "nothing"), ("everything", "published")]
     store.unlink()
     assert synced() == [("everything", "published")] * 2
+    assert synced() == [("nothing", "nothing")] * 2
     with contextlib.closing(sqlite3.connect(store)) as database:
         assert database.execute("SELECT COUNT(*) FROM runs WHERE status = 'FINISHED'").fetchone() == (2,)
 
